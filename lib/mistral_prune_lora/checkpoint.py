@@ -1,0 +1,189 @@
+"""Model and bundle directories as one thing: named tensors, found under their original layer indices, read on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.layout import (
+    Layout,
+    bundle_layers,
+    is_bundle_dir,
+    is_model_dir,
+    layer_files,
+    layout_from_manifest,
+    read_manifest,
+)
+from mistral_prune_lora.safetensors_file import TensorEntry, read_header
+
+LAYER_PREFIX = re.compile(r"model\.layers\.(\d+)\.")
+_STORED_LAYER_PREFIX = re.compile(r"(?:model\.){0,2}layers\.(\d+)\.")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one model directory or bundle directory.
+
+    Attributes:
+        path: the directory.
+        kind: "model" or "bundle".
+        entries: tensors by canonical name (`model.layers.21.self_attn.q_proj.weight`, `lm_head.weight`), original layer
+            indices, in the order of files and bytes.
+        config: the parsed config.json of a model, with the dense model's num_hidden_layers; {} for a bundle.
+        layout: the parts of the model that the manifest describes; None without a manifest.
+    """
+
+    path: Path
+    kind: str
+    entries: dict[str, TensorEntry]
+    config: dict = field(default_factory=dict)
+    layout: Layout | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files, each once, in reading order."""
+        return tuple(dict.fromkeys(entry.file for entry in self.entries.values()))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The original indices of the layers whose weights are here, ascending."""
+        return tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, self.entries) if m}))
+
+    def layer(self, index: int) -> dict[str, TensorEntry]:
+        """One layer's tensors by short name (`self_attn.q_proj.weight`).
+
+        Raises:
+            CheckpointError: the layer is not here.
+        """
+        prefix = f"model.layers.{index}."
+        found = {name.removeprefix(prefix): e for name, e in self.entries.items() if name.startswith(prefix)}
+        if not found:
+            raise CheckpointError(f"holds no weights of layer {index}, only of {list(self.layers)}", where=self.path)
+        return found
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor by canonical name, in its stored dtype or cast to `dtype`.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        if name not in self.entries:
+            raise CheckpointError(f"has no tensor {name}", where=self.path, mend="fetch or write the model again")
+        tensor = self.entries[name].read()
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a directory as a model if it has a config.json, or as a bundle if it has layer files.
+
+    Reads headers only; no tensor is loaded.
+
+    Raises:
+        CheckpointError: neither; files missing, malformed or outside the directory; pickled weights only.
+        LayoutError: the manifest or bundle_meta.json is malformed.
+    """
+    path = Path(os.path.abspath(path))
+    if is_model_dir(path):
+        return _open_model(path)
+    if is_bundle_dir(path):
+        return _open_bundle(path)
+    raise CheckpointError(
+        "is neither a model (no config.json) nor a bundle (no layer_XXX.safetensors)"
+        if path.is_dir()
+        else "there is no such directory",
+        where=path,
+        mend="give the directory that pruning or merging wrote",
+    )
+
+
+def read_config(path: str | Path) -> dict:
+    """The parsed config.json of a model directory.
+
+    Raises:
+        CheckpointError: missing, or not a JSON object with num_hidden_layers.
+    """
+    config_path = Path(path) / "config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        int(config["num_hidden_layers"])
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=config_path) from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError("is not a model configuration with num_hidden_layers", where=config_path) from None
+    return config
+
+
+def _open_model(path: Path) -> Checkpoint:
+    config = read_config(path)
+    manifest = read_manifest(path)
+    layout = layout_from_manifest(manifest, config["num_hidden_layers"]) if manifest else None
+    stored = {name: entry for file in _model_files(path) for name, entry in file.items()}
+    original = range(config["num_hidden_layers"])
+    if layout and len(original) == len(layout.kept) < layout.num_layers:
+        # A compact A numbers its kept layers 0..n-1; everything else here speaks of original indices.
+        original = layout.kept
+        config = {**config, "num_hidden_layers": layout.num_layers}
+    entries = {}
+    for name, entry in stored.items():
+        match = _STORED_LAYER_PREFIX.match(name)
+        if match:
+            index = int(match[1])
+            if index >= len(original):
+                raise CheckpointError(
+                    f"tensor {name} lies beyond the {len(original)} layers of config.json", where=path
+                )
+            name = f"model.layers.{original[index]}.{name[match.end() :]}"
+        entries[name] = entry
+    return Checkpoint(path, "model", entries, config, layout)
+
+
+def _model_files(path: Path) -> Iterator[dict[str, TensorEntry]]:
+    """The headers of the weight files that belong to a model: the single file, or what the index names.
+
+    Never a glob: Mistral's repositories carry a second copy of all weights as consolidated.safetensors.
+    """
+    if (path / _SINGLE).is_file():
+        yield read_header(path / _SINGLE)
+        return
+    if not (path / _INDEX).is_file():
+        pickled = sorted(p.name for p in path.glob("*.bin"))
+        raise CheckpointError(
+            f"has no {_SINGLE} and no {_INDEX}" + (f", only pickled weights ({pickled[0]})" if pickled else ""),
+            where=path,
+            mend="convert the model with save_pretrained of a current transformers, which writes safetensors",
+        )
+    try:
+        weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError("has no readable weight_map", where=path / _INDEX, mend="fetch the model again") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"names {shard!r}, which is not a file beside it", where=path / _INDEX)
+        if not (path / shard).is_file():
+            raise CheckpointError(f"names {shard}, which is missing", where=path / _INDEX, mend="fetch the model again")
+        entries = read_header(path / shard)
+        absent = [name for name, file in weight_map.items() if file == shard and name not in entries]
+        if absent:
+            raise CheckpointError(f"lacks {absent[0]}, which the index says it holds", where=path / shard)
+        yield {name: entry for name, entry in entries.items() if weight_map.get(name) == shard}
+
+
+def _open_bundle(path: Path) -> Checkpoint:
+    files = layer_files(path)
+    entries = {}
+    for index in bundle_layers(path):
+        for name, entry in read_header(files[index]).items():
+            match = _STORED_LAYER_PREFIX.match(name)
+            if match and int(match[1]) != index:
+                raise CheckpointError(f"holds {name}, a tensor of another layer", where=files[index])
+            entries[f"model.layers.{index}.{name[match.end() :] if match else name}"] = entry
+    return Checkpoint(path, "bundle", entries)

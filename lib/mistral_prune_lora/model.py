@@ -1,0 +1,181 @@
+"""Whole models in memory: A with PassLayers where layers were dropped, bundles restored into it.
+
+What needs a runnable `PreTrainedModel` (distillation, generation, adapters left unmerged) starts here. Perplexity does
+not: it streams layers (see layers.py).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.errors import CheckpointError, DeviceError, LayoutError
+from mistral_prune_lora.pruning.identity import PassLayer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a `--device` value; "auto" means the first GPU if there is one, else the CPU.
+
+    Raises:
+        DeviceError: not a device, or one that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"{name!r} is not a device", where="--device", mend="use auto, cpu or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"{name} is not there: this machine has {torch.cuda.device_count()} CUDA devices",
+            where="--device",
+            mend="use --device cpu, or run on a machine with a GPU",
+        )
+    return device
+
+
+def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The transformers configuration of a model checkpoint, with the dense model's layer count.
+
+    Raises:
+        CheckpointError: a model type that transformers does not know.
+    """
+    settings = dict(checkpoint.config)
+    model_type = settings.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"has the unknown model_type {model_type!r}", where=checkpoint.path / "config.json")
+    config = CONFIG_MAPPING[model_type](**settings)
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    bundles: tuple[str | Path, ...] = (),
+) -> PreTrainedModel:
+    """Load a model directory with PassLayers at its dropped layers and the layers of `bundles` restored.
+
+    `from_pretrained` would fill the dropped layers with random weights and only print a report. Here every parameter
+    of every active layer comes from the checkpoint, or loading fails.
+
+    Args:
+        path: a dense model, an A model (dropped layers taken from its manifest) or a merged A.
+        dtype: of all parameters.
+        device: where they go.
+        bundles: bundle directories to restore.
+
+    Returns:
+        The model in eval mode, with its original layer indices and `name_or_path` set to `path`.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of the wrong shape.
+        LayoutError: a bundle's layer is not one that the model dropped.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.kind != "model":
+        raise CheckpointError("is a bundle, not a model", where=path, mend="give the A model's directory")
+    config = model_config(checkpoint)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = model.model.layers
+    for index in set(range(len(layers))) - set(checkpoint.layers):
+        if checkpoint.layout is None or index not in checkpoint.layout.dropped:
+            raise CheckpointError(
+                f"has no weights of layer {index}, and no manifest.json says that it was dropped",
+                where=checkpoint.path,
+                mend="fetch the model again, or put the manifest.json that pruning wrote beside it",
+            )
+    for index in checkpoint.layout.dropped if checkpoint.layout else ():
+        layers[index] = PassLayer(index)
+    wanted = set(model.state_dict())
+    tied = config.tie_word_embeddings and "lm_head.weight" not in checkpoint.entries
+    state = {name: checkpoint.read(name, dtype).to(device) for name in checkpoint.entries if name in wanted}
+    missing = sorted(wanted - set(state) - ({"lm_head.weight"} if tied else set()))
+    if missing:
+        raise CheckpointError(f"lacks {len(missing)} tensors, first {missing[0]}", where=checkpoint.path)
+    _assign(model, state, checkpoint)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    # Computed, not stored: a rotary embedding made on the meta device has no numbers.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    model.name_or_path = config._name_or_path = os.fspath(path)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    for bundle in bundles:
+        restore_bundle(model, bundle)
+    return model.eval()
+
+
+def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
+    """Put a bundle's layers in place of the model's PassLayers, in the model's dtype and device; returns their indices.
+
+    Raises:
+        LayoutError: a layer of the bundle is not one that the model runs without.
+        CheckpointError: a tensor is missing or of the wrong shape.
+    """
+    bundle = open_checkpoint(path)
+    for index in bundle.layers:
+        if index >= len(model.model.layers) or not isinstance(model.model.layers[index], PassLayer):
+            raise LayoutError(
+                f"layer {index} of the bundle is not a dropped layer of {model.name_or_path}",
+                where=bundle.path,
+                mend="use the bundles that were cut from this model",
+            )
+        layer = build_layer(model.config, index, bundle, model.dtype, model.device)
+        model.model.layers[index] = layer.train(model.training)
+    return bundle.layers
+
+
+def build_layer(
+    config: PreTrainedConfig, index: int, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """One decoder layer of the model's own class with weights from a model or bundle checkpoint, in eval mode.
+
+    Args:
+        config: the model's configuration; decides class and geometry.
+        index: original layer index, which the layer keeps as its `layer_idx` for a KV cache.
+        checkpoint: where its tensors lie.
+        dtype, device: of its parameters.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of the wrong shape.
+    """
+    with torch.device("meta"):
+        layer = decoder_layer_class(config)(config, index)
+    _assign(
+        layer, {name: entry.read().to(dtype).to(device) for name, entry in checkpoint.layer(index).items()}, checkpoint
+    )
+    return layer.eval().requires_grad_(False)
+
+
+def decoder_layer_class(config: PreTrainedConfig) -> type[nn.Module]:
+    """The class of the decoder layers of this configuration's causal language model."""
+    with torch.device("meta"):
+        single = type(config)(**{**config.to_dict(), "num_hidden_layers": 1})
+        return type(AutoModelForCausalLM.from_config(single).model.layers[0])
+
+
+def _assign(module: nn.Module, state: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    """Give a module made on the meta device its tensors; CheckpointError unless names and shapes agree exactly."""
+    try:
+        faults = module.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"does not fit its configuration: {error}", where=checkpoint.path) from None
+    missing = [name for name in faults.missing_keys if name != "lm_head.weight"]
+    if missing or faults.unexpected_keys:
+        raise CheckpointError(
+            f"does not fit its configuration: missing {missing[:3]}, left over {faults.unexpected_keys[:3]}",
+            where=checkpoint.path,
+            mend="use a checkpoint of the same architecture",
+        )

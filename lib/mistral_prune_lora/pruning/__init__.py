@@ -1,0 +1,1 @@
+"""Pruning, merging and calibration text: the module paths of the command line."""

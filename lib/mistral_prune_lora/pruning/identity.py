@@ -1,0 +1,29 @@
+"""The layer that stands in for a dropped one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class PassLayer(nn.Module):
+    """A decoder layer without parameters that hands its hidden states on unchanged.
+
+    Args:
+        layer_idx: the original index of the layer it replaces.
+
+    A KV cache measures its length by its first layer alone. Where that layer is this one, an empty key and value of the
+    right length keep the count, or cached generation would start every step at position 0.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, *args, past_key_values=None, **kwargs) -> torch.Tensor:
+        """Return `hidden_states`, shape (batch, tokens, hidden)."""
+        if past_key_values is not None and self.layer_idx == 0:
+            batch, tokens, _ = hidden_states.shape
+            empty = hidden_states.new_empty(batch, 1, tokens, 0)
+            past_key_values.update(empty, empty, self.layer_idx)
+        return hidden_states

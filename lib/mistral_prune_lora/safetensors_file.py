@@ -1,0 +1,219 @@
+"""The safetensors format: checked reading of headers, positioned reading of tensors, streamed writing.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes, the little-endian length of the header; the
+header, JSON, padded with spaces; the tensors' bytes without gaps. The library reads it well but can only write a file
+whose tensors are all in memory, which a 10 GB merge must not need; hence the writer here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mistral_prune_lora.errors import CheckpointError
+
+# In the order of the safetensors library's own enumeration, which its writer sorts by (largest first).
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SORT_RANK = {name: rank for rank, name in enumerate(DTYPES)}
+_LENGTH_BYTES = 8
+_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+METADATA = {"format": "pt"}  # transformers refuses a file without it
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies on disk.
+
+    Attributes:
+        file: the safetensors file.
+        stored_name: its key in that file.
+        dtype: its safetensors dtype name, e.g. "BF16".
+        shape: its shape.
+        start: absolute offset of its first byte in the file.
+    """
+
+    file: Path
+    stored_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self, rows: slice | None = None) -> torch.Tensor:
+        """Read the tensor, or a slice of its first dimension (step 1), into fresh memory in its stored dtype.
+
+        Raises:
+            CheckpointError: the file ends early or cannot be read.
+        """
+        shape, start = self.shape, self.start
+        if rows is not None:
+            first, last, _ = rows.indices(shape[0])
+            row_bytes = self.nbytes // shape[0]
+            shape, start = (max(0, last - first), *shape[1:]), start + first * row_bytes
+        buffer = torch.empty(math.prod(shape) * DTYPES[self.dtype].itemsize, dtype=torch.uint8)
+        with open(self.file, "rb") as file:
+            read_into(file.fileno(), memoryview(buffer.numpy()), start, self.file)
+        return buffer.view(DTYPES[self.dtype]).view(shape)
+
+
+def read_into(descriptor: int, view: memoryview, start: int, path: Path) -> None:
+    """Fill `view` from absolute offset `start` of an open file; CheckpointError names `path` if it ends early."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(descriptor, [view[done:]], start + done)
+        if got == 0:
+            raise CheckpointError("the file ends before its tensors do", where=path, mend="fetch or write it again")
+        done += got
+
+
+def read_header(path: str | Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file by their stored names, in the order of their bytes.
+
+    Every claim of the header is checked against the file before it is believed: lengths, dtypes, shapes, and that the
+    tensors fill the file without gaps or overlaps.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated, or with a header that contradicts itself or the file.
+    """
+    path = Path(path)
+    mend = "fetch or write the file again"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or not 2 <= length <= min(size - _LENGTH_BYTES, _MAX_HEADER):
+                raise CheckpointError(
+                    f"claims a header of {length} bytes in a file of {size}: not a safetensors file, or cut short",
+                    where=path,
+                    mend=mend,
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path, mend=mend) from None
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header.pop("__metadata__", None)
+        entries = [_entry(path, name, claim, _LENGTH_BYTES + length) for name, claim in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"has a malformed header: {error}", where=path, mend=mend) from None
+    entries.sort(key=lambda e: (e.start, e.nbytes))
+    expected = _LENGTH_BYTES + length
+    for entry in entries:
+        if entry.start != expected:
+            raise CheckpointError(f"tensor {entry.stored_name} is not where it should be", where=path, mend=mend)
+        expected += entry.nbytes
+    if expected != size:
+        raise CheckpointError(f"holds {size} bytes where its header promises {expected}", where=path, mend=mend)
+    return {entry.stored_name: entry for entry in entries}
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key stands twice")
+    return content
+
+
+def _entry(path: Path, name: str, claim: Mapping, data_start: int) -> TensorEntry:
+    if claim["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has the unknown dtype {claim['dtype']!r}")
+    numbers = [*claim["shape"], *claim["data_offsets"]]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise ValueError(f"tensor {name} has a shape or offset that is not a natural number")
+    first, last = claim["data_offsets"]
+    entry = TensorEntry(path, name, claim["dtype"], tuple(claim["shape"]), data_start + first)
+    if entry.nbytes != last - first:
+        raise ValueError(f"tensor {name} has {last - first} bytes where its shape needs {entry.nbytes}")
+    return entry
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: its name, safetensors dtype name and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def plan_file(specs: Iterable[TensorSpec]) -> tuple[bytes, list[TensorSpec]]:
+    """The first bytes of a safetensors file (length and header) and its tensors in the order they must follow.
+
+    Equals what `safetensors.torch.save_file(..., metadata={"format": "pt"})` writes for the same tensors.
+    """
+    ordered = sorted(specs, key=lambda s: (-_SORT_RANK[s.dtype], s.name))
+    header: dict[str, object] = {"__metadata__": METADATA}
+    offset = 0
+    for spec in ordered:
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % _LENGTH_BYTES)
+    return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw, ordered
+
+
+def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str], torch.Tensor]) -> str:
+    """Write a safetensors file one tensor at a time, fsynced; returns the sha256 of its bytes.
+
+    Args:
+        path: the file; the caller makes the result atomic (see transaction.py).
+        specs: the tensors to write, in any order.
+        produce: gives the tensor of a name, with the dtype and shape of its spec; called once a name, in file order.
+    """
+    head, ordered = plan_file(specs)
+    digest = hashlib.sha256(head)
+    with open(path, "wb") as file:
+        file.write(head)
+        for spec in ordered:
+            tensor = produce(spec.name)
+            if DTYPE_NAMES[tensor.dtype] != spec.dtype or tuple(tensor.shape) != spec.shape:
+                raise ValueError(f"{spec.name}: {tensor.dtype} {tuple(tensor.shape)} does not fit {spec}")
+            view = tensor_bytes(tensor)
+            digest.update(view)
+            file.write(view)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
