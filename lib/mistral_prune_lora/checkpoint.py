@@ -1,4 +1,4 @@
-"""Model and bundle directories as one thing: named tensors, found under their original layer indices, read on demand."""
+"""Model and bundle directories as one thing: named tensors under their original layer indices, read on demand."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.layout import (
+    INDEX_FILE,
+    SINGLE_FILE,
     Layout,
     bundle_layers,
     is_bundle_dir,
@@ -20,12 +22,12 @@ from mistral_prune_lora.layout import (
     layer_files,
     layout_from_manifest,
     read_manifest,
+    weight_files,
 )
 from mistral_prune_lora.safetensors_file import TensorEntry, read_header
 
 LAYER_PREFIX = re.compile(r"model\.layers\.(\d+)\.")
 _STORED_LAYER_PREFIX = re.compile(r"(?:model\.){0,2}layers\.(\d+)\.")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -146,30 +148,16 @@ def _open_model(path: Path) -> Checkpoint:
 
 
 def _model_files(path: Path) -> Iterator[dict[str, TensorEntry]]:
-    """The headers of the weight files that belong to a model: the single file, or what the index names.
-
-    Never a glob: Mistral's repositories carry a second copy of all weights as consolidated.safetensors.
-    """
-    if (path / _SINGLE).is_file():
-        yield read_header(path / _SINGLE)
+    """The headers of a model's weight files, each cut down to the tensors that the index places there."""
+    names = weight_files(path)
+    index = path / INDEX_FILE
+    if names == (SINGLE_FILE,):
+        yield read_header(path / SINGLE_FILE)
         return
-    if not (path / _INDEX).is_file():
-        pickled = sorted(p.name for p in path.glob("*.bin"))
-        raise CheckpointError(
-            f"has no {_SINGLE} and no {_INDEX}" + (f", only pickled weights ({pickled[0]})" if pickled else ""),
-            where=path,
-            mend="convert the model with save_pretrained of a current transformers, which writes safetensors",
-        )
-    try:
-        weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError("has no readable weight_map", where=path / _INDEX, mend="fetch the model again") from None
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"names {shard!r}, which is not a file beside it", where=path / _INDEX)
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    for shard in names:
         if not (path / shard).is_file():
-            raise CheckpointError(f"names {shard}, which is missing", where=path / _INDEX, mend="fetch the model again")
+            raise CheckpointError(f"names {shard}, which is missing", where=index, mend="fetch the model again")
         entries = read_header(path / shard)
         absent = [name for name, file in weight_map.items() if file == shard and name not in entries]
         if absent:

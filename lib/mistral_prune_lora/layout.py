@@ -16,6 +16,7 @@ from mistral_prune_lora.errors import LayoutError
 STAGES = ("A", "AB", "FULL")
 PARTS_OF_STAGE = {"A": ("A",), "AB": ("A", "B"), "FULL": ("A", "B", "C")}
 MANIFEST_VERSION = "1.0"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 LAYER_FILE = re.compile(r"layer_(\d+)\.safetensors")
 
 
@@ -125,6 +126,23 @@ def segment_tree(layout: Layout, stages: Sequence[str] = STAGES) -> list[Segment
     return segments
 
 
+def stage_run(tree: Sequence[Segment], stage: str) -> tuple[str | None, Segment | None]:
+    """What is left to run for one stage once every segment that others build on has been run.
+
+    Returns:
+        The segment whose boundary activations the stage starts from (None: from the embedding), and the tail that it
+        runs by itself (None: the stage ends where that segment ends).
+    """
+    end = next(s for s in tree if stage in s.ends)
+    return (end.name, None) if end in shared_segments(tree) else (end.parent, end)
+
+
+def shared_segments(tree: Sequence[Segment]) -> list[Segment]:
+    """The segments that others start from, whose boundary activations are worth keeping; parents come first."""
+    parents = {s.parent for s in tree}
+    return [s for s in tree if s.name in parents]
+
+
 def _goes_on(layout: Layout, paths: list[tuple[int, ...]], start: int, end: int) -> bool:
     """Whether a segment from position `start` can take in position `end`: no path ends, forks or changes part."""
     if any(len(path) == end for path in paths) or len({path[end] for path in paths}) != 1:
@@ -179,6 +197,36 @@ def bundle_layers(path: str | Path) -> tuple[int, ...]:
             f"{', '.join(missing)} missing from the bundle", where=folder, mend="prune or merge this bundle again"
         )
     return tuple(sorted(named))
+
+
+def weight_files(path: str | Path) -> tuple[str, ...]:
+    """The names of the files that hold a model directory's weights: the single file, or what the index names.
+
+    Never a glob: Mistral's repositories carry a second copy of all weights as consolidated.safetensors.
+
+    Raises:
+        LayoutError: there is neither, or the index is malformed or names something that is not a file beside it.
+    """
+    folder = Path(path)
+    if (folder / SINGLE_FILE).is_file():
+        return (SINGLE_FILE,)
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        raise LayoutError(
+            f"there is no {SINGLE_FILE} and no {INDEX_FILE}"
+            + (f", only pickled weights ({pickled[0]})" if pickled else ""),
+            where=folder,
+            mend="convert the model with save_pretrained of a current transformers, which writes safetensors",
+        )
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LayoutError("there is no weight_map", where=index, mend="fetch the model again")
+    shards = tuple(dict.fromkeys(weight_map.values()))
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise LayoutError(f"the index names {shard!r}, which is not a file beside it", where=index)
+    return tuple(sorted(shards))
 
 
 def read_manifest(path: str | Path) -> dict | None:

@@ -55,7 +55,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: str | Path) -> Iterator[Path]:
-    """A path beside `target` to write to; fsynced and renamed over `target` when the block ends without an exception."""
+    """A path beside `target` to write to; fsynced and renamed over it when the block ends without an exception."""
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept: writers such as pandas and matplotlib choose the format by it.
