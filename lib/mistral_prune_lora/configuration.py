@@ -1,0 +1,126 @@
+"""The workflow's configuration: checked as a whole, every mistake reported at once with the path of its key.
+
+Snakemake's own `validate` stops at the first mistake and knows nothing of references between sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import yaml
+from jsonschema import Draft202012Validator, ValidationError, validators
+
+from mistral_prune_lora.errors import LayoutError, PipelineError
+from mistral_prune_lora.layout import Layout, is_model_dir, layout_from_manifest, read_manifest
+
+
+class ConfigError(PipelineError):
+    """The configuration has mistakes; its text lists all of them."""
+
+
+def check_config(config: dict, schema_path: str | Path) -> dict:
+    """Check a configuration against its JSON schema and its own cross references, and fill in the defaults.
+
+    Args:
+        config: as read from YAML; defaults are written into it.
+        schema_path: a JSON schema in YAML (draft 2020-12).
+
+    Returns:
+        The same dict.
+
+    Raises:
+        ConfigError: one or more mistakes, a line each: the key's path, what is wrong there, what is allowed.
+    """
+    schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
+    faults = sorted({fault for error in _WithDefaults(schema).iter_errors(config) for fault in _lines(error)})
+    # References can only be followed in a configuration whose shape is right.
+    faults = faults or list(_broken_references(config))
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise ConfigError(f"the configuration has {len(faults)} mistake{'s' * (len(faults) > 1)}:{listed}\n")
+    return config
+
+
+def experiment_layout(config: Mapping, experiment: str) -> Layout:
+    """The layers of A, B and C in one experiment: from its `layers`, or from the manifest of its given pruned model.
+
+    Raises:
+        LayoutError: the layers contradict each other or the model; the given model has no manifest.
+    """
+    settings = config["experiments"][experiment]
+    if "pruned" in settings:
+        manifest = read_manifest(settings["pruned"]["A"])
+        if manifest is None:
+            raise LayoutError(
+                "there is no manifest.json",
+                where=settings["pruned"]["A"],
+                mend="give the A directory that pruning wrote",
+            )
+        return layout_from_manifest(manifest)
+    layers = settings["layers"]
+    return Layout(config["models"][settings["model"]]["num_layers"], tuple(layers["B"]), tuple(layers["C"]))
+
+
+def _set_defaults(validate_properties):
+    def validate(validator, properties, instance, schema):
+        if isinstance(instance, dict):
+            for name, subschema in properties.items():
+                if "default" in subschema:
+                    # A copy: two experiments must not share one dict of defaults.
+                    instance.setdefault(name, yaml.safe_load(yaml.safe_dump(subschema["default"])))
+        yield from validate_properties(validator, properties, instance, schema)
+
+    return validate
+
+
+_WithDefaults = validators.extend(
+    Draft202012Validator, {"properties": _set_defaults(Draft202012Validator.VALIDATORS["properties"])}
+)
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    """One line for each mistake in a schema error; of alternatives, the mistakes in the one that fits best."""
+    path = ".".join(str(key) for key in error.absolute_path) or "(top level)"
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = sorted(error.schema.get("properties", {}))
+        for key in sorted(set(error.instance) - set(known)):
+            yield f"{path}.{key}".removeprefix("(top level).") + f": unknown key; known here: {', '.join(known)}"
+    elif error.validator in ("oneOf", "anyOf") and error.schema.get("x-explain"):
+        yield f"{path}: {error.schema['x-explain']}"
+    else:
+        yield f"{path}: {error.message}"
+
+
+def _broken_references(config: Mapping) -> Iterator[str]:
+    """A line for every name that refers to nothing and every layer choice that cannot be."""
+    for name, experiment in config["experiments"].items():
+        path = f"experiments.{name}"
+        for key, section, wanted in (
+            ("model", "models", [experiment["model"]]),
+            ("perplexity.datasets", "datasets", experiment["perplexity"]["datasets"]),
+            ("distill.dataset", "datasets", [experiment["distill"]["dataset"]] if trained_parts(experiment) else []),
+            ("importance.dataset", "datasets", [experiment["importance"]["dataset"]]),
+        ):
+            for value in wanted:
+                if value is not None and value not in config[section]:
+                    yield f"{path}.{key}: {value!r} is not one of {section}: {', '.join(sorted(config[section]))}"
+        if trained_parts(experiment) and experiment["distill"]["dataset"] is None:
+            yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained_parts(experiment))}"
+        if experiment["model"] in config["models"]:
+            try:
+                layout = experiment_layout(config, name)
+            except LayoutError as error:
+                yield f"{path}.{'pruned' if 'pruned' in experiment else 'layers'}: {error}"
+            else:
+                total = config["models"][experiment["model"]]["num_layers"]
+                if layout.num_layers != total:
+                    yield f"{path}.pruned: the manifest speaks of {layout.num_layers} layers, the model has {total}"
+    for name, model in config["models"].items():
+        if "path" in model and not is_model_dir(model["path"]):
+            yield f"models.{name}.path: {model['path']} holds no config.json"
+
+
+def trained_parts(experiment: Mapping) -> list[str]:
+    """The parts of an experiment whose adapters are trained here rather than given."""
+    return [part for part, source in experiment["adapters"].items() if source == "train"]

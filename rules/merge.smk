@@ -1,0 +1,60 @@
+# Adapters merged into their parts: a full model for A, layer files for the bundles.
+#   in:  pruned parts, adapters (trained here or given)
+#   out: results/{experiment}/merged/{A,B,C}_merged/, each with merge.json, the record of what went into it
+
+
+rule merge_A:
+    input:
+        base=pruned_part_files,
+        adapter=adapter_inputs,
+    output:
+        config="results/{experiment}/merged/{part}_merged/config.json",
+        manifest="results/{experiment}/merged/{part}_merged/manifest.json",
+        weights="results/{experiment}/merged/{part}_merged/model.safetensors",
+        record="results/{experiment}/merged/{part}_merged/merge.json",
+    wildcard_constraints:
+        part="A",
+    params:
+        base_dir=pruned_part_dir,
+        adapter_dir=adapter_source_dir,
+        code=code_digest("merge"),
+    log:
+        "logs/merge_{part}/{experiment}.log",
+    benchmark:
+        "benchmarks/merge_{part}/{experiment}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    script:
+        "../workflow_scripts/merge.py"
+
+
+for suffix, layout, members in layout_groups():
+    for bundle in "BC":
+
+        rule:
+            name:
+                f"merge_{bundle}{suffix}"
+            input:
+                base=pruned_part_files,
+                adapter=adapter_inputs,
+                skeleton=skeleton_manifest,
+            output:
+                layers=expand(
+                    "results/{{experiment}}/merged/{{part}}_merged/{file}", file=bundle_files(layout.layers_of(bundle))
+                ),
+                record="results/{experiment}/merged/{part}_merged/merge.json",
+            wildcard_constraints:
+                experiment=members,
+                part=bundle,
+            params:
+                base_dir=pruned_part_dir,
+                adapter_dir=adapter_source_dir,
+                code=code_digest("merge"),
+            log:
+                "logs/merge_{part}/{experiment}.log",
+            benchmark:
+                "benchmarks/merge_{part}/{experiment}.tsv"
+            conda:
+                "../envs/torch.yaml"
+            script:
+                "../workflow_scripts/merge.py"

@@ -1,0 +1,79 @@
+# Perplexity of every stage. What several stages go through is computed once, as segments; a stage's own job runs only
+# its tail from the segment it starts from.
+#   in:  the parts of a variant (dense, pruned, merged), a text
+#   out: results/{experiment}/activations/{dataset}/{variant}/{segment}.safetensors
+#        results/{experiment}/ppl/{dataset}/{variant}.{stage}.json and .parquet (NLL of every window)
+
+
+rule eval_windows:
+    input:
+        dense=experiment_dense_files,
+        texts=dataset_files,
+    output:
+        "results/{experiment}/windows/{dataset}.eval.safetensors",
+    params:
+        tokenizer_dir=experiment_dense_dir,
+        dataset=dataset_settings,
+        seqlen=setting("perplexity", "seqlen"),
+        windows=setting("perplexity", "windows"),
+        code=code_digest("windows", "text", "tokenizer"),
+    log:
+        "logs/eval_windows/{experiment}.{dataset}.log",
+    benchmark:
+        "benchmarks/eval_windows/{experiment}.{dataset}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    script:
+        "../workflow_scripts/windows.py"
+
+
+rule segment:
+    input:
+        source=segment_source,
+        windows="results/{experiment}/windows/{dataset}.eval.safetensors",
+        weights=segment_weights,
+        config=variant_config,
+    output:
+        activations_output("results/{experiment}/activations/{dataset}/{variant}/{segment}.safetensors"),
+    params:
+        model_dir=variant_model_dir,
+        weights_dir=segment_weights_dir,
+        layers=segment_layers,
+        batch_size=setting("perplexity", "batch_size"),
+        dtype=setting("perplexity", "dtype"),
+        code=code_digest("evaluation"),
+    log:
+        "logs/segment/{experiment}.{dataset}.{variant}.{segment}.log",
+    benchmark:
+        "benchmarks/segment/{experiment}.{dataset}.{variant}.{segment}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    script:
+        "../workflow_scripts/segment.py"
+
+
+rule perplexity:
+    input:
+        source=stage_source,
+        windows="results/{experiment}/windows/{dataset}.eval.safetensors",
+        weights=stage_weights,
+        teacher=teacher_hidden_file,
+    output:
+        result="results/{experiment}/ppl/{dataset}/{variant}.{stage}.json",
+        windows="results/{experiment}/ppl/{dataset}/{variant}.{stage}.parquet",
+    params:
+        model_dir=variant_model_dir,
+        weights_dir=stage_weights_dir,
+        layers=stage_tail,
+        dense_dir=experiment_dense_dir,
+        batch_size=setting("perplexity", "batch_size"),
+        dtype=setting("perplexity", "dtype"),
+        code=code_digest("evaluation"),
+    log:
+        "logs/perplexity/{experiment}.{dataset}.{variant}.{stage}.log",
+    benchmark:
+        "benchmarks/perplexity/{experiment}.{dataset}.{variant}.{stage}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    script:
+        "../workflow_scripts/perplexity.py"

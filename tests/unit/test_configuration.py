@@ -1,0 +1,98 @@
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mistral_prune_lora.configuration import ConfigError, check_config, experiment_layout, trained_parts
+from mistral_prune_lora.layout import Layout
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = ROOT / "rules" / "config.schema.yaml"
+
+
+@pytest.fixture
+def example():
+    return yaml.safe_load((ROOT / "config.yaml").read_text())
+
+
+def mistakes(config):
+    with pytest.raises(ConfigError) as caught:
+        check_config(config, SCHEMA)
+    return str(caught.value)
+
+
+def test_the_example_names_every_key_that_has_a_default(example):
+    """A reader of config.yaml sees every switch there is: filling in defaults adds nothing to the experiment."""
+    before = copy.deepcopy(example)
+    check_config(example, SCHEMA)
+    # Shown as comments, beside the datasets that they make sense for; and finer points of the optimiser.
+    left_out = {"mirror", "column", "weight_decay", "max_grad_norm"}
+
+    def compare(old, new, path):
+        for key in set(new) - left_out:
+            assert key in old, f"{path}.{key}"
+            if isinstance(new[key], dict):
+                compare(old[key], new[key], f"{path}.{key}")
+
+    compare(before, example, "config")
+
+
+def test_every_mistake_is_reported_at_once_with_its_path(example):
+    experiment = example["experiments"]["smollm2"]
+    experiment["perplexitty"] = {}
+    experiment["distill"]["lora"]["rnk"] = 4
+    experiment["perplexity"]["seqlen"] = "long"
+    experiment["perplexity"]["variants"] = ["sparse"]
+    example["models"]["smollm2-135m"]["path"] = "/somewhere"
+    text = mistakes(example)
+    assert "experiments.smollm2.perplexitty: unknown key" in text
+    assert "experiments.smollm2.distill.lora.rnk: unknown key; known here: alpha," in text
+    assert "experiments.smollm2.perplexity.seqlen: 'long' is not of type 'integer'" in text
+    assert "experiments.smollm2.perplexity.variants.0: 'sparse' is not one of" in text
+    assert "models.smollm2-135m: needs exactly one of path, hub and pypi" in text
+    assert "5 mistakes" in text
+
+
+def test_references_and_layers_are_checked_together(example):
+    experiment = example["experiments"]["smollm2"]
+    experiment["perplexity"]["datasets"] = ["pydoc", "wikitext3"]
+    experiment["layers"]["C"] = [15, 30]
+    text = mistakes(example)
+    assert "perplexity.datasets: 'wikitext3' is not one of datasets: pydoc, pydoc-train" in text
+    assert "layers: layers [30] do not exist in a model of 30 layers" in text
+
+
+def test_an_empty_or_listed_configuration_is_an_error_not_a_traceback():
+    assert "'models' is a required property" in mistakes({})
+    assert "is not of type 'object'" in mistakes({"models": [], "datasets": {}, "experiments": {}})
+
+
+def test_defaults_are_not_shared_between_experiments(example):
+    second = {"model": "smollm2-135m", "layers": {"B": [1], "C": []}, "perplexity": {"datasets": ["pydoc"]}}
+    second["adapters"] = {part: "given" for part in "ABC"}
+    example["experiments"] |= {"second": second, "third": copy.deepcopy(second)}
+    config = check_config(example, SCHEMA)
+    config["experiments"]["second"]["distill"]["lora"]["rank"] = 99
+    assert config["experiments"]["third"]["distill"]["lora"]["rank"] == 16
+    assert experiment_layout(config, "second") == Layout(30, (1,), ())
+    assert trained_parts(config["experiments"]["second"]) == []
+
+
+def test_training_without_a_text_is_refused(example):
+    del example["experiments"]["smollm2"]["distill"]
+    assert "distill.dataset: needed to train the adapters A, B, C" in mistakes(example)
+
+
+def test_a_given_pruned_model_tells_its_own_layers(example, tmp_path):
+    experiment = example["experiments"]["smollm2"]
+    del experiment["layers"]
+    experiment["pruned"] = {"A": str(tmp_path), "bundles": str(tmp_path)}
+    assert f"experiments.smollm2.pruned: there is no manifest.json (in {tmp_path})" in mistakes(example)
+    (tmp_path / "manifest.json").write_text(
+        '{"counts": {"L_full": 30}, "stages": {"A": {"dropped_layers": [3, 4]}, "B": {"removed_layers": [3]},'
+        ' "C": {"removed_layers": [4]}}}'
+    )
+    assert experiment_layout(check_config(example, SCHEMA), "smollm2") == Layout(30, (3,), (4,))
+    example["models"]["smollm2-135m"]["num_layers"] = 31
+    assert "the manifest speaks of 30 layers, the model has 31" in mistakes(example)

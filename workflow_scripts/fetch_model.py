@@ -1,0 +1,6 @@
+from mistral_prune_lora.dense import fetch_dense
+
+from mistral_prune_lora.console import job
+
+with job(snakemake.log[0]):
+    fetch_dense(snakemake.params.source, snakemake.output.config.removesuffix("/config.json"))

@@ -1,0 +1,13 @@
+from mistral_prune_lora.merge import merge_adapters
+
+from mistral_prune_lora.console import job
+
+with job(snakemake.log[0]):
+    merge_adapters(
+        snakemake.params.base_dir,
+        [snakemake.params.adapter_dir],
+        snakemake.output.record.removesuffix("/merge.json"),
+        device="auto" if snakemake.resources.get("gpu", 1) else "cpu",
+        skeleton=snakemake.params.get("skeleton_dir"),
+        threads=snakemake.threads,
+    )

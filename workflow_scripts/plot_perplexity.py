@@ -1,0 +1,6 @@
+from mistral_prune_lora.plots import plot_perplexity
+
+from mistral_prune_lora.console import job
+
+with job(snakemake.log[0]):
+    plot_perplexity(snakemake.input[0], snakemake.output[0])
