@@ -1,0 +1,188 @@
+"""Which tokenizer belongs to a model, an A directory, a bundle or an adapter: five places, in order of priority.
+
+1. the path the user names, 2. the base model itself, 3. its `original_config/`, 4. what the adapter's
+`adapter_config.json` names as its base model, 5. what the base model's `manifest.json` names as its base model.
+A folder named in 4 and 5 may hold its tokenizer in its own `original_config/`.
+
+transformers is imported only when a tokenizer is loaded: a merge that just copies the files stays light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mistral_prune_lora.errors import CheckpointError
+
+# Any one of these groups is a tokenizer; the other names only add to it.
+_VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load_tokenizer(
+    base_model_path: str | Path, *, tokenizer_path: str | Path | None = None, adapter_path: str | Path | None = None
+):
+    """Load the tokenizer that `find_tokenizer` finds; of Hub ids, the first that can be had.
+
+    Args:
+        base_model_path: a model, A or bundle directory, or a Hub id.
+        tokenizer_path: the user's own choice; nothing else is tried if it is given.
+        adapter_path: a LoRA adapter's directory, asked for its base model.
+
+    Returns:
+        A transformers tokenizer whose `name_or_path` is the absolute path or Hub id that it came from.
+
+    Raises:
+        CheckpointError: there is none in any place (names every place tried), or its files are malformed.
+    """
+    from transformers import AutoTokenizer
+
+    tried = []
+    for step, place, problem in _places(base_model_path, tokenizer_path, adapter_path):
+        if problem:
+            tried.append(f"{step}: {problem}")
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(os.fspath(place))
+        except Exception as error:  # whatever a malformed file provokes in one of three tokenizer libraries
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(place, Path):
+                raise CheckpointError(
+                    f"the tokenizer cannot be loaded: {first}", where=place, mend="copy the tokenizer files there again"
+                ) from error
+            tried.append(f"{step}: {place} on the Hub: {first}")
+    raise _not_found(tried)
+
+
+def find_tokenizer(
+    base_model_path: str | Path, *, tokenizer_path: str | Path | None = None, adapter_path: str | Path | None = None
+) -> Path | str:
+    """The first place of the chain that has a tokenizer: an absolute directory, or a Hub id (which is not asked).
+
+    Arguments as for `load_tokenizer`.
+
+    Raises:
+        CheckpointError: there is none in any place; names every place tried.
+    """
+    tried = []
+    for step, place, problem in _places(base_model_path, tokenizer_path, adapter_path):
+        if not problem:
+            return place
+        tried.append(f"{step}: {problem}")
+    raise _not_found(tried)
+
+
+def tokenizer_files(path: str | Path) -> list[Path]:
+    """The tokenizer's files in a directory, sorted by name; empty if they do not make up a tokenizer."""
+    folder = Path(os.path.abspath(path))
+    there = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if not any(there.issuperset(group) for group in _VOCABULARIES):
+        return []
+    return [folder / name for name in sorted(there)]
+
+
+def tokenizer_identity(path: str | Path) -> str:
+    """The sha256 over names and bytes of a tokenizer's files; of a Hub id, over those files in the local Hub cache.
+
+    Raises:
+        CheckpointError: there is no tokenizer.
+    """
+    folder = Path(path) if os.path.isdir(path) else _cached(os.fspath(path))
+    files = tokenizer_files(folder)
+    if not files:
+        raise CheckpointError("there is no tokenizer", where=path, mend="name a directory with tokenizer files")
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _places(
+    base_model_path: str | Path, tokenizer_path: str | Path | None, adapter_path: str | Path | None
+) -> Iterator[tuple[str, Path | str | None, str | None]]:
+    """The chain as (step, place, None), or (step, None, what is missing there)."""
+    if tokenizer_path is not None:
+        yield "--tokenizer_path", *_resolve(tokenizer_path)
+        return
+    yield "the base model", *_resolve(base_model_path)
+    if not os.path.isdir(base_model_path):
+        original = None
+    else:
+        original = Path(base_model_path) / "original_config"
+        yield "its original_config", *_resolve(original)
+    for step, file, key in (
+        (
+            "the adapter's base model",
+            adapter_path and Path(adapter_path) / "adapter_config.json",
+            "base_model_name_or_path",
+        ),
+        ("the manifest's base model", Path(base_model_path) / "manifest.json", "base_model"),
+    ):
+        named, problem = _named_in(file, key)
+        if problem:
+            yield step, None, problem
+            continue
+        place, problem = _resolve(named)
+        if problem and os.path.isdir(named):
+            place, second = _resolve(Path(named) / "original_config")
+            problem = second and problem
+        yield step, place, problem
+
+
+def _resolve(path: str | Path) -> tuple[Path | str | None, str | None]:
+    """(directory or Hub id, None), or (None, what is missing)."""
+    if os.path.exists(path):
+        # Absolute, because transformers may take a relative path for the id of a Hub repository.
+        folder = Path(os.path.abspath(path))
+        return (folder, None) if tokenizer_files(folder) else (None, f"{folder} has no tokenizer files")
+    name = os.fspath(path)
+    if isinstance(path, str) and _HUB_ID.fullmatch(name):
+        return name, None
+    return None, f"{name} does not exist"
+
+
+def _named_in(file: Path | None, key: str) -> tuple[str, None] | tuple[None, str]:
+    if not file:
+        return None, "no adapter given"
+    try:
+        named = json.loads(file.read_text(encoding="utf-8"))[key]
+    except OSError:
+        return None, f"there is no {file}"
+    except (ValueError, KeyError, TypeError):
+        named = None
+    return (named, None) if isinstance(named, str) and named else (None, f"{file} names no {key}")
+
+
+def _cached(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(TOKENIZER_FILES), local_files_only=True))
+    except Exception as error:
+        raise CheckpointError(
+            "is neither a directory nor a Hub model in the local cache", where=repo_id, mend="load its tokenizer first"
+        ) from error
+
+
+def _not_found(tried: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"no tokenizer found; tried {'; '.join(tried)}",
+        mend="give --tokenizer_path a directory with tokenizer.json or tokenizer.model, or a Hub id",
+    )
