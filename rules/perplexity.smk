@@ -11,18 +11,18 @@ rule eval_windows:
         texts=dataset_files,
     output:
         "results/{experiment}/windows/{dataset}.eval.safetensors",
-    params:
-        tokenizer_dir=experiment_dense_dir,
-        dataset=dataset_settings,
-        seqlen=setting("perplexity", "seqlen"),
-        windows=setting("perplexity", "windows"),
-        code=code_digest("windows", "text", "tokenizer"),
     log:
         "logs/eval_windows/{experiment}.{dataset}.log",
     benchmark:
         "benchmarks/eval_windows/{experiment}.{dataset}.tsv"
     conda:
         "../envs/torch.yaml"
+    params:
+        tokenizer_dir=experiment_dense_dir,
+        dataset=dataset_settings,
+        seqlen=setting("perplexity", "seqlen"),
+        windows=setting("perplexity", "windows"),
+        code=code_digest("windows", "text", "tokenizer"),
     script:
         "../workflow_scripts/windows.py"
 
@@ -35,6 +35,12 @@ rule segment:
         config=variant_config,
     output:
         activations_output("results/{experiment}/activations/{dataset}/{variant}/{segment}.safetensors"),
+    log:
+        "logs/segment/{experiment}.{dataset}.{variant}.{segment}.log",
+    benchmark:
+        "benchmarks/segment/{experiment}.{dataset}.{variant}.{segment}.tsv"
+    conda:
+        "../envs/torch.yaml"
     params:
         model_dir=variant_model_dir,
         weights_dir=segment_weights_dir,
@@ -42,12 +48,6 @@ rule segment:
         batch_size=setting("perplexity", "batch_size"),
         dtype=setting("perplexity", "dtype"),
         code=code_digest("evaluation"),
-    log:
-        "logs/segment/{experiment}.{dataset}.{variant}.{segment}.log",
-    benchmark:
-        "benchmarks/segment/{experiment}.{dataset}.{variant}.{segment}.tsv"
-    conda:
-        "../envs/torch.yaml"
     script:
         "../workflow_scripts/segment.py"
 
@@ -61,6 +61,12 @@ rule perplexity:
     output:
         result="results/{experiment}/ppl/{dataset}/{variant}.{stage}.json",
         windows="results/{experiment}/ppl/{dataset}/{variant}.{stage}.parquet",
+    log:
+        "logs/perplexity/{experiment}.{dataset}.{variant}.{stage}.log",
+    benchmark:
+        "benchmarks/perplexity/{experiment}.{dataset}.{variant}.{stage}.tsv"
+    conda:
+        "../envs/torch.yaml"
     params:
         model_dir=variant_model_dir,
         weights_dir=stage_weights_dir,
@@ -69,11 +75,5 @@ rule perplexity:
         batch_size=setting("perplexity", "batch_size"),
         dtype=setting("perplexity", "dtype"),
         code=code_digest("evaluation"),
-    log:
-        "logs/perplexity/{experiment}.{dataset}.{variant}.{stage}.log",
-    benchmark:
-        "benchmarks/perplexity/{experiment}.{dataset}.{variant}.{stage}.tsv"
-    conda:
-        "../envs/torch.yaml"
     script:
         "../workflow_scripts/perplexity.py"

@@ -17,20 +17,20 @@ for suffix, layout, members in layout_groups():
             ),
             b=expand("results/{{experiment}}/pruning/bundles/B/{file}", file=bundle_files(layout.b)),
             c=expand("results/{{experiment}}/pruning/bundles/C/{file}", file=bundle_files(layout.c)),
+        log:
+            "logs/prune/{experiment}.log",
+        benchmark:
+            "benchmarks/prune/{experiment}.tsv"
         wildcard_constraints:
             experiment=members,
+        conda:
+            "../envs/torch.yaml"
         params:
             dense_dir=experiment_dense_dir,
             num_layers=layout.num_layers,
             b_layers=layout.b,
             c_layers=layout.c,
             code=code_digest("prune"),
-        log:
-            "logs/prune/{experiment}.log",
-        benchmark:
-            "benchmarks/prune/{experiment}.tsv"
-        conda:
-            "../envs/torch.yaml"
         script:
             "../workflow_scripts/prune.py"
 
@@ -44,6 +44,12 @@ rule importance:
         plot=report(
             "results/{experiment}/importance.svg", caption="../report/importance.rst", category="Layer importance"
         ),
+    log:
+        "logs/importance/{experiment}.log",
+    benchmark:
+        "benchmarks/importance/{experiment}.tsv"
+    conda:
+        "../envs/torch.yaml"
     params:
         dense_dir=experiment_dense_dir,
         dataset=importance_dataset,
@@ -53,11 +59,5 @@ rule importance:
         windows=setting("importance", "windows"),
         dtype=setting("importance", "dtype"),
         code=code_digest("importance"),
-    log:
-        "logs/importance/{experiment}.log",
-    benchmark:
-        "benchmarks/importance/{experiment}.tsv"
-    conda:
-        "../envs/torch.yaml"
     script:
         "../workflow_scripts/importance.py"

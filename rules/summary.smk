@@ -14,14 +14,14 @@ rule summary:
     output:
         summary="results/summary.csv",
         comparisons="results/comparisons.csv",
-    params:
-        code=code_digest("summary"),
     log:
         "logs/summary.log",
     benchmark:
         "benchmarks/summary.tsv"
     conda:
         "../envs/report.yaml"
+    params:
+        code=code_digest("summary"),
     script:
         "../workflow_scripts/summary.py"
 
@@ -31,13 +31,24 @@ rule plot_perplexity:
         "results/summary.csv",
     output:
         report("results/plots/perplexity.svg", caption="../report/perplexity.rst", category="Perplexity"),
-    params:
-        code=code_digest("plots"),
     log:
         "logs/plot_perplexity.log",
     benchmark:
         "benchmarks/plot_perplexity.tsv"
     conda:
         "../envs/report.yaml"
+    params:
+        code=code_digest("plots"),
     script:
         "../workflow_scripts/plot_perplexity.py"
+
+
+# On request: what `keep_activations` keeps can take many gigabytes. Results stay; a later adapter runs more layers.
+rule drop_activations:
+    output:
+        touch("results/.activations_dropped"),
+    log:
+        "logs/drop_activations.log",
+    localrule: True
+    shell:
+        "rm -rf results/*/activations 2>{log}"

@@ -1,0 +1,48 @@
+"""A small project of a user: tiny dense model, text, adapters and a configuration."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_adapter, save_tokenizer, tiny_config
+from transformers import MistralForCausalLM
+from workflow_project import Project
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory) -> Path:
+    """What a user has before the first run: a dense model, a text, an adapter for each part and one more for B and C."""
+    folder = tmp_path_factory.mktemp("assets")
+    torch.manual_seed(0)
+    model = MistralForCausalLM(tiny_config(vocab_size=259)).to(torch.bfloat16)
+    model.save_pretrained(folder / "dense")
+    save_tokenizer(folder / "dense")
+    sentences = [f"Sentence {i} says that {i} times {i} is {i * i}." for i in range(200)]
+    (folder / "corpus.txt").write_text("\n".join(sentences))
+    for seed, (name, layers) in enumerate(
+        {"A": [0, 1, 2, 7], "B": [3, 4], "C": [5, 6], "other_B": [3, 4], "other_C": [5, 6]}.items()
+    ):
+        save_adapter(folder / "adapters" / name, folder / "dense", layers, seed)
+    return folder
+
+
+@pytest.fixture
+def project(assets: Path, tmp_path: Path) -> Project:
+    """Given adapters, pruned here, measured at three stages; nothing run yet."""
+    folder = tmp_path / "project"
+    shutil.copytree(assets, folder)
+    experiment = {
+        "model": "dense",
+        "layers": {"B": [3, 4], "C": [5, 6]},
+        "adapters": {part: f"adapters/{part}" for part in "ABC"},
+        "perplexity": {"datasets": ["corpus"], "seqlen": 32, "windows": 6, "batch_size": 4, "dtype": "fp32"},
+    }
+    config = {
+        "models": {"dense": {"path": "dense", "num_layers": 8}},
+        "datasets": {"corpus": {"text_files": ["corpus.txt"]}},
+        "experiments": {"tiny": experiment},
+    }
+    return Project(folder, config)

@@ -1,0 +1,38 @@
+"""Mistakes of a user, as snakemake reports them."""
+
+
+def test_every_mistake_in_the_configuration_is_named_before_anything_runs(project):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["perplexity"]["seqlenn"] = 3
+    experiment["adapters"]["D"] = "x"
+    printed = project.snakemake(succeeds=False)
+    assert "experiments.tiny.perplexity.seqlenn: unknown key" in printed
+    assert "experiments.tiny.adapters.D: unknown key; known here: A, B, C" in printed
+    assert "Traceback" not in printed
+    assert not (project.folder / "results").exists()
+
+
+def test_a_failed_merge_leaves_nothing_behind_and_is_not_forgotten(project):
+    weights = project.folder / "adapters/C/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    project.jobs()
+    weights.write_bytes(whole[:-7])
+    printed = project.snakemake(succeeds=False)
+    assert "error: " in printed and "adapter_model.safetensors" in printed
+    assert not project.path("merged/C_merged/merge.json").exists()
+    # Still failed, though everything that is left is older than the summary.
+    project.snakemake(succeeds=False)
+    weights.write_bytes(whole)
+    assert project.jobs()["merge_C"] == 1
+    assert project.path("merged/C_merged/merge.json").exists()
+
+
+def test_layers_that_the_model_does_not_have(project):
+    project.config["experiments"]["tiny"]["layers"]["C"] = [5, 8]
+    assert "layers [8] do not exist in a model of 8 layers" in project.snakemake(succeeds=False)
+
+
+def test_a_wrong_number_of_layers_is_found_when_the_model_is_cut(project):
+    project.config["models"]["dense"]["num_layers"] = 9
+    printed = project.snakemake(succeeds=False)
+    assert "num_layers" in printed and "8" in printed

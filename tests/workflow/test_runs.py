@@ -1,0 +1,133 @@
+"""What runs, and what does not run again: snakemake on a tiny project, for real."""
+
+import json
+
+import pandas as pd
+from safetensors import safe_open
+
+STAGES = ("A", "AB", "FULL")
+EVERYTHING = {
+    "prune": 1,
+    "merge_A": 1,
+    "merge_B": 1,
+    "merge_C": 1,
+    "eval_windows": 1,
+    "segment": 6,
+    "dense_perplexity": 1,
+    "perplexity": 6,
+    "summary": 1,
+    "plot_perplexity": 1,
+}
+
+
+def result(project, variant, stage):
+    return json.loads(project.path(f"ppl/corpus/{variant}.{stage}.json").read_text())
+
+
+def test_given_adapters_from_first_run_to_replaced_adapters(project):
+    assert project.jobs() == EVERYTHING
+    assert project.jobs() == {}
+
+    pruned, dense = result(project, "pruned", "FULL"), result(project, "dense", "FULL")
+    assert pruned["mean_nll"] == dense["mean_nll"]
+    table = pd.read_csv(project.folder / "results/summary.csv")
+    assert list(zip(table.variant, table.stage, strict=True)) == [
+        ("dense", "FULL"),
+        *(("pruned", stage) for stage in STAGES),
+        *(("merged", stage) for stage in STAGES),
+    ]
+    assert set(table.experiment) == {"tiny"} and set(table.dataset) == {"corpus"}
+    assert table.active_layers.tolist() == [8, 4, 6, 8, 4, 6, 8]
+    assert table.tokens.tolist() == [6 * 31] * 7
+
+    before = {stage: result(project, "merged", stage)["ppl"] for stage in STAGES}
+    project.replace_adapter("C", by="other_C")
+    assert project.jobs() == {"merge_C": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
+    after = {stage: result(project, "merged", stage)["ppl"] for stage in STAGES}
+    assert after["A"] == before["A"] and after["AB"] == before["AB"] and after["FULL"] != before["FULL"]
+
+    project.replace_adapter("B", by="other_B")
+    assert project.jobs() == {"merge_B": 1, "segment": 2, "perplexity": 2, "summary": 1, "plot_perplexity": 1}
+    assert result(project, "merged", "A")["ppl"] == before["A"]
+    assert result(project, "merged", "AB")["ppl"] != before["AB"]
+
+
+def test_a_changed_setting_reruns_what_uses_it(project):
+    project.jobs()
+    perplexity = project.config["experiments"]["tiny"]["perplexity"]
+    perplexity["windows"] = 5
+    rerun = project.jobs()
+    assert rerun == {
+        rule: n for rule, n in EVERYTHING.items() if rule not in ("prune", "merge_A", "merge_B", "merge_C")
+    }
+    perplexity["compare_with_dense"] = False
+    assert project.jobs() == {"perplexity": 6, "summary": 1, "plot_perplexity": 1}
+    # Another profile value or number of cores is no reason to compute anything again.
+    assert project.jobs("--set-resources", "segment:mem_mb=3000", "merge_A:gpu=0") == {}
+
+
+def test_parts_hold_their_own_layers_and_no_others(project):
+    project.jobs(*(f"results/tiny/merged/{part}_merged/merge.json" for part in "ABC"))
+    with safe_open(project.path("merged/A_merged/model.safetensors"), "pt") as weights:
+        layers = {int(name.split(".")[2]) for name in weights.keys() if ".layers." in name}  # noqa: SIM118
+    assert layers == {0, 1, 2, 7}
+    for part, held in (("B", [3, 4]), ("C", [5, 6])):
+        folder = project.path(f"merged/{part}_merged")
+        assert sorted(p.name for p in folder.glob("*.safetensors")) == [f"layer_{i:03d}.safetensors" for i in held]
+        assert json.loads((folder / "bundle_meta.json").read_text())["layer_indices"] == held
+
+
+def test_dropped_activations_are_only_made_again_when_they_are_needed(project):
+    project.jobs()
+    assert project.jobs("drop_activations") == {"drop_activations": 1}
+    assert not list(project.path("").glob("activations/**/*.safetensors"))
+    assert project.jobs() == {}
+    project.replace_adapter("C", by="other_C")
+    rerun = project.jobs()
+    assert {rule: rerun[rule] for rule in ("merge_C", "perplexity")} == {"merge_C": 1, "perplexity": 1}
+
+
+def test_two_experiments_with_other_layers_share_one_summary(project):
+    experiments = project.config["experiments"]
+    experiments["other"] = {
+        **experiments["tiny"],
+        "layers": {"B": [2, 4], "C": [6]},
+        "adapters": {"A": "adapters/A", "B": "adapters/B", "C": "adapters/C"},
+    }
+    experiments["other"]["perplexity"] = {**experiments["tiny"]["perplexity"], "variants": ["pruned"]}
+    experiments["tiny"]["perplexity"] = experiments["other"]["perplexity"]
+    project.jobs("results/summary.csv")
+    table = pd.read_csv(project.folder / "results/summary.csv")
+    assert table.groupby("experiment").active_layers.apply(list).to_dict() == {"other": [5, 7, 8], "tiny": [4, 6, 8]}
+    full = table[table.stage == "FULL"].ppl
+    assert full.nunique() == 1  # both are the dense model
+
+
+def test_adapters_are_trained_on_what_stands_before_them(project):
+    experiment = project.config["experiments"]["tiny"]
+    optimiser = {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "warmup_steps": 0}
+    experiment["adapters"] = {"A": "train", "B": "train", "C": "train"}
+    experiment["distill"] = {
+        "dataset": "corpus",
+        "seqlen": 32,
+        "windows": 8,
+        "dtype": "fp32",
+        "share_teacher_states": True,
+        "lora": {"rank": 2},
+        "stages": {part: optimiser for part in "ABC"},
+    }
+    trained = {"train_windows": 1, "teacher_states": 1, "train_adapter": 3}
+    assert project.jobs() == EVERYTHING | trained
+    for part, held in (("A", {0, 1, 2, 7}), ("B", {3, 4}), ("C", {5, 6})):
+        with safe_open(project.path(f"adapters/{part}_lora/adapter_model.safetensors"), "pt") as adapter:
+            assert {int(name.split(".layers.")[1].split(".")[0]) for name in adapter.keys()} == held  # noqa: SIM118
+
+    # Another C adapter of one's own: nothing is trained again.
+    experiment["adapters"]["C"] = "adapters/C"
+    assert project.jobs() == {"merge_C": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
+    # Other training of B: what is trained on B runs again too, here nothing, since C is given.
+    experiment["distill"]["stages"] = {**experiment["distill"]["stages"], "B": {**optimiser, "learning_rate": 0.01}}
+    rerun = project.jobs()
+    assert rerun == {
+        "train_adapter": 1, "merge_B": 1, "segment": 2, "perplexity": 2, "summary": 1, "plot_perplexity": 1,
+    }  # fmt: skip

@@ -1,0 +1,53 @@
+"""A user's working directory, and snakemake run in it for real."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+class Project:
+    """A working directory with a configuration, and snakemake to run in it."""
+
+    def __init__(self, folder: Path, config: dict) -> None:
+        self.folder, self.config = folder, config
+
+    def snakemake(self, *arguments: str, succeeds: bool = True) -> str:
+        """Run `snakemake --cores 2` and return everything it printed."""
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config))
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+        run = subprocess.run(
+            [*command, "--configfile", "config.yaml", *arguments],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        assert (run.returncode == 0) == succeeds, run.stdout[-8000:]
+        return run.stdout
+
+    def jobs(self, *arguments: str) -> dict[str, int]:
+        """Run snakemake and return how many jobs of each rule it ran, `all` left out; {} if nothing was to be done."""
+        printed = self.snakemake(*arguments)
+        table = re.search(r"Job stats:\njob\s+count\n[-\s]+\n(.*?)\ntotal", printed, re.DOTALL)
+        if table is None:
+            assert "Nothing to be done" in printed
+            return {}
+        counts = dict(line.split() for line in table[1].splitlines())
+        return {rule: int(count) for rule, count in counts.items() if rule != "all"}
+
+    def replace_adapter(self, part: str, by: str) -> None:
+        """Put another adapter's files in place of a part's."""
+        for file in (self.folder / "adapters" / by).iterdir():
+            shutil.copyfile(file, self.folder / "adapters" / part / file.name)
+
+    def path(self, name: str) -> Path:
+        return self.folder / "results" / "tiny" / name
