@@ -45,8 +45,6 @@ rule plot_perplexity:
 
 # On request: what `keep_activations` keeps can take many gigabytes. Results stay; a later adapter runs more layers.
 rule drop_activations:
-    output:
-        touch("results/.activations_dropped"),
     log:
         "logs/drop_activations.log",
     localrule: True

@@ -14,7 +14,7 @@ from workflow_project import Project
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory) -> Path:
-    """What a user has before the first run: a dense model, a text, an adapter for each part and one more for B and C."""
+    """What a user has before the first run: a dense model, a text, an adapter a part, two more."""
     folder = tmp_path_factory.mktemp("assets")
     torch.manual_seed(0)
     model = MistralForCausalLM(tiny_config(vocab_size=259)).to(torch.bfloat16)
@@ -29,20 +29,39 @@ def assets(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def project(assets: Path, tmp_path: Path) -> Project:
-    """Given adapters, pruned here, measured at three stages; nothing run yet."""
-    folder = tmp_path / "project"
-    shutil.copytree(assets, folder)
+def configuration() -> dict:
+    """Given adapters, pruned here, measured at three stages."""
     experiment = {
         "model": "dense",
         "layers": {"B": [3, 4], "C": [5, 6]},
         "adapters": {part: f"adapters/{part}" for part in "ABC"},
         "perplexity": {"datasets": ["corpus"], "seqlen": 32, "windows": 6, "batch_size": 4, "dtype": "fp32"},
     }
-    config = {
+    return {
         "models": {"dense": {"path": "dense", "num_layers": 8}},
         "datasets": {"corpus": {"text_files": ["corpus.txt"]}},
         "experiments": {"tiny": experiment},
     }
-    return Project(folder, config)
+
+
+@pytest.fixture
+def project(assets: Path, tmp_path: Path) -> Project:
+    """A project in which nothing was run yet."""
+    shutil.copytree(assets, tmp_path / "project")
+    return Project(tmp_path / "project", configuration())
+
+
+@pytest.fixture(scope="session")
+def first_run(assets: Path, tmp_path_factory) -> tuple[Project, dict[str, int]]:
+    """A project after its first run, and the jobs of that run. Not to be changed: tests work on copies."""
+    folder = tmp_path_factory.mktemp("first") / "project"
+    shutil.copytree(assets, folder)
+    project = Project(folder, configuration())
+    return project, project.jobs()
+
+
+@pytest.fixture
+def finished(first_run, tmp_path: Path) -> Project:
+    """A copy of a project after its first run; files keep their times, so snakemake finds nothing to do."""
+    shutil.copytree(first_run[0].folder, tmp_path / "project")
+    return Project(tmp_path / "project", configuration())

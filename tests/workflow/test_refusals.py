@@ -12,19 +12,18 @@ def test_every_mistake_in_the_configuration_is_named_before_anything_runs(projec
     assert not (project.folder / "results").exists()
 
 
-def test_a_failed_merge_leaves_nothing_behind_and_is_not_forgotten(project):
-    weights = project.folder / "adapters/C/adapter_model.safetensors"
+def test_a_failed_merge_leaves_nothing_behind_and_is_not_forgotten(finished):
+    weights = finished.folder / "adapters/C/adapter_model.safetensors"
     whole = weights.read_bytes()
-    project.jobs()
     weights.write_bytes(whole[:-7])
-    printed = project.snakemake(succeeds=False)
+    printed = finished.snakemake(succeeds=False)
     assert "error: " in printed and "adapter_model.safetensors" in printed
-    assert not project.path("merged/C_merged/merge.json").exists()
+    assert not finished.path("merged/C_merged/merge.json").exists()
     # Still failed, though everything that is left is older than the summary.
-    project.snakemake(succeeds=False)
+    finished.snakemake(succeeds=False)
     weights.write_bytes(whole)
-    assert project.jobs()["merge_C"] == 1
-    assert project.path("merged/C_merged/merge.json").exists()
+    assert finished.jobs()["merge_C"] == 1
+    assert finished.path("merged/C_merged/merge.json").exists()
 
 
 def test_layers_that_the_model_does_not_have(project):

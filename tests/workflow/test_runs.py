@@ -24,13 +24,15 @@ def result(project, variant, stage):
     return json.loads(project.path(f"ppl/corpus/{variant}.{stage}.json").read_text())
 
 
-def test_given_adapters_from_first_run_to_replaced_adapters(project):
-    assert project.jobs() == EVERYTHING
-    assert project.jobs() == {}
+def test_the_first_run_makes_everything_and_the_second_nothing(first_run, finished):
+    assert first_run[1] == EVERYTHING
+    assert finished.jobs() == {}
 
-    pruned, dense = result(project, "pruned", "FULL"), result(project, "dense", "FULL")
+
+def test_pruned_full_is_the_dense_model_and_every_stage_has_its_row(finished):
+    pruned, dense = result(finished, "pruned", "FULL"), result(finished, "dense", "FULL")
     assert pruned["mean_nll"] == dense["mean_nll"]
-    table = pd.read_csv(project.folder / "results/summary.csv")
+    table = pd.read_csv(finished.folder / "results/summary.csv")
     assert list(zip(table.variant, table.stage, strict=True)) == [
         ("dense", "FULL"),
         *(("pruned", stage) for stage in STAGES),
@@ -40,50 +42,49 @@ def test_given_adapters_from_first_run_to_replaced_adapters(project):
     assert table.active_layers.tolist() == [8, 4, 6, 8, 4, 6, 8]
     assert table.tokens.tolist() == [6 * 31] * 7
 
-    before = {stage: result(project, "merged", stage)["ppl"] for stage in STAGES}
-    project.replace_adapter("C", by="other_C")
-    assert project.jobs() == {"merge_C": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
-    after = {stage: result(project, "merged", stage)["ppl"] for stage in STAGES}
+
+def test_a_replaced_adapter_reruns_what_it_goes_into_and_nothing_else(finished):
+    before = {stage: result(finished, "merged", stage)["ppl"] for stage in STAGES}
+    finished.replace_adapter("C", by="other_C")
+    assert finished.jobs() == {"merge_C": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
+    after = {stage: result(finished, "merged", stage)["ppl"] for stage in STAGES}
     assert after["A"] == before["A"] and after["AB"] == before["AB"] and after["FULL"] != before["FULL"]
 
-    project.replace_adapter("B", by="other_B")
-    assert project.jobs() == {"merge_B": 1, "segment": 2, "perplexity": 2, "summary": 1, "plot_perplexity": 1}
-    assert result(project, "merged", "A")["ppl"] == before["A"]
-    assert result(project, "merged", "AB")["ppl"] != before["AB"]
+    finished.replace_adapter("B", by="other_B")
+    assert finished.jobs() == {"merge_B": 1, "segment": 2, "perplexity": 2, "summary": 1, "plot_perplexity": 1}
+    assert result(finished, "merged", "A")["ppl"] == before["A"]
+    assert result(finished, "merged", "AB")["ppl"] != before["AB"]
 
 
-def test_a_changed_setting_reruns_what_uses_it(project):
-    project.jobs()
-    perplexity = project.config["experiments"]["tiny"]["perplexity"]
+def test_a_changed_setting_reruns_what_uses_it(finished):
+    perplexity = finished.config["experiments"]["tiny"]["perplexity"]
     perplexity["windows"] = 5
-    rerun = project.jobs()
+    rerun = finished.jobs()
     assert rerun == {
         rule: n for rule, n in EVERYTHING.items() if rule not in ("prune", "merge_A", "merge_B", "merge_C")
     }
     perplexity["compare_with_dense"] = False
-    assert project.jobs() == {"perplexity": 6, "summary": 1, "plot_perplexity": 1}
+    assert finished.jobs() == {"perplexity": 6, "summary": 1, "plot_perplexity": 1}
     # Another profile value or number of cores is no reason to compute anything again.
-    assert project.jobs("--set-resources", "segment:mem_mb=3000", "merge_A:gpu=0") == {}
+    assert finished.jobs("--set-resources", "segment:mem_mb=3000", "merge_A:gpu=0") == {}
 
 
-def test_parts_hold_their_own_layers_and_no_others(project):
-    project.jobs(*(f"results/tiny/merged/{part}_merged/merge.json" for part in "ABC"))
-    with safe_open(project.path("merged/A_merged/model.safetensors"), "pt") as weights:
+def test_parts_hold_their_own_layers_and_no_others(finished):
+    with safe_open(finished.path("merged/A_merged/model.safetensors"), "pt") as weights:
         layers = {int(name.split(".")[2]) for name in weights.keys() if ".layers." in name}  # noqa: SIM118
     assert layers == {0, 1, 2, 7}
     for part, held in (("B", [3, 4]), ("C", [5, 6])):
-        folder = project.path(f"merged/{part}_merged")
+        folder = finished.path(f"merged/{part}_merged")
         assert sorted(p.name for p in folder.glob("*.safetensors")) == [f"layer_{i:03d}.safetensors" for i in held]
         assert json.loads((folder / "bundle_meta.json").read_text())["layer_indices"] == held
 
 
-def test_dropped_activations_are_only_made_again_when_they_are_needed(project):
-    project.jobs()
-    assert project.jobs("drop_activations") == {"drop_activations": 1}
-    assert not list(project.path("").glob("activations/**/*.safetensors"))
-    assert project.jobs() == {}
-    project.replace_adapter("C", by="other_C")
-    rerun = project.jobs()
+def test_dropped_activations_are_only_made_again_when_they_are_needed(finished):
+    assert finished.jobs("drop_activations") == {"drop_activations": 1}
+    assert not list(finished.path("").glob("activations/**/*.safetensors"))
+    assert finished.jobs() == {}
+    finished.replace_adapter("C", by="other_C")
+    rerun = finished.jobs()
     assert {rule: rerun[rule] for rule in ("merge_C", "perplexity")} == {"merge_C": 1, "perplexity": 1}
 
 
