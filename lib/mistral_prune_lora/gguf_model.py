@@ -1,0 +1,134 @@
+"""A GGUF file turned into a bf16 MistralForCausalLM directory whose float32 logits are the file's own.
+
+Mistral's architecture is Llama's, plus an optional sliding window: the same tensors under the same names give the same
+numbers. transformers reads (and dequantises) the file; what it read is put into the Mistral class and compared with
+the model it came from before anything is rounded to bf16.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from mistral_prune_lora.errors import SourceError
+from mistral_prune_lora.layout import weight_files
+
+ARCHITECTURES = ("llama", "mistral")
+_CHECKED_TEXT = "The quick brown fox jumps over the lazy dog, and 42 of its friends follow."
+_KNOWN_TENSORS = re.compile(
+    r"token_embd\.weight|output_norm\.weight|output\.weight"
+    r"|blk\.\d+\.(attn_norm|attn_q|attn_k|attn_v|attn_output|ffn_norm|ffn_gate|ffn_up|ffn_down)\.weight"
+)
+_KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",  # the file's float32 value, not the decimal it was made from: the logits depend on it
+    "rope_parameters",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def convert_gguf(gguf: str | Path, output_dir: str | Path) -> dict:
+    """Write config, generation config, bf16 weights and tokenizer of a GGUF model into an existing directory.
+
+    Args:
+        gguf: the file, of architecture llama or mistral, in any quantisation that transformers reads.
+        output_dir: an existing directory.
+
+    Returns:
+        What the file says of itself: architecture, name, license.
+
+    Raises:
+        SourceError: not a GGUF file, another architecture, tensors that a Mistral does not have, or logits that differ
+            from the source model's.
+    """
+    # The heavy imports come after the file is known to be worth them.
+    gguf, output_dir = Path(gguf), Path(output_dir)
+    description = _describe(gguf)
+
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        GenerationConfig,
+        MistralConfig,
+        MistralForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    # Not AutoTokenizer: to learn the tokenizer's class it would read the file a second, slow way, ten times as long.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    config = MistralConfig(
+        **{name: getattr(source.config, name) for name in _KEPT}, sliding_window=description.pop("sliding_window")
+    )
+    with torch.device("meta"):
+        model = MistralForCausalLM(config)
+    model.load_state_dict(source.state_dict(), assign=True)
+    model.tie_weights()
+    # Computed, not stored: a rotary embedding made on the meta device has no numbers.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.eval()
+
+    ids = tokenizer(_CHECKED_TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        if not torch.equal(source(ids).logits, model(ids).logits):
+            raise SourceError(
+                "the converted model's float32 logits differ from the source model's",
+                where=gguf,
+                mend="convert this model with its own tools and give its directory instead",
+            )
+    del source
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    # The safetensors library makes files that only their owner may read.
+    for name in weight_files(output_dir):
+        os.chmod(output_dir / name, (output_dir / "config.json").stat().st_mode)
+    return description
+
+
+def _describe(gguf: Path) -> dict:
+    """Architecture, name, license and sliding window from the header; SourceError if it is not for us."""
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    try:
+        metadata, tensors = read_gguf_metadata(str(gguf))
+    except Exception as error:  # a truncated header fails in many ways
+        raise SourceError(
+            f"is not a GGUF file that can be read: {error}", where=gguf, mend="fetch it again, or name another file"
+        ) from None
+    architecture = metadata["general.architecture"]
+    if architecture not in ARCHITECTURES:
+        raise SourceError(
+            f"holds a model of architecture {architecture!r}",
+            where=gguf,
+            mend=f"use one of architecture {' or '.join(ARCHITECTURES)}",
+        )
+    foreign = [name for name in tensors if not _KNOWN_TENSORS.fullmatch(name)]
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if foreign or scaling != "none":
+        what = f"tensor {foreign[0]}" if foreign else f"rope scaling of type {scaling!r}"
+        raise SourceError(
+            f"has {what}, which this conversion would lose",
+            where=gguf,
+            mend="convert this model with its own tools and give its directory instead",
+        )
+    return {
+        "architecture": architecture,
+        "name": metadata.get("general.name"),
+        "license": metadata.get("general.license"),
+        "sliding_window": metadata.get(f"{architecture}.attention.sliding_window"),
+    }
