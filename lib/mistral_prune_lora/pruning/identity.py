@@ -12,8 +12,8 @@ class PassLayer(nn.Module):
     Args:
         layer_idx: the original index of the layer it replaces.
 
-    A KV cache measures its length by its first layer alone. Where that layer is this one, an empty key and value of the
-    right length keep the count, or cached generation would start every step at position 0.
+    A KV cache measures its length by its first layer alone. Where that layer is this one, a key and value of one number
+    a token keep the count (an empty tensor counts as length 0), or generation would start each step at position 0.
     """
 
     def __init__(self, layer_idx: int) -> None:
@@ -24,6 +24,6 @@ class PassLayer(nn.Module):
         """Return `hidden_states`, shape (batch, tokens, hidden)."""
         if past_key_values is not None and self.layer_idx == 0:
             batch, tokens, _ = hidden_states.shape
-            empty = hidden_states.new_empty(batch, 1, tokens, 0)
-            past_key_values.update(empty, empty, self.layer_idx)
+            counted = hidden_states.new_zeros(batch, 1, tokens, 1)
+            past_key_values.update(counted, counted, self.layer_idx)
         return hidden_states
