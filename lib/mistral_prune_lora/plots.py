@@ -1,0 +1,60 @@
+"""The plot of perplexity by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from mistral_prune_lora.layout import STAGES
+from mistral_prune_lora.transaction import atomic_file
+
+_STYLE = {"pruned": ("o", "#b5651d"), "merged": ("s", "#1f6f8b")}
+
+
+def plot_perplexity(summary: str | Path, output: str | Path) -> None:
+    """Draw PPL by stage, one panel for each dataset and experiment, one line a variant, the dense model as a rule.
+
+    Args:
+        summary: summary.csv.
+        output: the picture; its suffix decides the format.
+    """
+    table = pd.read_csv(summary)
+    panels = list(table.groupby(["dataset", "experiment"], sort=False))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
+    for axis, ((dataset, experiment), rows) in zip(axes[0], panels, strict=True):
+        _panel(axis, rows)
+        axis.set_title(f"{experiment} on {dataset}")
+    axes[0][0].set_ylabel("perplexity (log scale)")
+    # Fixed metadata and ids: the same numbers give the same bytes.
+    with atomic_file(output) as fresh, matplotlib.rc_context({"svg.hashsalt": "perplexity"}):
+        figure.savefig(fresh, dpi=150, metadata={"Date": None} if fresh.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def _panel(axis, rows: pd.DataFrame) -> None:
+    for variant, (marker, colour) in _STYLE.items():
+        line = rows[rows.variant == variant].set_index("stage").reindex(STAGES).dropna(subset="ppl")
+        if line.empty:
+            continue
+        places = [STAGES.index(stage) for stage in line.index]
+        axis.errorbar(places, line.ppl, line.ppl_se, marker=marker, color=colour, capsize=3, label=variant)
+        for place, ppl in zip(places, line.ppl, strict=True):
+            axis.annotate(f"{ppl:.1f}", (place, ppl), textcoords="offset points", xytext=(6, 5), fontsize=8)
+    for ppl in rows[rows.variant == "dense"].ppl:
+        axis.axhline(ppl, color="0.4", linestyle="--", label=f"dense, {ppl:.1f}")
+    axis.set_xticks(range(len(STAGES)), STAGES)
+    axis.set_xlim(-0.3, len(STAGES) - 0.6)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
+    ticks = sorted({float(f"{ppl:.2g}") for ppl in rows.ppl})
+    axis.set_yticks(ticks[:: max(1, len(ticks) // 6)])
+    axis.set_xlabel("stage")
+    axis.legend(frameon=False, fontsize=8)
