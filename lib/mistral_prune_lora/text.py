@@ -39,7 +39,7 @@ class Text:
 
 
 def load_text(
-    dataset: str,
+    dataset: str | None = None,
     *,
     split: str = "test",
     mirror: str | Path | None = None,
@@ -54,7 +54,7 @@ def load_text(
             in a folder that carry a split's name are chosen by it; a folder without such names is one split.
         split: "train", "validation" or "test". c4 has no test split; its validation file stands for both.
         mirror: local copy of a benchmark's repository, of the folder of its configuration, or of a single file.
-        text_files: UTF-8 text files, joined with a blank line; they replace `dataset`.
+        text_files: UTF-8 text files, joined with a blank line; `dataset` is not looked at if they are given.
         column: the column (or JSON key) of a user's dataset that holds the text.
 
     Raises:
@@ -96,7 +96,7 @@ class Documents:
 
 
 def load_documents(
-    dataset: str,
+    dataset: str | None = None,
     *,
     split: str = "test",
     mirror: str | Path | None = None,
@@ -116,6 +116,8 @@ def load_documents(
         paths = [Path(path) for path in text_files]
         rows = [read_text(path) for path in paths]
         return Documents("+".join(path.stem for path in paths), rows, _PARAGRAPH, describe_files(paths))
+    if dataset is None:
+        raise DataError("neither a dataset nor a text file is given", mend=f"use one of {', '.join(DATASETS)}")
     if dataset in BENCHMARKS:
         rows, source = benchmark_rows(dataset, split, mirror)
         return Documents(dataset, rows, BENCHMARKS[dataset].separator, source)

@@ -151,7 +151,7 @@ def _download(name: str, benchmark: Benchmark, split: str) -> Path:
 
     file = f"{benchmark.folder}/{benchmark.files[split]}"
     where = f"the Hub dataset {benchmark.repo_id}"
-    mirror = f"Give a local copy of {file} as mirror of {name}, or use the built-in dataset pydoc"
+    mirror = f"give a local copy of {file} as mirror of {name}, or use the built-in dataset pydoc"
     try:
         return Path(hf_hub_download(benchmark.repo_id, file, repo_type="dataset", revision=benchmark.revision))
     except LocalEntryNotFoundError:

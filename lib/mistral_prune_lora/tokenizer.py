@@ -41,7 +41,7 @@ def load_tokenizer(
     """Load the tokenizer that `find_tokenizer` finds; of Hub ids, the first that can be had.
 
     Args:
-        base_model_path: a model, A or bundle directory, or a Hub id.
+        base_model_path: a model, A or bundle directory, or a Hub id (a str: a Path is never taken for one).
         tokenizer_path: the user's own choice; nothing else is tried if it is given.
         adapter_path: a LoRA adapter's directory, asked for its base model.
 

@@ -1,0 +1,231 @@
+"""The five places a tokenizer is looked for, in order, and that a local path never becomes a repository id."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from tiny import save_tokenizer, tiny_config
+
+from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.tokenizer import find_tokenizer, load_tokenizer, tokenizer_files, tokenizer_identity
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, saved: Path, monkeypatch):
+    """Puts a tokenizer into a folder below the working directory; its `name` token tells the folders apart."""
+    monkeypatch.chdir(tmp_path)
+
+    def put(name: str) -> Path:
+        folder = Path(name)
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": f"<{name}>"}))
+        return folder
+
+    return put
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def found(place: Path, **options) -> str:
+    """The folder that both functions agree on, relative to the working directory."""
+    path = find_tokenizer(place, **options)
+    loaded = load_tokenizer(place, **options)
+    assert Path(loaded.name_or_path) == path
+    assert path.is_absolute()
+    name = str(path.relative_to(Path.cwd()))
+    assert loaded.pad_token == f"<{name}>"
+    return name
+
+
+@pytest.fixture
+def all_five(place):
+    """A base model with a tokenizer in each of the five places."""
+    for name in ("chosen", "base", "base/original_config", "adapters_base", "manifests_base"):
+        place(name)
+    write_json(Path("adapter/adapter_config.json"), {"base_model_name_or_path": "./adapters_base"})
+    write_json(Path("base/manifest.json"), {"base_model": "manifests_base", "stages": {"A": {"dropped_layers": []}}})
+
+
+def drop_tokenizer(folder: str) -> None:
+    for file in tokenizer_files(folder):
+        file.unlink()
+
+
+def test_step_1_the_path_the_user_names(all_five):
+    assert found("base", tokenizer_path="chosen", adapter_path="adapter") == "chosen"
+
+
+def test_step_2_the_base_model(all_five):
+    assert found("base", adapter_path="adapter") == "base"
+    assert found("./base/") == "base"
+
+
+def test_step_3_its_original_config(all_five):
+    drop_tokenizer("base")
+    assert found("base", adapter_path="adapter") == "base/original_config"
+
+
+def test_step_4_the_adapters_base_model(all_five):
+    drop_tokenizer("base")
+    drop_tokenizer("base/original_config")
+    assert found("base", adapter_path="adapter") == "adapters_base"
+
+
+def test_step_4_in_its_original_config(all_five, place):
+    """The adapter was trained on a pruned model that keeps the dense model's tokenizer there."""
+    drop_tokenizer("adapters_base")
+    place("adapters_base/original_config")
+    write_json(Path("bundle/bundle_meta.json"), {"indices": [3, 4]})
+    assert found("bundle", adapter_path="adapter") == "adapters_base/original_config"
+
+
+def test_step_5_the_manifests_base_model(all_five):
+    for folder in ("base", "base/original_config", "adapters_base"):
+        drop_tokenizer(folder)
+    assert found("base", adapter_path="adapter") == "manifests_base"
+    assert found("base") == "manifests_base"
+
+
+def test_nothing_found_lists_what_was_tried(all_five):
+    for folder in ("base", "base/original_config", "adapters_base", "manifests_base"):
+        drop_tokenizer(folder)
+    for function in (find_tokenizer, load_tokenizer):
+        with pytest.raises(CheckpointError) as caught:
+            function("base", adapter_path="adapter")
+        message = str(caught.value)
+        here = Path.cwd()
+        for folder in ("base", "base/original_config", "adapters_base", "manifests_base"):
+            assert f"{here / folder} has no tokenizer files" in message
+        assert "--tokenizer_path" in message
+        assert "\n" not in message
+    write_json(Path("adapter/adapter_config.json"), {"peft_type": "LORA"})
+    Path("base/manifest.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json names no base_model_name_or_path; .* there is no "
+    ):
+        find_tokenizer("base", adapter_path="adapter")
+
+
+def test_the_users_choice_is_not_second_guessed(all_five):
+    drop_tokenizer("chosen")
+    with pytest.raises(CheckpointError, match="chosen has no tokenizer files"):
+        load_tokenizer("base", tokenizer_path="chosen")
+    with pytest.raises(CheckpointError, match=r"\./absent does not exist"):
+        load_tokenizer("base", tokenizer_path="./absent")
+
+
+@pytest.mark.parametrize("spelling", ["./model", "model", "model/", "./nested/../model", "{cwd}/model"])
+def test_a_local_path_reaches_transformers_absolute(place, monkeypatch, spelling: str):
+    """Handed on as it is, a path like ./merged/A was taken for the id of a repository."""
+    place("model")
+    Path("nested").mkdir()
+    asked = []
+
+    def from_pretrained(name, *args, **options):
+        asked.append(name)
+        return "tokenizer"
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    for path in (spelling.format(cwd=Path.cwd()), Path(spelling.format(cwd=Path.cwd()))):
+        assert load_tokenizer(path) == "tokenizer"
+    assert asked == [str(Path.cwd() / "model")] * 2
+
+
+@pytest.mark.parametrize("path", ["./absent", "../absent", "/absent/model", "./a/b", "a/b/c", Path("owner/model")])
+def test_an_absent_local_path_is_never_asked_of_the_hub(place, monkeypatch, path):
+    def from_pretrained(name, *args, **options):
+        pytest.fail(f"{name} was asked of the Hub")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(CheckpointError, match=f"the base model: {path} does not exist"):
+        load_tokenizer(path)
+
+
+def test_hub_ids_are_tried_in_turn(place, monkeypatch):
+    """An unreachable repository does not hide a tokenizer that lies at hand further down the chain."""
+    place("manifests_base")
+    write_json(Path("adapter/adapter_config.json"), {"base_model_name_or_path": "mistralai/Mistral-7B-v0.1"})
+    write_json(Path("base/manifest.json"), {"base_model": "manifests_base", "stages": {"A": {"dropped_layers": []}}})
+    assert find_tokenizer("base", adapter_path="adapter") == "mistralai/Mistral-7B-v0.1"
+    real = transformers.AutoTokenizer.from_pretrained
+
+    def from_pretrained(name, *args, **options):
+        if name == "mistralai/Mistral-7B-v0.1":
+            raise OSError("We couldn't connect\nto the Hub")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    assert load_tokenizer("base", adapter_path="adapter").pad_token == "<manifests_base>"
+    drop_tokenizer("manifests_base")
+    with pytest.raises(CheckpointError, match=r"Mistral-7B-v0\.1 on the Hub: We couldn't connect; the manifest"):
+        load_tokenizer("base", adapter_path="adapter")
+
+
+def test_a_model_directory_with_its_config(place):
+    folder = place("model")
+    tiny_config().save_pretrained(folder)
+    tokenizer = load_tokenizer("./model")
+    assert tokenizer.decode(tokenizer("café")["input_ids"]) == "café"
+
+
+def test_malformed_files_are_an_error_where_they_are(all_five):
+    Path("base/tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: .*\(in .*base\)"):
+        load_tokenizer("base", adapter_path="adapter")
+
+
+@pytest.mark.parametrize(
+    ("names", "complete"),
+    [
+        (["tokenizer.model"], True),
+        (["tokenizer.json", "special_tokens_map.json", "chat_template.jinja"], True),
+        (["vocab.json", "merges.txt", "added_tokens.json"], True),
+        (["vocab.json"], False),
+        (["tokenizer_config.json", "special_tokens_map.json"], False),
+        ([], False),
+    ],
+)
+def test_which_files_make_a_tokenizer(tmp_path: Path, names: list[str], complete: bool):
+    for name in (*names, "config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert [file.name for file in tokenizer_files(tmp_path)] == (sorted(names) if complete else [])
+
+
+def test_identity_is_of_names_and_bytes(place):
+    one, other = place("one"), place("other")
+    shutil.copytree(one, "copy")
+    Path("copy/config.json").write_text("{}")
+    assert tokenizer_identity("copy") == tokenizer_identity("./one") == tokenizer_identity(one)
+    assert tokenizer_identity(other) != tokenizer_identity(one)
+    (one / "added_tokens.json").write_text("{}")
+    assert tokenizer_identity("copy") != tokenizer_identity(one)
+    for nowhere in ("nested", "./absent", "owner/model"):
+        with pytest.raises(CheckpointError):
+            tokenizer_identity(nowhere)
+
+
+def test_finding_needs_no_transformers(place):
+    place("model")
+    code = (
+        "import sys; from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files, tokenizer_identity\n"
+        "tokenizer_files(find_tokenizer('model')); tokenizer_identity('model')\n"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
