@@ -182,10 +182,11 @@ def _cached_wheel(requirement: str, sha256: str, cache: Path) -> Path:
 def _pip_download(requirement: str, folder: Path, home: Path) -> None:
     # pip itself, because it knows the user's index, proxy and credentials.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", os.fspath(folder), requirement]
+    command += ["--disable-pip-version-check", "--dest", os.fspath(folder), requirement]
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
-        for line in pip.stdout:
+    # pip's progress bar goes straight to the terminal (its stdout to our stderr); what it complains about is read.
+    with subprocess.Popen(command, stdout=2, stderr=subprocess.PIPE, text=True) as pip:
+        for line in pip.stderr:
             lines.append(line)
             print(line, end="", file=sys.stderr)
     if pip.returncode == 0:
