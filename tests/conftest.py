@@ -1,13 +1,15 @@
-"""Fixtures that every test shares: tiny random models, their pruned form, adapters."""
+"""Fixtures that several rooms of tests share: a tiny random model, and a user's project around one."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import save_adapter, save_tokenizer, tiny_config
 from transformers import MistralForCausalLM
+from workflow_project import Project
 
 from mistral_prune_lora.layout import Layout
 
@@ -25,3 +27,58 @@ def dense_dir(tmp_path: Path) -> Path:
     model = MistralForCausalLM(tiny_config()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory) -> Path:
+    """What a user has before the first run: a dense model, a text, an adapter a part, two more."""
+    folder = tmp_path_factory.mktemp("assets")
+    torch.manual_seed(0)
+    model = MistralForCausalLM(tiny_config(vocab_size=259)).to(torch.bfloat16)
+    model.save_pretrained(folder / "dense")
+    save_tokenizer(folder / "dense")
+    sentences = [f"Sentence {i} says that {i} times {i} is {i * i}." for i in range(200)]
+    (folder / "corpus.txt").write_text("\n".join(sentences))
+    for seed, (name, layers) in enumerate(
+        {"A": [0, 1, 2, 7], "B": [3, 4], "C": [5, 6], "other_B": [3, 4], "other_C": [5, 6]}.items()
+    ):
+        save_adapter(folder / "adapters" / name, folder / "dense", layers, seed)
+    return folder
+
+
+def configuration() -> dict:
+    """Given adapters, pruned here, measured at three stages."""
+    experiment = {
+        "model": "dense",
+        "layers": {"B": [3, 4], "C": [5, 6]},
+        "adapters": {part: f"adapters/{part}" for part in "ABC"},
+        "perplexity": {"datasets": ["corpus"], "seqlen": 32, "windows": 6, "batch_size": 4, "dtype": "fp32"},
+    }
+    return {
+        "models": {"dense": {"path": "dense", "num_layers": 8}},
+        "datasets": {"corpus": {"text_files": ["corpus.txt"]}},
+        "experiments": {"tiny": experiment},
+    }
+
+
+@pytest.fixture
+def project(assets: Path, tmp_path: Path) -> Project:
+    """A project in which nothing was run yet."""
+    shutil.copytree(assets, tmp_path / "project")
+    return Project(tmp_path / "project", configuration())
+
+
+@pytest.fixture(scope="session")
+def first_run(assets: Path, tmp_path_factory) -> tuple[Project, dict[str, int]]:
+    """A project after its first run, and the jobs of that run. Not to be changed: tests work on copies."""
+    folder = tmp_path_factory.mktemp("first") / "project"
+    shutil.copytree(assets, folder)
+    project = Project(folder, configuration())
+    return project, project.jobs()
+
+
+@pytest.fixture
+def finished(first_run, tmp_path: Path) -> Project:
+    """A copy of a project after its first run; files keep their times, so snakemake finds nothing to do."""
+    shutil.copytree(first_run[0].folder, tmp_path / "project")
+    return Project(tmp_path / "project", configuration())
