@@ -18,8 +18,14 @@ from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError
 
-# Any one of these groups is a tokenizer; the other names only add to it.
-_VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+# Any one of these groups is a tokenizer; the other names only add to it. A tokenizer.model by itself is not: which
+# special tokens go around a text stands in tokenizer_config.json, and transformers guesses wrong without it.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("tokenizer.model", "tokenizer_config.json"),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -151,7 +157,13 @@ def _resolve(path: str | Path) -> tuple[Path | str | None, str | None]:
     if os.path.exists(path):
         # Absolute, because transformers may take a relative path for the id of a Hub repository.
         folder = Path(os.path.abspath(path))
-        return (folder, None) if tokenizer_files(folder) else (None, f"{folder} has no tokenizer files")
+        if tokenizer_files(folder):
+            return folder, None
+        bare = (folder / "tokenizer.model").is_file()
+        return (
+            None,
+            f"{folder} has {'a tokenizer.model without its tokenizer_config.json' if bare else 'no tokenizer files'}",
+        )
     name = os.fspath(path)
     if isinstance(path, str) and _HUB_ID.fullmatch(name):
         return name, None
@@ -184,5 +196,5 @@ def _cached(repo_id: str) -> Path:
 def _not_found(tried: list[str]) -> CheckpointError:
     return CheckpointError(
         f"no tokenizer found; tried {'; '.join(tried)}",
-        mend="give --tokenizer_path a directory with tokenizer.json or tokenizer.model, or a Hub id",
+        mend="give --tokenizer_path a directory with a tokenizer.json, or a Hub id",
     )

@@ -194,7 +194,8 @@ def test_malformed_files_are_an_error_where_they_are(all_five):
 @pytest.mark.parametrize(
     ("names", "complete"),
     [
-        (["tokenizer.model"], True),
+        (["tokenizer.model", "tokenizer_config.json"], True),
+        (["tokenizer.model"], False),
         (["tokenizer.json", "special_tokens_map.json", "chat_template.jinja"], True),
         (["vocab.json", "merges.txt", "added_tokens.json"], True),
         (["vocab.json"], False),
@@ -206,6 +207,13 @@ def test_which_files_make_a_tokenizer(tmp_path: Path, names: list[str], complete
     for name in (*names, "config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     assert [file.name for file in tokenizer_files(tmp_path)] == (sorted(names) if complete else [])
+
+
+def test_a_bare_sentencepiece_model_is_told_what_it_lacks(tmp_path: Path):
+    """transformers would read it, without the beginning-of-text token and without the leading space."""
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has a tokenizer\.model without its tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_identity_is_of_names_and_bytes(place):
