@@ -16,8 +16,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError, SourceError, reports_errors
-from mistral_prune_lora.text_rows import file_sha256
 from mistral_prune_lora.tokenizer import TOKENIZER_FILES, tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
 

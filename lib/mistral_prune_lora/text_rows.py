@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import re
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
 
 FORMATS = (".parquet", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".txt")
@@ -118,12 +118,6 @@ def missing_split(where: Path, split: str, there: Iterable[str]) -> DataError:
 def describe_files(paths: Sequence[Path]) -> str:
     """File names with their sha256, for provenance."""
     return ", ".join(f"{path.name} sha256={file_sha256(path)}" for path in paths)
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _decode(data: bytes, path: Path, offset: int = 0) -> str:
