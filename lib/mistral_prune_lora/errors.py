@@ -20,7 +20,7 @@ class PipelineError(Exception):
     def __init__(self, what: str, *, where: str | Path | None = None, mend: str | None = None) -> None:
         self.what, self.where, self.mend = what, where, mend
         line = f"{what} (in {where})" if where is not None else what
-        super().__init__(f"{line}. {mend}." if mend else f"{line}.")
+        super().__init__(f"{line}. {mend[0].upper()}{mend[1:]}." if mend else f"{line}.")
 
 
 class LayoutError(PipelineError):

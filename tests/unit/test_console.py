@@ -17,7 +17,7 @@ def test_a_mistake_of_the_user_ends_the_job_with_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop, console.job(tmp_path / "job.log"):
         raise PipelineError("there is no adapter", where="adapters/C", mend="train it")
     assert stop.value.code == 1
-    line = "error: there is no adapter (in adapters/C). train it.\n"
+    line = "error: there is no adapter (in adapters/C). Train it.\n"
     assert capsys.readouterr().err == line
     assert (tmp_path / "job.log").read_text() == line
 
