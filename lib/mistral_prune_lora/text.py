@@ -11,6 +11,7 @@ from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.text_benchmarks import BENCHMARKS, benchmark_rows
 from mistral_prune_lora.text_pydoc import pydoc_paragraphs, pydoc_source
 from mistral_prune_lora.text_rows import describe_files, read_rows, read_text, split_files
+from mistral_prune_lora.text_saved import is_saved_dataset, saved_rows
 
 SPLITS = ("train", "validation", "test")
 DATASETS = (*BENCHMARKS, "pydoc")
@@ -50,7 +51,8 @@ def load_text(
 
     Args:
         dataset: "wikitext2", "c4", "ptb" (from the Hub or a mirror), "pydoc" (built in, needs no network), or the path
-            of a user's dataset: a parquet, json, jsonl, jsonl.gz, csv or txt file, or a folder of such files. Files
+            of a user's dataset: a parquet, json, jsonl, jsonl.gz, csv or txt file, a folder of such files, or what
+            `datasets.save_to_disk` wrote. Files
             in a folder that carry a split's name are chosen by it; a folder without such names is one split.
         split: "train", "validation" or "test". c4 has no test split; its validation file stands for both.
         mirror: local copy of a benchmark's repository, of the folder of its configuration, or of a single file.
@@ -130,6 +132,9 @@ def load_documents(
             where="--dataset",
             mend=f"use one of {', '.join(DATASETS)}, or the path of a parquet, json, jsonl, csv or txt file",
         )
+    if is_saved_dataset(path):
+        rows, source = saved_rows(path, split, column)
+        return Documents(path.name, rows, _PARAGRAPH, source)
     files = split_files(path, split)
     rows = [row for file in files for row in read_rows(file, column)]
     return Documents(path.name.split(".")[0] or path.name, rows, _PARAGRAPH, describe_files(files))
