@@ -63,9 +63,14 @@ class TensorEntry:
     start: int
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * self.itemsize
 
     def read(self, rows: slice | None = None) -> torch.Tensor:
         """Read the tensor, or a slice of its first dimension (step 1), into fresh memory in its stored dtype.
@@ -169,13 +174,14 @@ class TensorSpec:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def plan_file(specs: Iterable[TensorSpec]) -> tuple[bytes, list[TensorSpec]]:
+def plan_file(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[TensorSpec]]:
     """The first bytes of a safetensors file (length and header) and its tensors in the order they must follow.
 
-    Equals what `safetensors.torch.save_file(..., metadata={"format": "pt"})` writes for the same tensors.
+    Equals what `safetensors.torch.save_file(..., metadata={"format": "pt"})` writes for the same tensors; `metadata`
+    adds to it.
     """
     ordered = sorted(specs, key=lambda s: (-_SORT_RANK[s.dtype], s.name))
-    header: dict[str, object] = {"__metadata__": METADATA}
+    header: dict[str, object] = {"__metadata__": METADATA | dict(metadata or {})}
     offset = 0
     for spec in ordered:
         header[spec.name] = {

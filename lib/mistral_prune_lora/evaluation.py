@@ -1,0 +1,298 @@
+"""Perplexity of stages from a tree of segments: every run of layers that stages share is computed once.
+
+Two faces of one engine. `run_segment` and `score_stage` are jobs of their own in the workflow, with boundary
+activations as files between them. `evaluate_stages` does all of it in one process, in a folder that survives a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.errors import DataError, LayoutError
+from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
+from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
+from mistral_prune_lora.layers import Compute, LayerSource
+from mistral_prune_lora.layout import STAGES, segment_tree, shared_segments, stage_run
+from mistral_prune_lora.model import DTYPES, model_config, resolve_device
+from mistral_prune_lora.statistics import WindowScores, summarise
+from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.windows import PROTOCOL, Windows
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage, measured.
+
+    Attributes:
+        record: the result with everything that identifies it, ready for JSON.
+        scores: of every window.
+    """
+
+    record: dict
+    scores: WindowScores
+
+    def save(self, result_json: str | Path, window_parquet: str | Path | None = None) -> None:
+        """Write the record as JSON and the windows' scores as parquet; each whole or not at all."""
+        if window_parquet is not None:
+            self.scores.save(window_parquet, self.record["seqlen"] - 1)
+        with atomic_file(result_json) as fresh:
+            fresh.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+
+
+def run_segment(
+    *,
+    model_dir: str | Path,
+    weights_dir: str | Path,
+    layers: Sequence[int],
+    windows: str | Path,
+    source: str | Path | None,
+    output: str | Path,
+    dtype: str,
+    device: str = "auto",
+    batch_size: int = 1,
+    max_memory: int | None = None,
+) -> None:
+    """Run windows through the layers of one segment and keep the boundary activations at its end.
+
+    A killed run is continued from its last finished batch, with the bits of an undisturbed one.
+
+    Args:
+        model_dir: the A model, merged A or dense model: configuration, and embedding if `source` is None.
+        weights_dir: the model or bundle that holds the layers.
+        layers: original indices, ascending.
+        windows: a file of windows.
+        source: the parent segment's activations; None starts from the token ids.
+        output: safetensors with "hidden_states", shape (windows, seqlen, hidden), in the compute dtype.
+        dtype: "bf16", "fp16" or "fp32", of weights and activations.
+        device: as for `model.resolve_device`.
+        batch_size: windows that go through a layer together.
+        max_memory: bytes to use on the device; None means half of what is free.
+
+    Raises:
+        DataError: `windows` or `source` is not what it should be, or `source` was made of other windows.
+        CheckpointError, LayoutError: weights are missing or do not fit.
+        PipelineError: memory or disk space does not suffice, or another process is writing `output`.
+    """
+    compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
+    model, holder = open_checkpoint(model_dir), _open_weights(model_dir, weights_dir)
+    cut = Windows.load(windows)
+    start = Start(model, cut, compute, source or None)
+    run_to_file(start, [LayerSource(i, holder) for i in layers], cut, model_config(model), compute, Path(output))
+
+
+def score_stage(
+    *,
+    stage: str,
+    model_dir: str | Path,
+    weights_dir: str | Path,
+    layers: Sequence[int],
+    windows: str | Path,
+    source: str | Path | None,
+    result_json: str | Path,
+    window_parquet: str | Path,
+    dtype: str,
+    device: str = "auto",
+    batch_size: int = 1,
+    max_memory: int | None = None,
+    final_hidden: str | Path | None = None,
+    teacher_hidden: str | Path | None = None,
+    dense_dir: str | Path | None = None,
+    names: Mapping[str, str] | None = None,
+) -> StageResult:
+    """Run a stage's tail from its last boundary activations, and score every window.
+
+    Args:
+        stage: "A", "AB" or "FULL"; a dense model is "FULL".
+        model_dir: the A model, merged A or dense model: configuration, norm and head.
+        weights_dir: the model or bundle that holds the tail.
+        layers: the tail's original indices; empty if the stage ends where `source` ends.
+        windows, source, dtype, device, batch_size, max_memory: as for `run_segment`.
+        result_json: the result, see `StageResult`.
+        window_parquet: NLL and the rest, a row a window.
+        final_hidden: also keep the final hidden states (before the norm) in this file, for others to compare with.
+        teacher_hidden, dense_dir: the dense model's final hidden states and its directory; both or neither.
+        names: added to the result: experiment, dataset, variant, whatever the caller calls it.
+
+    Raises:
+        As `run_segment`.
+    """
+    compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
+    subject, holder = Subject.open(model_dir), _open_weights(model_dir, weights_dir)
+    teacher = Teacher(open_checkpoint(dense_dir), Path(teacher_hidden)) if teacher_hidden and dense_dir else None
+    cut = Windows.load(windows)
+    job = Scoring(subject.model, cut, compute, _beside(result_json, "scores"), teacher, final_hidden or None)
+    start = Start(subject.model, cut, compute, source or None)
+    record, scores = job.run(start, [LayerSource(i, holder) for i in layers], f"stage {stage}")
+    result = _result(subject.label(stage), stage, record, scores, cut, compute, names or {})
+    result.save(result_json, window_parquet)
+    job.forget()
+    return result
+
+
+def evaluate_stages(
+    subject: Subject,
+    stages: Sequence[str],
+    windows: Windows,
+    compute: Compute,
+    *,
+    work_dir: str | Path,
+    teacher: Teacher | None = None,
+    final_hidden: str | Path | None = None,
+    keep: bool = False,
+) -> Iterator[StageResult]:
+    """Evaluate stages in one process, each shared segment once; yields each result as soon as it is there.
+
+    Everything finished lies in `work_dir` under names that follow from weights, token ids, dtype, batch size and
+    versions, so a killed run is continued by the next one, and with `keep` a changed bundle recomputes only what
+    depends on it.
+
+    Args:
+        subject: the model, and the bundles that the stages need.
+        stages: of "A", "AB", "FULL"; yielded in this order. A dense model has one stage, whatever is asked for.
+        windows: the token ids.
+        compute: device, dtype, batch size, memory.
+        work_dir: where boundary activations and unfinished scores go.
+        teacher: the dense model's answers, for KL and top-1 agreement.
+        final_hidden: keep the final hidden states of the last stage here.
+        keep: leave finished activations and scores in `work_dir` for later evaluations.
+
+    Raises:
+        LayoutError: a stage needs a bundle that is not given. Others as `run_segment`.
+    """
+    wanted = stages_of(subject, stages)
+    tree = segment_tree(subject.layout, wanted)
+    sources = {segment.name: subject.sources(segment.layers) for segment in tree}
+    shared = {segment.name: segment for segment in shared_segments(tree)}
+    config, folder = model_config(subject.model), Path(work_dir)
+    records: dict[str | None, dict] = {None: start_record(subject.model, windows, compute.dtype)}
+    for segment in tree:
+        records[segment.name] = extend_record(records[segment.parent], sources[segment.name], compute)
+    used: list[Path] = []
+
+    def boundary(name: str | None) -> Start:
+        """The activations at the end of a shared segment, computed now if they are not there."""
+        if name is None:
+            return Start(subject.model, windows, compute, None)
+        file = folder / f"{record_digest(records[name])[:24]}.safetensors"
+        used.append(file)
+        if not file.is_file():
+            run_to_file(boundary(shared[name].parent), sources[name], windows, config, compute, file)
+        return Start(subject.model, windows, compute, file)
+
+    jobs: list[Scoring] = []
+    for stage in wanted:
+        parent, tail = stage_run(tree, stage)
+        tail_sources = sources[tail.name] if tail else []
+        record = extend_record(records[parent], tail_sources, compute)
+        kept = final_hidden if stage == wanted[-1] else None
+        place = folder / f"{record_digest(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
+        job = Scoring(subject.model, windows, compute, place, teacher, kept)
+        jobs.append(job)
+        record, scores = job.run(lambda parent=parent: boundary(parent), tail_sources, f"stage {stage}", record)
+        yield _result(subject.label(stage), stage, record, scores, windows, compute, {})
+    if not keep:
+        for file in used:
+            file.unlink(missing_ok=True)
+        for job in jobs:
+            job.forget()
+
+
+def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
+    """The stages to measure, in the guide's order; a dense model has one, FULL.
+
+    Raises:
+        LayoutError: there is no such stage, or a bundle that it needs is not given.
+    """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        raise LayoutError(f"there is no stage {unknown}", where="--stages", mend=f"Use some of {', '.join(STAGES)}")
+    wanted = ["FULL"] if subject.is_dense else [stage for stage in STAGES if stage in stages]
+    for stage in wanted:
+        subject.sources(subject.layout.active(stage))
+    return wanted
+
+
+def boundary_bytes(subject: Subject, stages: Sequence[str], windows: Windows, dtype: torch.dtype) -> int:
+    """Disk space that `evaluate_stages` needs at most for boundary activations, if memory holds whole segments."""
+    hidden = model_config(subject.model).hidden_size
+    files = len(shared_segments(segment_tree(subject.layout, stages_of(subject, stages))))
+    return files * windows.ids.numel() * hidden * dtype.itemsize
+
+
+def _result(
+    label: str,
+    stage: str,
+    record: dict,
+    scores: WindowScores,
+    windows: Windows,
+    compute: Compute,
+    names: Mapping[str, str],
+) -> StageResult:
+    """Everything that a number needs in order to be compared with another."""
+    told = windows.identity
+    numbers = summarise(
+        scores,
+        predicted_per_window=windows.seqlen - 1,
+        tokens_per_byte=windows.ids.numel() / told.utf8_bytes if told.utf8_bytes else math.nan,
+    )
+    weights = record["weights"]
+    return StageResult(
+        {
+            **names,
+            "stage": stage,
+            "label": label,
+            "active_layers": len(record["layers"]),
+            "parameters": record["parameters"],
+            **numbers,
+            "seqlen": windows.seqlen,
+            "dtype": record["dtype"],
+            "device": str(compute.device),
+            "batch_size": compute.batch_size,
+            "protocol": PROTOCOL,
+            "text": {
+                "dataset": told.dataset,
+                "split": told.split,
+                "source": told.source,
+                "sha256": told.text_sha256,
+                "utf8_bytes_covered": told.utf8_bytes,
+                "windows_available": told.text_windows,
+            },
+            "ids_sha256": told.ids_sha256,
+            "tokenizer": {"name": told.tokenizer, "sha256": told.tokenizer_sha256},
+            "steps": record["steps"],
+            "weights_sha256": record_digest(weights),
+            "weights": weights,
+            **({"dense_sha256": record["dense"]} if "dense" in record else {}),
+        },
+        scores,
+    )
+
+
+def _beside(path: str | Path, suffix: str) -> Path:
+    return Path(path).with_name(f".{Path(path).name}.{suffix}")
+
+
+def _open_weights(model_dir: str | Path, weights_dir: str | Path) -> Checkpoint:
+    return open_checkpoint(weights_dir or model_dir)
+
+
+def check_same_ids(results: Mapping[str, Mapping]) -> None:
+    """Raise a DataError if results that are to be compared were measured on different token ids.
+
+    Args:
+        results: records as in `StageResult`, by a name for each.
+    """
+    digests = {name: result["ids_sha256"] for name, result in results.items()}
+    if len(set(digests.values())) > 1:
+        listed = ", ".join(f"{name}: {digest[:12]}" for name, digest in digests.items())
+        raise DataError(
+            f"results on different token ids cannot be compared: {listed}",
+            mend="Evaluate them again with one tokenizer, seqlen and text",
+        )

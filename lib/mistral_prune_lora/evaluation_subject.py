@@ -1,0 +1,226 @@
+"""What is evaluated: a model, the bundles restored into it, adapters left unmerged; and what identifies a run of it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
+from mistral_prune_lora.layers import Compute, LayerSource, UnmergedAdapter
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.model import DTYPES
+from mistral_prune_lora.perplexity import head_name
+from mistral_prune_lora.safetensors_file import TensorEntry
+from mistral_prune_lora.windows import Windows
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STAGE_SIGN = {"A": "A", "AB": "AB", "FULL": "ABC"}
+_EMBEDDING = "model.embed_tokens.weight"
+_CHUNK_BYTES = 1 << 24
+# Only names and paths; two configurations that differ in nothing else compute the same.
+_CONFIG_WITHOUT_EFFECT = {
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "architectures",
+    "torch_dtype",
+    "dtype",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate, with whatever can be restored into it.
+
+    Attributes:
+        model: an A model, a merged A, or a dense model.
+        bundles: bundles by part, "B" and "C".
+        adapters: LoRA adapters to leave unmerged, by the part whose layers they are for.
+    """
+
+    model: Checkpoint
+    bundles: Mapping[str, Checkpoint] = field(default_factory=dict)
+    adapters: Mapping[str, tuple[UnmergedAdapter, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, model_dir: str | Path, bundles: Mapping[str, str | Path] | None = None, **kwargs) -> Subject:
+        """Open the directories; CheckpointError or LayoutError if they are not what they should be."""
+        return cls(open_checkpoint(model_dir), {p: open_checkpoint(b) for p, b in (bundles or {}).items()}, **kwargs)
+
+    @property
+    def layout(self) -> Layout:
+        """The parts, as the manifest says; a model without one keeps all its layers."""
+        return self.model.layout or Layout(self.model.config["num_hidden_layers"])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model runs without none of its layers."""
+        return not self.layout.dropped
+
+    def sources(self, layers: Sequence[int]) -> list[LayerSource]:
+        """Where the layers' weights lie.
+
+        Raises:
+            LayoutError: a layer's bundle is not given or does not hold it; the model lacks a layer that it should keep.
+        """
+        return [self._source(layer) for layer in layers]
+
+    def _source(self, layer: int) -> LayerSource:
+        part = self.layout.part_of(layer)
+        holder = self.model if part == "A" else self.bundles.get(part)
+        if holder is None:
+            raise LayoutError(
+                f"layer {layer} was dropped into bundle {part}, and no such bundle is given",
+                where=self.model.path,
+                mend=f"Give the {part} bundle that was cut from this model, or leave this stage out",
+            )
+        if layer not in holder.layers:
+            raise LayoutError(
+                f"there are no weights of layer {layer}, which belongs to {part}",
+                where=holder.path,
+                mend="Use a model and bundles of one pruning, with its manifest.json",
+            )
+        return LayerSource(layer, holder, self.adapters.get(part, ()))
+
+    def label(self, stage: str) -> str:
+        """A_merged[A], A_merged[AB], A_merged[ABC]; for a dense model its name and [dense]; with + before adapters."""
+        names = "".join(f"+{adapter.name}" for part in sorted(self.adapters) for adapter in self.adapters[part])
+        return f"{self.model.path.name}{names}[{'dense' if self.is_dense else _STAGE_SIGN[stage]}]"
+
+    def parameters(self, layers: Sequence[int]) -> int:
+        """Parameters of embedding, final norm, head (tied ones once) and the given layers, adapters not counted."""
+        return _parameters(outside_entries(self.model).values()) + sum(
+            _parameters(source.checkpoint.layer(source.index).values()) for source in self.sources(layers)
+        )
+
+
+def outside_entries(model: Checkpoint) -> dict[str, TensorEntry]:
+    """The tensors around the layers: embedding, final norm, and head unless that is the embedding.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    names = dict.fromkeys([_EMBEDDING, "model.norm.weight", head_name(model)])
+    missing = [name for name in names if name not in model.entries]
+    if missing:
+        raise CheckpointError(f"has no tensor {missing[0]}", where=model.path, mend="Fetch or write the model again")
+    return {name: model.entries[name] for name in names}
+
+
+def start_record(model: Checkpoint, windows: Windows, dtype: torch.dtype) -> dict:
+    """The record of a run that stands at the token ids: what its numbers depend on, before any layer."""
+    embedding = outside_entries(model)[_EMBEDDING]
+    return {
+        "ids_sha256": windows.identity.ids_sha256,
+        "windows": len(windows),
+        "seqlen": windows.seqlen,
+        "dtype": DTYPE_NAMES[dtype],
+        "config_sha256": config_digest(model),
+        "layers": [],
+        "parameters": 0,
+        "weights": {"embed_tokens": tensors_digest({"weight": embedding})},
+        "steps": [],
+    }
+
+
+def extend_record(record: Mapping, sources: Sequence[LayerSource], compute: Compute) -> dict:
+    """The record after more layers: their digests, their parameters, and the machine that ran them.
+
+    A layer's digest is the sha256 over its tensors' names, dtypes, shapes and bytes, so equal layers have equal digests
+    whatever file they lie in.
+    """
+    weights = dict(record["weights"])
+    parameters = record["parameters"]
+    for source in sources:
+        entries = source.checkpoint.layer(source.index)
+        weights[f"layers.{source.index:03d}"] = tensors_digest(entries)
+        for adapter in source.adapters:
+            weights[f"layers.{source.index:03d}+{adapter.name}"] = adapter.digest(source.index)
+        parameters += _parameters(entries.values())
+    layers = [source.index for source in sources]
+    steps, machine = list(record["steps"]), machine_record(compute)
+    if layers and steps and {k: v for k, v in steps[-1].items() if k != "layers"} == machine:
+        steps[-1] = {**machine, "layers": [*steps[-1]["layers"], *layers]}
+    elif layers:
+        steps.append({**machine, "layers": layers})
+    return {
+        **record,
+        "layers": [*record["layers"], *layers],
+        "parameters": parameters,
+        "weights": weights,
+        "steps": steps,
+    }
+
+
+def machine_record(compute: Compute) -> dict:
+    """What decides how the same arithmetic is rounded: device, batch size, threads, versions."""
+    return {
+        "device": compute.device.type,
+        "batch_size": compute.batch_size,
+        "threads": torch.get_num_threads() if compute.device.type == "cpu" else None,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def check_continues(record: Mapping, model: Checkpoint, windows: Windows, compute: Compute, where: Path) -> None:
+    """Raise a DataError if activations on disk are not of these windows, this dtype and this kind of model."""
+    wanted = start_record(model, windows, compute.dtype)
+    for key in ("ids_sha256", "windows", "seqlen", "dtype", "config_sha256"):
+        if record.get(key) != wanted[key]:
+            raise DataError(
+                f"was made with another {key} ({record.get(key)}, not {wanted[key]})",
+                where=where,
+                mend="Run its segment again",
+            )
+
+
+def record_digest(record: Mapping) -> str:
+    """The sha256 of a record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def config_digest(model: Checkpoint) -> str:
+    """The sha256 of what a model's configuration says about arithmetic."""
+    told = {key: value for key, value in model.config.items() if key not in _CONFIG_WITHOUT_EFFECT}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_digest(entries: Mapping[str, TensorEntry]) -> str:
+    """The sha256 over the names, dtypes, shapes and bytes of some tensors, in the order of their names.
+
+    Remembered within the process for as long as the files stay as they are.
+    """
+    known = []
+    for name, entry in sorted(entries.items()):
+        state = entry.file.stat()
+        known.append((name, entry, state.st_mtime_ns, state.st_size))
+    return _digest(tuple(known))
+
+
+@functools.cache
+def _digest(known: tuple[tuple[str, TensorEntry, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for name, entry, _, _ in known:
+        digest.update(f"{name}\0{entry.dtype}\0{list(entry.shape)}\0".encode())
+        with open(entry.file, "rb") as file:
+            file.seek(entry.start)
+            left = entry.nbytes
+            while left:
+                chunk = file.read(min(left, _CHUNK_BYTES))
+                digest.update(chunk)
+                left -= len(chunk) or left
+    return digest.hexdigest()
+
+
+def _parameters(entries) -> int:
+    return sum(math.prod(entry.shape) for entry in entries)

@@ -1,0 +1,95 @@
+"""From final hidden states to the negative log-likelihood of every window, in blocks, so that logits never pile up."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mistral_prune_lora.checkpoint import Checkpoint
+from mistral_prune_lora.layers import build_norm
+from mistral_prune_lora.model import model_config
+from mistral_prune_lora.statistics import WindowScores
+
+_BLOCK_LOGITS = 1 << 22  # in one block: 16 MB of float32
+
+
+class Head:
+    """A model's final norm and output projection.
+
+    Attributes:
+        vocabulary: rows of the projection.
+        nbytes: memory that it takes, scoring a block included.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        """Read both; with tied embeddings the projection is the embedding.
+
+        Raises:
+            CheckpointError: a tensor is missing.
+        """
+        self._norm: nn.Module = build_norm(model_config(checkpoint), checkpoint, dtype, device)
+        self._weight = checkpoint.read(head_name(checkpoint), dtype).to(device)
+        self.vocabulary = self._weight.shape[0]
+        self.nbytes = self._weight.nbytes + 4 * 4 * max(_BLOCK_LOGITS, self.vocabulary)
+
+    @torch.inference_mode()
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the final norm, any shape (..., hidden)."""
+        return self._norm(hidden)
+
+    @torch.inference_mode()
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """Float32 logits (tokens, vocabulary) of normed hidden states (tokens, hidden).
+
+        The product itself is taken in the compute dtype, as the whole model takes it.
+        """
+        return functional.linear(normed, self._weight).float()
+
+
+def head_name(checkpoint: Checkpoint) -> str:
+    """The tensor that a model projects with: lm_head.weight, or the embedding where they are tied and it is absent."""
+    tied = model_config(checkpoint).tie_word_embeddings and "lm_head.weight" not in checkpoint.entries
+    return "model.embed_tokens.weight" if tied else "lm_head.weight"
+
+
+@torch.inference_mode()
+def score_batch(
+    head: Head, hidden: torch.Tensor, ids: torch.Tensor, teacher: tuple[Head, torch.Tensor] | None = None
+) -> WindowScores:
+    """Score the windows of a batch: float32 cross-entropy, float64 sums.
+
+    Blocks are cut within a window, so a window's score does not depend on which others are in its batch.
+
+    Args:
+        head: of the model that made `hidden`.
+        hidden: final hidden states before the norm, shape (n, seqlen, hidden).
+        ids: token ids, shape (n, seqlen); position i predicts token i + 1.
+        teacher: the dense model's head, and its final hidden states of the same windows.
+    """
+    block = max(1, _BLOCK_LOGITS // head.vocabulary)
+    normed = head.normed(hidden)
+    dense = None if teacher is None else teacher[0].normed(teacher[1].to(hidden.device))
+    targets = ids[:, 1:].to(hidden.device, torch.long)
+    sums = torch.zeros(len(hidden), 4, dtype=torch.float64, device=hidden.device)
+    for window in range(len(hidden)):
+        for start in range(0, targets.shape[1], block):
+            part = slice(start, min(start + block, targets.shape[1]))
+            taught = None if teacher is None else teacher[0].logits(dense[window, part])
+            sums[window] += _score_block(head.logits(normed[window, part]), targets[window, part], taught)
+    columns: list[np.ndarray] = list(sums.T.contiguous().cpu().numpy())
+    return WindowScores(*(columns if teacher else columns[:2]))
+
+
+def _score_block(logits: torch.Tensor, targets: torch.Tensor, dense: torch.Tensor | None) -> torch.Tensor:
+    """NLL, correct, KL and agreement, summed over a block of tokens; float64, shape (4,)."""
+    best = logits.argmax(-1)
+    log_q = logits.log_softmax(-1)
+    nll = -log_q.gather(-1, targets[:, None]).double().sum()
+    kl = agree = torch.zeros((), dtype=torch.float64, device=logits.device)
+    if dense is not None:
+        agree = (dense.argmax(-1) == best).double().sum()
+        log_p = dense.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
+    return torch.stack([nll, (best == targets).double().sum(), kl, agree])

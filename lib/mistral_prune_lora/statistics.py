@@ -1,0 +1,159 @@
+"""What a perplexity is worth: its standard error, and whether two of them differ. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.transaction import atomic_file
+
+_LARGEST_EXPONENT = 700.0  # beyond it, exp overflows a float64
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """What is known of each scored window; float64 arrays of shape (windows,), in the order of the windows.
+
+    Attributes:
+        nll: sum of the negative log-likelihoods of its predicted tokens, in nats.
+        correct: predicted tokens whose most likely token is the true one.
+        kl: sum over its predicted tokens of KL(dense || this model), in nats; None without the dense model.
+        agree: predicted tokens whose most likely token is also the dense model's; None without it.
+    """
+
+    nll: np.ndarray
+    correct: np.ndarray
+    kl: np.ndarray | None = None
+    agree: np.ndarray | None = None
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[WindowScores]) -> WindowScores:
+        """The scores of consecutive windows as one."""
+        parts = list(parts)
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        return cls(**{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()})
+
+    def save(self, path: str | Path, predicted_per_window: int) -> None:
+        """Write them as parquet: window, tokens (predicted ones), and the columns that are known."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        count = len(self.nll)
+        table = pd.DataFrame({"window": np.arange(count), "tokens": np.full(count, predicted_per_window), **known})
+        with atomic_file(path) as fresh:
+            table.to_parquet(fresh, index=False)
+
+
+def summarise(scores: WindowScores, *, predicted_per_window: int, tokens_per_byte: float) -> dict:
+    """The numbers of one evaluation.
+
+    Mean NLL is the total over all predicted tokens divided by their count. Windows are equally long, so it is the mean
+    of the windows' means, and its standard error is that of a mean over windows: tokens of one window depend on each
+    other, windows much less. The perplexity's follows by the delta method, d exp(x) = exp(x) dx.
+
+    Args:
+        scores: of all windows.
+        predicted_per_window: seqlen - 1.
+        tokens_per_byte: token ids of the windows for each UTF-8 byte of text that they cover. Bits per byte are mean
+            NLL / ln 2 times this: the first token of a window, which nothing predicts, is taken to cost the mean.
+
+    Returns:
+        ppl, ppl_se, mean_nll, mean_nll_se (standard errors are None for a single window), bits_per_byte, tokens,
+        windows, top1_accuracy; with a dense model also kl_dense (nats a token), kl_dense_se, top1_agreement.
+    """
+    windows = len(scores.nll)
+    tokens = windows * predicted_per_window
+    mean = math.fsum(scores.nll) / tokens
+    ppl = math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
+    error = standard_error(scores.nll / predicted_per_window)
+    result = {
+        "ppl": ppl,
+        "ppl_se": None if error is None else ppl * error,
+        "mean_nll": mean,
+        "mean_nll_se": error,
+        "bits_per_byte": mean / math.log(2) * tokens_per_byte,
+        "tokens": tokens,
+        "windows": windows,
+        "top1_accuracy": math.fsum(scores.correct) / tokens,
+    }
+    if scores.kl is not None:
+        result |= {
+            "kl_dense": math.fsum(scores.kl) / tokens,
+            "kl_dense_se": standard_error(scores.kl / predicted_per_window),
+            "top1_agreement": math.fsum(scores.agree) / tokens,
+        }
+    return result
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> dict:
+    """How much the mean NLL of `second` exceeds that of `first`, window by window, with a confidence interval.
+
+    The same windows are hard for both, so their differences vary far less than either. Student's t interval.
+
+    Args:
+        first, second: mean NLL a token of the same windows in the same order, nats.
+        level: of the interval.
+
+    Returns:
+        difference, low, high (nats a token; low and high are None for a single window), ppl_ratio = exp(difference).
+
+    Raises:
+        DataError: they are not scores of the same number of windows.
+    """
+    if first.shape != second.shape:
+        raise DataError(f"{len(first)} and {len(second)} windows cannot be compared in pairs")
+    difference = second - first
+    mean, error = float(difference.mean()), standard_error(difference)
+    half = None if error is None else student_quantile((1 + level) / 2, len(difference) - 1) * error
+    return {
+        "difference": mean,
+        "low": None if half is None else mean - half,
+        "high": None if half is None else mean + half,
+        "ppl_ratio": math.exp(min(mean, _LARGEST_EXPONENT)),
+    }
+
+
+def compare_stages(nll: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Each pair of stages as a row: first, second, and what `paired_difference` says of them.
+
+    Args:
+        nll: for each stage or label, mean NLL a token of the same windows in the same order.
+    """
+    names = list(nll)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    rows = [{"first": a, "second": b, **paired_difference(nll[a], nll[b])} for a, b in pairs]
+    return pd.DataFrame(rows, columns=["first", "second", "difference", "low", "high", "ppl_ratio"])
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """The standard error of the mean of independent values; None for fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """The quantile of Student's t distribution, for probabilities above one half, by bisection of its exact CDF."""
+    low, high = 0.0, 1.0
+    while _student_cdf(high, freedom) < probability:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_cdf(middle, freedom) < probability else (low, middle)
+    return high
+
+
+def _student_cdf(t: float, freedom: int) -> float:
+    """Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4, for t >= 0."""
+    theta = math.atan(t / math.sqrt(freedom))
+    sine, cosine2 = math.sin(theta), math.cos(theta) ** 2
+    even = freedom % 2 == 0
+    term = total = 1.0 if even else math.cos(theta)
+    for k in range(1 if even else 2, freedom - 2, 2):
+        term *= cosine2 * k / (k + 1)
+        total += term
+    if even:
+        return 0.5 + sine * total / 2
+    return 0.5 + (theta + (sine * total if freedom > 1 else 0.0)) / math.pi
