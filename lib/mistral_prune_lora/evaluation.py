@@ -220,10 +220,17 @@ def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
 
 
 def boundary_bytes(subject: Subject, stages: Sequence[str], windows: Windows, dtype: torch.dtype) -> int:
-    """Disk space that `evaluate_stages` needs at most for boundary activations, if memory holds whole segments."""
-    hidden = model_config(subject.model).hidden_size
+    """Disk space that `evaluate_stages` needs for boundary activations, if memory holds whole segments.
+
+    One file more is needed for a while where memory holds only some layers of a segment.
+    """
     files = len(shared_segments(segment_tree(subject.layout, stages_of(subject, stages))))
-    return files * windows.ids.numel() * hidden * dtype.itemsize
+    return files * hidden_bytes(subject, windows, dtype)
+
+
+def hidden_bytes(subject: Subject, windows: Windows, dtype: torch.dtype) -> int:
+    """The size of all windows' hidden states at one place in the model."""
+    return windows.ids.numel() * model_config(subject.model).hidden_size * dtype.itemsize
 
 
 def _result(

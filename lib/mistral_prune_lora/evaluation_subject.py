@@ -16,7 +16,7 @@ import torch
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layers import Compute, LayerSource, UnmergedAdapter
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.model import DTYPES
 from mistral_prune_lora.perplexity import head_name
 from mistral_prune_lora.safetensors_file import TensorEntry
@@ -45,11 +45,13 @@ class Subject:
         model: an A model, a merged A, or a dense model.
         bundles: bundles by part, "B" and "C".
         adapters: LoRA adapters to leave unmerged, by the part whose layers they are for.
+        name: for labels; the model directory's name if empty.
     """
 
     model: Checkpoint
     bundles: Mapping[str, Checkpoint] = field(default_factory=dict)
     adapters: Mapping[str, tuple[UnmergedAdapter, ...]] = field(default_factory=dict)
+    name: str = ""
 
     @classmethod
     def open(cls, model_dir: str | Path, bundles: Mapping[str, str | Path] | None = None, **kwargs) -> Subject:
@@ -93,8 +95,9 @@ class Subject:
 
     def label(self, stage: str) -> str:
         """A_merged[A], A_merged[AB], A_merged[ABC]; for a dense model its name and [dense]; with + before adapters."""
-        names = "".join(f"+{adapter.name}" for part in sorted(self.adapters) for adapter in self.adapters[part])
-        return f"{self.model.path.name}{names}[{'dense' if self.is_dense else _STAGE_SIGN[stage]}]"
+        name = self.name or self.model.path.name
+        names = "".join(f"+{a.name}" for part in PARTS_OF_STAGE[stage] for a in self.adapters.get(part, ()))
+        return f"{name}{names}[{'dense' if self.is_dense else _STAGE_SIGN[stage]}]"
 
     def parameters(self, layers: Sequence[int]) -> int:
         """Parameters of embedding, final norm, head (tied ones once) and the given layers, adapters not counted."""

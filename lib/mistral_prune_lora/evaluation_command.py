@@ -1,0 +1,198 @@
+"""The evaluation command's work: models in turn, results printed as they come, one table over all of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.errors import AdapterError, LayoutError
+from mistral_prune_lora.evaluation import StageResult, Teacher, boundary_bytes, evaluate_stages, hidden_bytes, stages_of
+from mistral_prune_lora.evaluation_adapters import open_adapters
+from mistral_prune_lora.evaluation_inputs import Inputs, sort_inputs
+from mistral_prune_lora.evaluation_report import (
+    box,
+    details,
+    differences,
+    differences_table,
+    model_heading,
+    model_lines,
+    opening,
+    summary,
+    write_csv,
+    write_json,
+)
+from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.layers import Compute
+from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
+from mistral_prune_lora.model import DTYPES, resolve_device
+from mistral_prune_lora.text import Text, load_text
+from mistral_prune_lora.tokenizer import load_tokenizer
+from mistral_prune_lora.windows import Windows, make_windows
+
+
+def run(args: argparse.Namespace) -> list[StageResult]:
+    """Evaluate what the command line names; prints, and writes `args.json` and `args.csv`.
+
+    Dense models go first: the others are then compared with the first of them (KL divergence, top-1 agreement).
+
+    Args:
+        args: as `mistral_eval_ppl_mergedmodel.parser` gives it.
+
+    Returns:
+        Every result, in the order printed.
+
+    Raises:
+        PipelineError: of any kind that the parts raise.
+    """
+    inputs = sort_inputs(args.model_path, b_bundle=args.b_bundle, c_bundle=args.c_bundle, bundles_dir=args.bundles_dir)
+    stages = _stages(args.stages, inputs)
+    compute = Compute(resolve_device(args.device), DTYPES[args.dtype], args.batch_size, args.max_memory)
+    print(
+        opening(
+            {
+                "Models": [name for name, _ in inputs.models],
+                **{f"{part} bundle": path for part, path in inputs.bundles.items()},
+                "Stages": stages,
+                "Dataset": ", ".join(args.text_file) or f"{args.dataset} (split={args.split})",
+                "Seq length": args.seqlen,
+                "Device": f"{compute.device} ({args.dtype})",
+            }
+        )
+    )
+    subjects = [
+        subject for name, folder in inputs.models for subject in _subjects(name, folder, inputs, args.lora_paths)
+    ]
+    subjects.sort(key=lambda subject: not subject.is_dense)
+    for subject in subjects:
+        _stages_of(subject, stages)
+    text = load_text(args.dataset, split=args.split, mirror=args.mirror, text_files=args.text_file, column=args.column)
+    evaluation = _Evaluation(args, inputs, compute, text, stages)
+    for number, subject in enumerate(subjects, 1):
+        evaluation.evaluate(subject, number, len(subjects))
+    evaluation.clean()
+    records = [result.record for result in evaluation.results]
+    print(summary(records) + "\n\n" + details(records))
+    pairs = differences(evaluation.results)
+    if pairs:
+        print("\n" + differences_table(pairs))
+    if args.json:
+        write_json(args.json, evaluation.results)
+    if args.csv:
+        write_csv(args.csv, evaluation.results)
+    return evaluation.results
+
+
+def default_work_dir() -> Path:
+    """Where unfinished evaluations lie if the user names no place (XDG_CACHE_HOME is respected)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mistral_prune_lora" / "evaluation"
+
+
+class _Evaluation:
+    """What the models of one command share: text, device, the dense model's answers, results so far."""
+
+    def __init__(
+        self, args: argparse.Namespace, inputs: Inputs, compute: Compute, text: Text, stages: Sequence[str]
+    ) -> None:
+        self._args, self._compute, self._text, self._stages = args, compute, text, stages
+        self._models = inputs.models
+        self._keep = args.work_dir is not None
+        self._folder = Path(args.work_dir) if self._keep else default_work_dir()
+        self._teacher: tuple[Teacher, str] | None = None
+        self.results: list[StageResult] = []
+
+    def evaluate(self, subject: Subject, number: int, count: int) -> None:
+        """All stages of one model."""
+        written = next(name for name, folder in self._models if folder == subject.model.path)
+        adapters = "".join(f" + {a.path}" for part in subject.adapters.values() for a in part)
+        print(model_heading(number, count, written + adapters))
+        windows = self._windows(subject)
+        wanted = _stages_of(subject, self._stages)
+        active = subject.layout.active(wanted[0])
+        parameters = subject.parameters(active)
+        model_type = subject.model.config["model_type"]
+        print(model_lines(model_type, subject.layout, len(active), parameters, self._compute.device))
+        space = boundary_bytes(subject, wanted, windows, self._compute.dtype)
+        teaches = subject.is_dense and not subject.adapters and self._teacher is None and number < count
+        space += hidden_bytes(subject, windows, self._compute.dtype) if teaches else 0
+        if space:
+            print(f"  Boundary activations: {space / 1e6:.1f} MB at most, in {self._folder}")
+        teacher = self._teacher[0] if self._teacher and self._teacher[1] == windows.identity.ids_sha256 else None
+        results = evaluate_stages(
+            subject,
+            wanted,
+            windows,
+            self._compute,
+            work_dir=self._folder,
+            teacher=teacher,
+            final_hidden=self._hidden_file(windows) if teaches else None,
+            keep=self._keep,
+        )
+        for position, stage in enumerate(wanted):
+            if position:
+                print(f"  [{stage}] Restoring bundle layers...")
+                print(f"  ✓ Stage {stage}: {len(subject.layout.active(stage))} active layers")
+            print(f"\n  [{stage}] Evaluating PPL...", flush=True)
+            result = next(results)
+            self.results.append(result)
+            print(box(result.record), flush=True)
+        next(results, None)  # lets it tidy up
+        if teaches:
+            self._teacher = (Teacher(subject.model, self._hidden_file(windows)), windows.identity.ids_sha256)
+
+    def clean(self) -> None:
+        """Remove the dense model's answers unless the user keeps the folder."""
+        if self._teacher and not self._keep:
+            self._teacher[0].hidden.unlink(missing_ok=True)
+
+    def _windows(self, subject: Subject) -> Windows:
+        args = self._args
+        adapter = args.lora_paths[0] if args.lora_paths else None
+        tokenizer = load_tokenizer(subject.model.path, tokenizer_path=args.tokenizer_path, adapter_path=adapter)
+        limit = args.nsamples if args.max_batches is None else min(args.nsamples, args.max_batches * args.batch_size)
+        return make_windows(self._text, tokenizer, seqlen=args.seqlen, max_windows=limit, seed=args.seed)
+
+    def _hidden_file(self, windows: Windows) -> Path:
+        return self._folder / f"dense-{windows.identity.ids_sha256[:16]}-{self._args.dtype}.safetensors"
+
+
+def _subjects(name: str, folder: Path, inputs: Inputs, lora_paths: Sequence[str]) -> list[Subject]:
+    """The model as it is, and once more with the adapters beside it if there are any."""
+    model = open_checkpoint(folder)
+    bundles = {} if model.layout is None else {part: open_checkpoint(path) for part, path in inputs.bundles.items()}
+    plain = Subject(model, bundles, name=Path(name).name)
+    if not lora_paths:
+        return [plain]
+    adapters = open_adapters(lora_paths, plain.layout)
+    return [plain, Subject(model, bundles, adapters, name=plain.name)]
+
+
+def _stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
+    """The stages of one model; with adapters beside it, those that one of them changes."""
+    wanted = stages_of(subject, stages)
+    if not subject.adapters:
+        return wanted
+    changed = [stage for stage in wanted if set(PARTS_OF_STAGE[stage]) & set(subject.adapters)]
+    if not changed:
+        raise AdapterError(
+            f"these adapters are for {', '.join(subject.adapters)}, whose layers no stage of {', '.join(wanted)} has",
+            where="--lora_paths",
+            mend="Give adapters for the stages that are evaluated",
+        )
+    return changed
+
+
+def _stages(wanted: str | None, inputs: Inputs) -> list[str]:
+    """The stages asked for, in the guide's order; by default those that the bundles given allow."""
+    if wanted is None:
+        given = set(inputs.bundles)
+        return ["A", *(["AB"] if "B" in given else []), *(["FULL"] if given == {"B", "C"} else [])]
+    named = [stage.strip().upper() for stage in wanted.split(",") if stage.strip()]
+    unknown = [stage for stage in named if stage not in STAGES]
+    if unknown or not named:
+        raise LayoutError(
+            f"there is no stage {', '.join(unknown) or repr(wanted)}", where="--stages", mend="Use some of A,AB,FULL"
+        )
+    return [stage for stage in STAGES if stage in named]

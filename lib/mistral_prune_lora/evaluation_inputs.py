@@ -1,0 +1,153 @@
+"""Sorting what a user names on the command line: models, bundles and which part each bundle is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.errors import CheckpointError, LayoutError, SourceError
+from mistral_prune_lora.layout import (
+    Layout,
+    bundle_layers,
+    is_bundle_dir,
+    is_model_dir,
+    layout_from_manifest,
+    read_manifest,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Models to evaluate, and the bundles to restore into them.
+
+    Attributes:
+        models: (as the user wrote it, local directory), in the order given.
+        bundles: directories by part, "B" and "C".
+    """
+
+    models: list[tuple[str, Path]]
+    bundles: dict[str, Path]
+
+
+def sort_inputs(
+    paths: Sequence[str],
+    *,
+    b_bundle: str | None = None,
+    c_bundle: str | None = None,
+    bundles_dir: str | None = None,
+) -> Inputs:
+    """Tell models from bundles, and B from C.
+
+    A directory with a config.json is a model; one with layer files only is a bundle; anything that is no local path is
+    a Hub id. A bundle is B if it holds exactly the layers that the first pruned model's manifest gives to B, C
+    likewise; else its path decides: one that contains b_merged is B, c_merged is C.
+
+    Args:
+        paths: of models and bundles, in any order.
+        b_bundle, c_bundle: bundles named outright.
+        bundles_dir: a directory with subdirectories B and C.
+
+    Raises:
+        CheckpointError: a path that is neither; no model at all.
+        LayoutError: a bundle that could be either, or two for one part.
+        SourceError: a Hub id that cannot be fetched.
+    """
+    models = [(path, _local(path)) for path in paths if not is_bundle_dir(path)]
+    if not models:
+        raise CheckpointError("there are only bundles", where="--model_path", mend="Name the A model as well")
+    manifests = [read_manifest(folder) for _, folder in models]
+    layout = next((layout_from_manifest(m) for m in manifests if m), None)
+    named: dict[str, list[Path]] = {"B": [], "C": []}
+    for path in paths:
+        if is_bundle_dir(path):
+            named[bundle_part(path, layout)].append(Path(path))
+    for part, path in (("B", b_bundle), ("C", c_bundle)):
+        if path is not None:
+            named[part].append(_bundle(Path(path), f"--{part.lower()}_bundle"))
+    if bundles_dir is not None:
+        there = [part for part in "BC" if (Path(bundles_dir) / part).is_dir()]
+        if not there:
+            raise CheckpointError("holds neither B nor C", where=bundles_dir, mend="Give the directory that holds both")
+        for part in there:
+            named[part].append(_bundle(Path(bundles_dir) / part, "--bundles_dir"))
+    for part, found in named.items():
+        if len(found) > 1:
+            raise LayoutError(
+                f"there are {len(found)} bundles for {part}: {', '.join(map(str, found))}",
+                mend="Name one for each part",
+            )
+    return Inputs(models, {part: found[0] for part, found in named.items() if found})
+
+
+def bundle_part(path: str | Path, layout: Layout | None) -> str:
+    """Whether a bundle directory is "B" or "C": by the layers it holds, else by its name.
+
+    Args:
+        path: the bundle.
+        layout: the parts of the model that it is for; None where no manifest says.
+
+    Raises:
+        LayoutError: neither tells.
+    """
+    held = bundle_layers(path)
+    if layout is not None:
+        fitting = [part for part in "BC" if held and held == layout.layers_of(part)]
+        if fitting:
+            return fitting[0]
+    name = os.path.basename(os.path.abspath(path)).lower()
+    fitting = [part for part in "BC" if f"{part.lower()}_merged" in name]
+    if len(fitting) == 1:
+        return fitting[0]
+    expected = f"; the manifest gives {list(layout.b)} to B and {list(layout.c)} to C" if layout else ""
+    raise LayoutError(
+        f"it is not clear whether this bundle of layers {list(held)} is B or C{expected}",
+        where=path,
+        mend="Name it with --b_bundle or --c_bundle",
+    )
+
+
+def _bundle(path: Path, flag: str) -> Path:
+    if not is_bundle_dir(path):
+        raise CheckpointError(
+            "is not a bundle: there is no layer_XXX.safetensors, or a config.json", where=f"{flag} {path}"
+        )
+    return path
+
+
+def _local(path: str) -> Path:
+    """The directory of a model: the path itself, or where its Hub repository was downloaded to."""
+    if os.path.exists(path):
+        if not is_model_dir(path):
+            raise CheckpointError(
+                "is neither a model (no config.json) nor a bundle (no layer_XXX.safetensors)",
+                where=path,
+                mend="Give the directory that pruning or merging wrote",
+            )
+        return Path(os.path.abspath(path))
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        # open_checkpoint words the error: it cannot be a repository's id.
+        return open_checkpoint(path).path
+    return _download(path)
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Never the pickled weights, nor the second copy that Mistral's repositories carry.
+        folder = snapshot_download(
+            repo_id,
+            allow_patterns=["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"],
+            ignore_patterns=["consolidated*"],
+        )
+    except Exception as error:  # huggingface_hub and its HTTP client raise a dozen unrelated kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(
+            f"is no local directory, and cannot be fetched from the Hub: {first}",
+            where=repo_id,
+            mend="Check the path; for a Hub id, check the network and, for a gated model, log in with `hf auth login`",
+        ) from error
+    return Path(folder)

@@ -1,0 +1,119 @@
+"""What the evaluation command prints and writes: boxes while it runs, a table and files at the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mistral_prune_lora.evaluation import StageResult
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.statistics import compare_stages
+from mistral_prune_lora.transaction import atomic_file
+
+_WIDE, _NARROW, _BOX, _LABEL = "=" * 70, "─" * 60, 41, 41
+_CSV_COLUMNS = (
+    "label", "stage", "active_layers", "parameters", "ppl", "ppl_se", "mean_nll", "mean_nll_se", "bits_per_byte",
+    "tokens", "windows", "seqlen", "dtype", "device", "batch_size", "top1_accuracy", "kl_dense", "kl_dense_se",
+    "top1_agreement", "ids_sha256", "weights_sha256",
+)  # fmt: skip
+
+
+def opening(lines: Mapping[str, object]) -> str:
+    """The head of the output: what is evaluated, on what, how."""
+    told = "\n".join(f"{name + ':':<12} {value}" for name, value in lines.items())
+    return f"{_WIDE}\nMerged Model PPL Evaluation\n{_WIDE}\n{told}\n{_WIDE}"
+
+
+def model_heading(number: int, count: int, name: str) -> str:
+    """The line that a model's results stand under."""
+    return f"\n{_NARROW}\n[{number}/{count}] {name}\n{_NARROW}\n"
+
+
+def model_lines(model_type: str, layout: Layout, active: int, parameters: int, device: object) -> str:
+    """What was loaded: PassLayers, layers, parameters."""
+    passed = layout.num_layers - active
+    lines = []
+    if layout.dropped:
+        lines.append(f"  ✓ PassLayer installed: {list(layout.dropped)} ({len(layout.dropped)} layers)")
+    lines.append(
+        f"  ✓ {model_type} | {layout.num_layers} layers ({active} active + {passed} PassLayer)"
+        f" | {parameters / 1e6:.1f}M params | {device}"
+    )
+    return "\n".join(lines)
+
+
+def box(result: Mapping) -> str:
+    """One stage's numbers in a frame."""
+    width = max(_BOX, len(result["label"]) + 2)
+    lines = [
+        f"PPL      = {result['ppl']:.4f}",
+        f"Mean NLL = {result['mean_nll']:.6f}",
+        f"Tokens   = {result['tokens']}",
+    ]
+    rows = "\n".join(f"  │ {line:<{width - 1}}│" for line in lines)
+    title = f"  │ {result['label']:<{width - 1}}│"
+    return f"  ┌{'─' * width}┐\n{title}\n  ├{'─' * width}┤\n{rows}\n  └{'─' * width}┘\n"
+
+
+def summary(results: Sequence[Mapping]) -> str:
+    """All results in one table; says so if they were measured on different token ids."""
+    width = max([_LABEL, *(len(r["label"]) for r in results)])
+    rows = [f"{'Label':<{width}} {'PPL':>12} {'Mean NLL':>12} {'Tokens':>10}"]
+    rows.append(f"{'─' * width} {'─' * 12} {'─' * 12} {'─' * 10}")
+    rows += [f"{r['label']:<{width}} {r['ppl']:>12.4f} {r['mean_nll']:>12.6f} {r['tokens']:>10}" for r in results]
+    table = "\n".join(rows)
+    warning = ""
+    if len({r["ids_sha256"] for r in results}) > 1:
+        bits = ", ".join(f"{r['label']} {r['bits_per_byte']:.4f}" for r in results)
+        warning = f"\nDifferent token ids: these PPL do not compare. Bits per byte do: {bits}"
+    return f"{_WIDE}\nSummary\n{_WIDE}\n{table}\n{_WIDE}{warning}"
+
+
+def details(results: Sequence[Mapping]) -> str:
+    """What else was measured: standard error, bits per byte, top-1 accuracy, and how far the dense model is."""
+    width = max([_LABEL, *(len(r["label"]) for r in results)])
+    compared = any("kl_dense" in r for r in results)
+    head = f"{'':<{width}} {'PPL ± SE':>12} {'bits/byte':>12} {'top-1':>10}"
+    lines = [head + (f" {'KL(dense||.)':>14} {'agreement':>10}" if compared else "")]
+    for r in results:
+        error = "" if r["ppl_se"] is None else f"± {r['ppl_se']:.4f}"
+        line = f"{r['label']:<{width}} {error:>12} {r['bits_per_byte']:>12.4f} {r['top1_accuracy']:>10.2%}"
+        lines.append(line + (f" {r['kl_dense']:>14.6f} {r['top1_agreement']:>10.2%}" if "kl_dense" in r else ""))
+    return "\n".join(lines)
+
+
+def differences(results: Sequence[StageResult]) -> list[dict]:
+    """Every pair of results on the same token ids, compared window by window; see `statistics.paired_difference`."""
+    groups: dict[str, dict] = {}
+    for result in results:
+        per_token = result.scores.nll / (result.record["seqlen"] - 1)
+        groups.setdefault(result.record["ids_sha256"], {})[result.record["label"]] = per_token
+    return [row for group in groups.values() for row in compare_stages(group).to_dict("records")]
+
+
+def differences_table(rows: Sequence[Mapping]) -> str:
+    """The pairs as text: difference of mean NLL with its 95 % interval."""
+    width = max(len(f"{r['second']} - {r['first']}") for r in rows)
+    lines = ["Paired differences of mean NLL over the same windows (95 % interval)"]
+    for row in rows:
+        interval = "" if row["low"] is None else f"  [{row['low']:+.6f}, {row['high']:+.6f}]"
+        pair = f"{row['second']} - {row['first']}"
+        lines.append(f"{pair:<{width}} {row['difference']:+.6f}{interval}  PPL x {row['ppl_ratio']:.4f}")
+    return "\n".join(lines)
+
+
+def write_json(path: str | Path, results: Sequence[StageResult]) -> None:
+    """All results with what identifies them, and their paired differences, as one JSON object."""
+    content = {"results": [result.record for result in results], "differences": differences(results)}
+    with atomic_file(path) as fresh:
+        fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_csv(path: str | Path, results: Sequence[StageResult]) -> None:
+    """A row a result."""
+    with atomic_file(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _CSV_COLUMNS, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(result.record for result in results)

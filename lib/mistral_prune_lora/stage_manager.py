@@ -1,0 +1,88 @@
+"""One model in memory that is switched between the stages A, AB and FULL: for generating text with each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout
+from mistral_prune_lora.model import load_model, restore_bundle
+from mistral_prune_lora.pruning.identity import PassLayer
+
+
+class DynamicStageManager:
+    """Loads an A model once and puts the layers of B and C in and out of it.
+
+    A bundle is read when a stage first needs it and stays in memory, so switching back and forth costs nothing.
+
+    Attributes:
+        model: the transformers model, at the current stage; use it as any other (`model.generate(...)`).
+        layout: the layers of each part.
+        stage: "A" after loading.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        bundles: Mapping[str, str | Path],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Load the A model.
+
+        Args:
+            model_dir: an A model or merged A, with its manifest.
+            bundles: bundle directories by part, "B" and "C"; those of the stages that will be asked for.
+            dtype, device: of the model.
+
+        Raises:
+            CheckpointError: weights are missing or do not fit.
+        """
+        self.model = load_model(model_dir, dtype=dtype, device=device)
+        self.layout: Layout = open_checkpoint(model_dir).layout or Layout(self.model.config.num_hidden_layers)
+        self.stage = "A"
+        self._bundles = dict(bundles)
+        self._restored: dict[int, nn.Module] = {}
+
+    def set_stage(self, stage: str) -> None:
+        """Switch to "A", "AB" or "FULL".
+
+        A KV cache belongs to the stage that filled it: start a new one after switching.
+
+        Raises:
+            LayoutError: no such stage, or a bundle that it needs was not given or holds other layers.
+        """
+        if stage not in PARTS_OF_STAGE:
+            raise LayoutError(f"there is no stage {stage!r}", mend=f"Use one of {', '.join(PARTS_OF_STAGE)}")
+        for part in PARTS_OF_STAGE[stage]:
+            self._read(part)
+        layers = self.model.model.layers
+        active = set(self.layout.active(stage))
+        for index in self.layout.dropped:
+            layers[index] = self._restored[index] if index in active else PassLayer(index)
+        self.stage = stage
+
+    def _read(self, part: str) -> None:
+        """Bring a bundle into memory, unless it is there; leaves the model with its layers restored."""
+        wanted = self.layout.layers_of(part)
+        if part == "A" or not wanted or wanted[0] in self._restored:
+            return
+        if part not in self._bundles:
+            raise LayoutError(
+                f"bundle {part} was not given", where=self.model.name_or_path, mend=f"Give the {part} bundle"
+            )
+        held = open_checkpoint(self._bundles[part]).layers
+        if held != wanted:
+            raise LayoutError(
+                f"holds layers {list(held)} where the manifest gives {list(wanted)} to {part}",
+                where=self._bundles[part],
+                mend="Use the bundles that were cut from this model",
+            )
+        restore_bundle(self.model, self._bundles[part])
+        self._restored |= {index: self.model.model.layers[index] for index in wanted}
