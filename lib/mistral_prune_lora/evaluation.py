@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import DataError, LayoutError
 from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
 from mistral_prune_lora.layers import Compute, LayerSource
 from mistral_prune_lora.layout import STAGES, segment_tree, shared_segments, stage_run
-from mistral_prune_lora.model import DTYPES, model_config, resolve_device
+from mistral_prune_lora.model import DTYPES, model_config
 from mistral_prune_lora.statistics import WindowScores, summarise
 from mistral_prune_lora.transaction import atomic_file
 from mistral_prune_lora.windows import PROTOCOL, Windows
@@ -145,13 +146,12 @@ def evaluate_stages(
     work_dir: str | Path,
     teacher: Teacher | None = None,
     final_hidden: str | Path | None = None,
-    keep: bool = False,
 ) -> Iterator[StageResult]:
     """Evaluate stages in one process, each shared segment once; yields each result as soon as it is there.
 
-    Everything finished lies in `work_dir` under names that follow from weights, token ids, dtype, batch size and
-    versions, so a killed run is continued by the next one, and with `keep` a changed bundle recomputes only what
-    depends on it.
+    Everything finished stays in `work_dir` under names that follow from weights, token ids, dtype, batch size and
+    versions. So a killed run is continued by the next one, and after a change of one bundle only what depends on it is
+    computed. Deleting the folder is up to the caller.
 
     Args:
         subject: the model, and the bundles that the stages need.
@@ -161,7 +161,6 @@ def evaluate_stages(
         work_dir: where boundary activations and unfinished scores go.
         teacher: the dense model's answers, for KL and top-1 agreement.
         final_hidden: keep the final hidden states of the last stage here.
-        keep: leave finished activations and scores in `work_dir` for later evaluations.
 
     Raises:
         LayoutError: a stage needs a bundle that is not given. Others as `run_segment`.
@@ -174,19 +173,16 @@ def evaluate_stages(
     records: dict[str | None, dict] = {None: start_record(subject.model, windows, compute.dtype)}
     for segment in tree:
         records[segment.name] = extend_record(records[segment.parent], sources[segment.name], compute)
-    used: list[Path] = []
 
     def boundary(name: str | None) -> Start:
         """The activations at the end of a shared segment, computed now if they are not there."""
         if name is None:
             return Start(subject.model, windows, compute, None)
         file = folder / f"{record_digest(records[name])[:24]}.safetensors"
-        used.append(file)
         if not file.is_file():
             run_to_file(boundary(shared[name].parent), sources[name], windows, config, compute, file)
         return Start(subject.model, windows, compute, file)
 
-    jobs: list[Scoring] = []
     for stage in wanted:
         parent, tail = stage_run(tree, stage)
         tail_sources = sources[tail.name] if tail else []
@@ -194,14 +190,8 @@ def evaluate_stages(
         kept = final_hidden if stage == wanted[-1] else None
         place = folder / f"{record_digest(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
         job = Scoring(subject.model, windows, compute, place, teacher, kept)
-        jobs.append(job)
         record, scores = job.run(lambda parent=parent: boundary(parent), tail_sources, f"stage {stage}", record)
         yield _result(subject.label(stage), stage, record, scores, windows, compute, {})
-    if not keep:
-        for file in used:
-            file.unlink(missing_ok=True)
-        for job in jobs:
-            job.forget()
 
 
 def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:

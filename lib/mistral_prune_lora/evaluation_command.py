@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import AdapterError, LayoutError
 from mistral_prune_lora.evaluation import StageResult, Teacher, boundary_bytes, evaluate_stages, hidden_bytes, stages_of
 from mistral_prune_lora.evaluation_adapters import open_adapters
@@ -27,7 +31,7 @@ from mistral_prune_lora.evaluation_report import (
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
-from mistral_prune_lora.model import DTYPES, resolve_device
+from mistral_prune_lora.model import DTYPES
 from mistral_prune_lora.text import Text, load_text
 from mistral_prune_lora.tokenizer import load_tokenizer
 from mistral_prune_lora.windows import Windows, make_windows
@@ -85,9 +89,15 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     return evaluation.results
 
 
-def default_work_dir() -> Path:
-    """Where unfinished evaluations lie if the user names no place (XDG_CACHE_HOME is respected)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mistral_prune_lora" / "evaluation"
+def default_work_dir(args: argparse.Namespace) -> Path:
+    """Where an evaluation keeps what it has finished if the user names no place: in the cache, a folder a command.
+
+    XDG_CACHE_HOME is respected.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    asked = {**vars(args), "cwd": os.getcwd(), "json": None, "csv": None}
+    name = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return cache / "mistral_prune_lora" / "evaluation" / name
 
 
 class _Evaluation:
@@ -98,8 +108,7 @@ class _Evaluation:
     ) -> None:
         self._args, self._compute, self._text, self._stages = args, compute, text, stages
         self._models = inputs.models
-        self._keep = args.work_dir is not None
-        self._folder = Path(args.work_dir) if self._keep else default_work_dir()
+        self._folder = Path(args.work_dir) if args.work_dir else default_work_dir(args)
         self._teacher: tuple[Teacher, str] | None = None
         self.results: list[StageResult] = []
 
@@ -128,7 +137,6 @@ class _Evaluation:
             work_dir=self._folder,
             teacher=teacher,
             final_hidden=self._hidden_file(windows) if teaches else None,
-            keep=self._keep,
         )
         for position, stage in enumerate(wanted):
             if position:
@@ -138,14 +146,13 @@ class _Evaluation:
             result = next(results)
             self.results.append(result)
             print(box(result.record), flush=True)
-        next(results, None)  # lets it tidy up
         if teaches:
             self._teacher = (Teacher(subject.model, self._hidden_file(windows)), windows.identity.ids_sha256)
 
     def clean(self) -> None:
-        """Remove the dense model's answers unless the user keeps the folder."""
-        if self._teacher and not self._keep:
-            self._teacher[0].hidden.unlink(missing_ok=True)
+        """Remove what was kept for the case of a kill, unless the user has named a place for it."""
+        if not self._args.work_dir:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _windows(self, subject: Subject) -> Windows:
         args = self._args

@@ -15,31 +15,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
-from mistral_prune_lora.errors import CheckpointError, DeviceError, LayoutError
+from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.pruning.identity import PassLayer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a `--device` value; "auto" means the first GPU if there is one, else the CPU.
-
-    Raises:
-        DeviceError: not a device, or one that this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError(f"{name!r} is not a device", where="--device", mend="use auto, cpu or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"{name} is not there: this machine has {torch.cuda.device_count()} CUDA devices",
-            where="--device",
-            mend="use --device cpu, or run on a machine with a GPU",
-        )
-    return device
 
 
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -69,7 +69,7 @@ class DynamicStageManager:
         self.stage = stage
 
     def _read(self, part: str) -> None:
-        """Bring a bundle into memory, unless it is there; leaves the model with its layers restored."""
+        """Bring a bundle into memory, unless it is there; the model stays as it is."""
         wanted = self.layout.layers_of(part)
         if part == "A" or not wanted or wanted[0] in self._restored:
             return
@@ -85,4 +85,6 @@ class DynamicStageManager:
                 mend="Use the bundles that were cut from this model",
             )
         restore_bundle(self.model, self._bundles[part])
-        self._restored |= {index: self.model.model.layers[index] for index in wanted}
+        for index in wanted:
+            self._restored[index] = self.model.model.layers[index]
+            self.model.model.layers[index] = PassLayer(index)

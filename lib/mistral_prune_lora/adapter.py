@@ -1,0 +1,255 @@
+"""A PEFT LoRA adapter on disk: what it says, whether we can merge it, and which tensor goes where.
+
+PEFT drops tensors that match nothing without a word, and merges a random delta where one is missing. Here every tensor
+is accounted for before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mistral_prune_lora.checkpoint import LAYER_PREFIX
+from mistral_prune_lora.errors import AdapterError
+from mistral_prune_lora.safetensors_file import TensorEntry, read_header
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)\.(?P<role>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+)
+_ELSEWHERE = "merge it with PEFT's merge_and_unload, and prune the result"
+# What changes the arithmetic or the set of tensors; each is refused by name unless it is off.
+_UNSUPPORTED = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one adapter does to one weight.
+
+    Attributes:
+        module: canonical module name, e.g. "model.layers.21.self_attn.q_proj".
+        a, b: where lora_A (r, in) and lora_B (out, r) lie.
+        magnitude: where DoRA's magnitude (out,) lies; None for LoRA.
+        scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """
+
+    module: str
+    a: TensorEntry
+    b: TensorEntry
+    magnitude: TensorEntry | None
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight that it is for: (out, in)."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter directory that was read and found mergeable.
+
+    Attributes:
+        path: the directory, absolute.
+        config: the parsed adapter_config.json.
+        updates: by module name.
+    """
+
+    path: Path
+    config: dict
+    updates: Mapping[str, Update]
+
+    @property
+    def base_model(self) -> str | None:
+        """What the adapter was trained on, as it names it."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors its file holds."""
+        return sum(3 if u.magnitude else 2 for u in self.updates.values())
+
+    def targets(self, module: str) -> bool:
+        """Whether its configuration speaks of a module, by PEFT's rules for target_modules and layers_to_transform."""
+        return _targets(self.config, module)
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """Read an adapter's configuration and header.
+
+    Raises:
+        AdapterError: not an adapter, pickled weights, a kind or setting that is not merged here, a tensor that belongs
+            to no LoRA module, a missing half, a rank that is not the configured one.
+        CheckpointError: the weights file is malformed.
+    """
+    path = Path(os.path.abspath(path))
+    config = _read_config(path)
+    _refuse_unsupported(config, path)
+    entries = _read_entries(path)
+    modules: dict[str, dict[str, TensorEntry]] = {}
+    for key, entry in entries.items():
+        match = _KEY.fullmatch(key)
+        if not match or "lora_embedding" in key:
+            raise AdapterError(
+                f"tensor {key} belongs to no LoRA module that is merged here",
+                where=path / WEIGHTS_FILE,
+                mend=_ELSEWHERE,
+            )
+        roles = modules.setdefault(_canonical(match["module"]), {})
+        if match["role"] in roles:
+            raise AdapterError(f"{match['module']} has two tensors {match['role']}", where=path / WEIGHTS_FILE)
+        roles[match["role"]] = entry
+    if not modules:
+        raise AdapterError("there are no tensors", where=path / WEIGHTS_FILE, mend="train or copy the adapter again")
+    return Adapter(path, config, {name: _update(name, roles, config, path) for name, roles in modules.items()})
+
+
+def check_values(updates: Collection[Update]) -> None:
+    """Raise an AdapterError if a tensor of the updates holds NaN or infinity."""
+    for update in updates:
+        for entry in (update.a, update.b, update.magnitude):
+            if entry is not None and not torch.isfinite(entry.read()).all():
+                raise AdapterError(
+                    f"tensor {entry.stored_name} holds NaN or infinity", where=entry.file, mend="train it again"
+                )
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except OSError:
+        raise AdapterError(
+            f"there is no {CONFIG_FILE}", where=path, mend="give the directory that PEFT's save_pretrained wrote"
+        ) from None
+    except ValueError as error:
+        raise AdapterError(f"cannot be read as JSON: {error}", where=path / CONFIG_FILE) from None
+    return config
+
+
+def _refuse_unsupported(config: Mapping, path: Path) -> None:
+    where = path / CONFIG_FILE
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(
+            f"is of type {kind}; only LORA (with rsLoRA and DoRA) is merged here", where=where, mend=_ELSEWHERE
+        )
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise AdapterError(f"sets {key}, which is not merged here", where=where, mend=_ELSEWHERE)
+    if config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"trains biases (bias={config['bias']!r}), which are not merged here", where=where, mend=_ELSEWHERE
+        )
+    if not config.get("target_modules"):
+        raise AdapterError("names no target_modules", where=where, mend="use the adapter_config.json that PEFT wrote")
+
+
+def _read_entries(path: Path) -> dict[str, TensorEntry]:
+    if (path / WEIGHTS_FILE).is_file():
+        return read_header(path / WEIGHTS_FILE)
+    pickled = path / "adapter_model.bin"
+    if pickled.is_file():
+        raise AdapterError(
+            "the adapter's weights are pickled, which can run code when loaded",
+            where=pickled,
+            mend="load it with PEFT where you trust it and save it again; save_pretrained writes safetensors",
+        )
+    raise AdapterError(f"there is no {WEIGHTS_FILE}", where=path, mend="train or copy the adapter again")
+
+
+def _canonical(module: str) -> str:
+    """`model.layers.21.mlp.up_proj` of a module name with more or fewer leading `model.`."""
+    found = re.search(r"(?:^|\.)layers\.\d+\..+", module)
+    return f"model.{found[0].lstrip('.')}" if found else module
+
+
+def _update(module: str, roles: Mapping[str, TensorEntry], config: Mapping, path: Path) -> Update:
+    where = path / WEIGHTS_FILE
+    dora = bool(config.get("use_dora"))
+    wanted = ("lora_A", "lora_B", *(("lora_magnitude_vector",) if dora else ()))
+    missing = [role for role in wanted if role not in roles]
+    if missing:
+        raise AdapterError(f"{module} has no {missing[0]}", where=where, mend="train or copy the adapter again")
+    if not dora and "lora_magnitude_vector" in roles:
+        raise AdapterError(f"{module} has a DoRA magnitude, but use_dora is off", where=where)
+    a, b, magnitude = roles["lora_A"], roles["lora_B"], roles.get("lora_magnitude_vector")
+    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise AdapterError(f"{module}: lora_A {a.shape} and lora_B {b.shape} do not fit each other", where=where)
+    if a.shape[0] != rank:
+        raise AdapterError(
+            f"{module} has rank {a.shape[0]}, but the configuration says {rank}",
+            where=where,
+            mend="use the pair PEFT wrote",
+        )
+    if magnitude is not None and magnitude.nbytes // magnitude.itemsize != b.shape[0]:
+        raise AdapterError(f"{module}: the magnitude {magnitude.shape} does not fit lora_B {b.shape}", where=where)
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Update(module, a, b, magnitude, scaling)
+
+
+def _by_pattern(patterns: Mapping | None, module: str, default):
+    """The value of the first pattern that ends the module's name, as PEFT resolves rank_pattern and alpha_pattern."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _targets(config: Mapping, module: str) -> bool:
+    excluded, wanted = config.get("exclude_modules"), config["target_modules"]
+    if excluded and _named(excluded, module):
+        return False
+    if wanted == "all-linear":
+        return LAYER_PREFIX.match(module) is not None
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    if module in wanted:
+        return True
+    if not _named(wanted, module):
+        return False
+    chosen = config.get("layers_to_transform")
+    if chosen is None or chosen == []:
+        return True
+    index = _layer_index(config.get("layers_pattern"), module)
+    return index is not None and index in ([chosen] if isinstance(chosen, int) else chosen)
+
+
+def _named(names: str | Collection[str], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return module in names or any(module.endswith(f".{name}") for name in names)
+
+
+def _layer_index(patterns: str | list[str] | None, module: str) -> int | None:
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+        return int(match["idx"]) if match else None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module)
+        if match:
+            return int(match["idx"])
+    return None

@@ -1,0 +1,356 @@
+"""LoRA adapters trained so that a model with fewer layers, or with restored ones, answers like the dense model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.console import progress
+from mistral_prune_lora.digest import file_sha256
+from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.model import load_model
+from mistral_prune_lora.safetensors_file import (
+    DTYPE_NAMES,
+    TensorEntry,
+    TensorSpec,
+    plan_file,
+    read_header,
+    tensor_bytes,
+)
+from mistral_prune_lora.transaction import atomic_directory, atomic_file
+from mistral_prune_lora.windows import Windows
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BLOCK_LOGITS = 1 << 25  # logits of one block of tokens: 128 MB of float32, once each for student and teacher
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter's shape, in PEFT's terms."""
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = PROJECTIONS
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """loss = kd_alpha * temperature^2 * KL(teacher || student) + (1 - kd_alpha) * cross-entropy."""
+
+    kd_alpha: float = 0.9
+    temperature: float = 2.0
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """AdamW with linear warm-up and cosine decay to zero.
+
+    Attributes:
+        steps: updates of the weights.
+        batch_size: windows in one forward pass.
+        gradient_accumulation: forward passes in one update.
+        learning_rate: its peak.
+        warmup_steps: updates until the peak.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+
+    steps: int = 1000
+    batch_size: int = 1
+    gradient_accumulation: int = 8
+    learning_rate: float = 2e-4
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+def distillation_loss(
+    student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, settings: LossSettings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss of Hinton et al. 2015 (https://arxiv.org/abs/1503.02531, section 2) summed over tokens, in float32.
+
+    The factor temperature^2 keeps the gradient of the soft part as large as that of the hard part.
+
+    Args:
+        student, teacher: logits, shape (tokens, vocabulary).
+        targets: the true next tokens, int64, shape (tokens,).
+        settings: weights of the two parts.
+
+    Returns:
+        Loss, KL(teacher || student) at the temperature, cross-entropy; each summed over tokens, scalar float32.
+    """
+    student, teacher, t = student.float(), teacher.float(), settings.temperature
+    kl = functional.kl_div(
+        (student / t).log_softmax(-1), (teacher / t).log_softmax(-1), log_target=True, reduction="sum"
+    )
+    ce = functional.cross_entropy(student, targets, reduction="sum")
+    return settings.kd_alpha * t**2 * kl + (1 - settings.kd_alpha) * ce, kl, ce
+
+
+def stage_layers(stage: str, layout: Layout) -> tuple[int, ...]:
+    """The layers that the adapter of stage "A", "B" or "C" is trained on.
+
+    Raises:
+        LayoutError: the stage has no layers.
+    """
+    layers = layout.layers_of(stage)
+    if not layers:
+        raise LayoutError(f"{stage} holds no layers", where="manifest.json", mend="there is nothing to train for it")
+    return layers
+
+
+def teacher_states(
+    teacher_dir: str | Path,
+    windows: Windows,
+    output: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+) -> None:
+    """Run the dense model over the training windows once and keep its final hidden states (after the norm).
+
+    Args:
+        teacher_dir: the dense model.
+        windows: the training windows.
+        output: safetensors with `hidden`, shape (windows, seqlen, hidden), in `dtype`; its metadata name the token ids
+            and the teacher, which are checked when it is read.
+        dtype, device, batch_size: of the teacher's forward pass.
+    """
+    teacher = load_model(teacher_dir, dtype=dtype, device=device)
+    shape = (*windows.ids.shape, teacher.config.hidden_size)
+    about = {"ids_sha256": windows.identity.ids_sha256, "teacher": json.dumps(_weight_digests(teacher_dir))}
+    head, _ = plan_file([TensorSpec("hidden", DTYPE_NAMES[dtype], shape)], about)
+    with (
+        atomic_file(output) as fresh,
+        open(fresh, "wb") as file,
+        progress(total=windows.ids.numel(), description="teacher", unit="tok") as bar,
+        torch.inference_mode(),
+    ):
+        file.write(head)
+        for start in range(0, shape[0], batch_size):
+            ids = windows.ids[start : start + batch_size].long().to(device)
+            file.write(tensor_bytes(teacher.model(ids, use_cache=False).last_hidden_state))
+            bar.update(ids.numel())
+
+
+def train_adapter(
+    stage: str,
+    *,
+    student_dir: str | Path,
+    teacher_dir: str | Path,
+    windows: Windows,
+    output_dir: str | Path,
+    bundles: Sequence[str | Path] = (),
+    states: str | Path | None = None,
+    lora: LoraSettings = LoraSettings(),
+    loss: LossSettings = LossSettings(),
+    optimiser: OptimiserSettings = OptimiserSettings(),
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+) -> None:
+    """Train the adapter of one part and write it as a stock PEFT directory with training.csv and training.json.
+
+    Frozen weights are in `dtype`, LoRA weights and the loss in float32. Backpropagation ends at the lowest adapted
+    layer. On the CPU the same settings give the same bytes for the same number of threads; on a GPU, kernels that sum
+    in varying order do not promise that.
+
+    Args:
+        stage: "A" (adapts kept layers), "B" or "C" (adapts that bundle's layers).
+        student_dir: the A model for stage A, else the merged A.
+        teacher_dir: the dense model.
+        windows: training windows; their order is drawn anew for every pass over them.
+        output_dir: the adapter's directory, written whole or not at all.
+        bundles: what to restore into the student: for B its bundle; for C the merged B and C's bundle.
+        states: what `teacher_states` wrote for the same windows; without it the teacher's layers run along.
+        lora, loss, optimiser, dtype, device, seed: settings.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    Raises:
+        LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
+        DataError: the teacher's states belong to other windows or another teacher.
+    """
+    torch.manual_seed(seed)
+    checkpoint = open_checkpoint(student_dir)
+    if checkpoint.layout is None:
+        raise CheckpointError("there is no manifest.json", where=student_dir, mend="give an A model or a merged A")
+    layers = stage_layers(stage, checkpoint.layout)
+    started = time.monotonic()
+    student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
+    model = _with_adapter(student, layers, lora)
+    if gradient_checkpointing:
+        # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher = _Teacher(teacher_dir, windows, states, dtype, device)
+    curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
+    about = {
+        "stage": stage,
+        "layers": list(layers),
+        "student": {"dir": os.fspath(student_dir), "weights": _weight_digests(student_dir)},
+        "bundles": {os.fspath(b): _weight_digests(b) for b in bundles},
+        "teacher": {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
+        "windows": asdict(windows.identity),
+        "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+    }
+    with atomic_directory(output_dir) as fresh:
+        model.save_pretrained(fresh)
+        curve.to_csv(fresh / "training.csv", index=False)
+        (fresh / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_adapter(student: PreTrainedModel, layers: Sequence[int], lora: LoraSettings) -> PeftModel:
+    """The student with a fresh adapter on some layers; nothing else can be trained."""
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        layers_to_transform=list(layers),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(student, config)
+
+
+class _Teacher:
+    """The dense model's logits: its head applied to stored states, or the whole model where there are none."""
+
+    def __init__(self, teacher_dir, windows: Windows, states, dtype: torch.dtype, device) -> None:
+        self.digests, self._device, self._windows = _weight_digests(teacher_dir), device, windows
+        self._states = _stored_states(states, windows, self.digests) if states else None
+        if self._states is None:
+            self._model = load_model(teacher_dir, dtype=dtype, device=device).requires_grad_(False)
+            self.head = self._model.lm_head.weight
+        else:
+            checkpoint = open_checkpoint(teacher_dir)
+            name = "lm_head.weight" if "lm_head.weight" in checkpoint.entries else "model.embed_tokens.weight"
+            self.head = checkpoint.read(name, dtype).to(device)
+
+    @torch.no_grad()
+    def hidden(self, chosen: Sequence[int]) -> torch.Tensor:
+        """Final hidden states of some windows, shape (n, seqlen, hidden)."""
+        if self._states is None:
+            ids = self._windows.ids[list(chosen)].long().to(self._device)
+            return self._model.model(ids, use_cache=False).last_hidden_state
+        return torch.cat([self._states.read(slice(i, i + 1)) for i in chosen]).to(self._device)
+
+
+def _stored_states(path, windows: Windows, digests: Mapping[str, str]) -> TensorEntry:
+    from safetensors import safe_open
+
+    entry = read_header(path).get("hidden")
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    if entry is None or about.get("ids_sha256") != windows.identity.ids_sha256:
+        raise DataError("the teacher's states belong to other windows", where=path, mend="make them again")
+    if json.loads(about["teacher"]) != digests:
+        raise DataError("the teacher's states belong to another teacher", where=path, mend="make them again")
+    return entry
+
+
+def _fit(
+    model: PeftModel,
+    teacher: _Teacher,
+    windows: Windows,
+    loss: LossSettings,
+    settings: OptimiserSettings,
+    order: random.Random,
+    device,
+) -> pd.DataFrame:
+    """The training loop; returns one row a step: step, loss, kl, ce (means over tokens), learning_rate, grad_norm, tokens."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    updater = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    batches = _endless_batches(len(windows.ids), settings.batch_size, order)
+    rows = []
+    with progress(total=settings.steps, description="train", unit="step") as bar:
+        for step in range(settings.steps):
+            rate = settings.learning_rate * _schedule(step, settings)
+            for group in updater.param_groups:
+                group["lr"] = rate
+            sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+            chosen = [next(batches) for _ in range(settings.gradient_accumulation)]
+            total = sum(len(batch) for batch in chosen) * (windows.seqlen - 1)
+            for batch in chosen:
+                ids = windows.ids[batch].long().to(device)
+                sums += _backward(model, teacher, ids, teacher.hidden(batch), loss, total)
+                tokens += ids.numel()
+            norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+            updater.step()
+            updater.zero_grad(set_to_none=True)
+            mean = (sums / total).tolist()
+            rows.append((step + 1, *mean, rate, float(norm), tokens))
+            bar.set_postfix_str(f"loss {mean[0]:.4f}", refresh=False)
+            bar.update()
+    return pd.DataFrame(rows, columns=["step", "loss", "kl", "ce", "learning_rate", "grad_norm", "tokens"])
+
+
+def _backward(model, teacher: _Teacher, ids, taught, loss: LossSettings, total: int) -> torch.Tensor:
+    """Add the gradients of one batch; returns loss, KL and cross-entropy summed over its tokens, float64.
+
+    The head and the loss go in blocks of tokens. Each block's gradient stops at the final hidden states; one backward
+    pass through the layers follows, so logits of more than a block never exist.
+    """
+    decoder, head = model.get_base_model().model, model.get_base_model().lm_head
+    hidden = decoder(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    targets, taught = ids[:, 1:].flatten(), taught[:, :-1].flatten(0, 1)
+    cut = hidden.detach().requires_grad_(True)
+    sums = torch.zeros(3, dtype=torch.float64)
+    block = max(1, _BLOCK_LOGITS // head.weight.shape[0])
+    for start in range(0, len(targets), block):
+        part = slice(start, start + block)
+        with torch.no_grad():
+            expected = functional.linear(taught[part], teacher.head)
+        parts = distillation_loss(head(cut[part]), expected, targets[part], loss)
+        (parts[0] / total).backward()
+        sums += torch.stack([p.detach().double().cpu() for p in parts])
+    hidden.backward(cut.grad)
+    return sums
+
+
+def _endless_batches(count: int, batch_size: int, order: random.Random) -> Iterator[list[int]]:
+    """Window numbers in batches, every window once before any comes again."""
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < batch_size:
+            fresh = list(range(count))
+            order.shuffle(fresh)
+            waiting += fresh
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+def _schedule(step: int, settings: OptimiserSettings) -> float:
+    """The share of the peak learning rate: linear warm-up, then a cosine that would reach zero after the last step."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _weight_digests(path: str | Path) -> dict[str, str]:
+    return {file.name: file_sha256(file) for file in open_checkpoint(path).files}

@@ -1,0 +1,289 @@
+"""What a merge will do, decided from headers alone and checked in full before the first byte is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mistral_prune_lora.adapter import Adapter, Update, check_values, open_adapter
+from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint
+from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.layout import (
+    SINGLE_FILE,
+    Layout,
+    is_model_dir,
+    layer_file_name,
+    layout_from_manifest,
+    read_manifest,
+)
+from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the output: where it comes from and what is added to it, in order."""
+
+    spec: TensorSpec
+    entry: TensorEntry
+    updates: tuple[Update, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge does.
+
+    Attributes:
+        kind: "model" or "bundle": what is written.
+        base: what the adapters are merged into.
+        skeleton: the A model that a bundle belongs to; None where it is not needed or not known.
+        adapters: in the order they are merged.
+        files: for each output file, its tensors.
+        layers: layers whose weights are written.
+        layout: the parts as the manifest says them; None without one.
+        out_of_scope: adapter tensors that belong to no layer of this target, by adapter directory.
+    """
+
+    kind: str
+    base: Checkpoint
+    skeleton: Checkpoint | None
+    adapters: tuple[Adapter, ...]
+    files: dict[str, list[Item]]
+    layers: tuple[int, ...]
+    layout: Layout | None
+    out_of_scope: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def items(self) -> list[Item]:
+        """Every tensor of the output."""
+        return [item for items in self.files.values() for item in items]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(item.spec.nbytes for item in self.items)
+
+
+def plan_merge(
+    base_model: str | Path,
+    adapter_paths: Sequence[str | Path],
+    output_dir: str | Path,
+    *,
+    skeleton: str | Path | None = None,
+    save_bundle_only: bool = False,
+    save_full_model: bool = False,
+    max_shard_size: int | None = None,
+) -> MergePlan:
+    """Decide what to write and match every adapter tensor to a weight, or list it as out of scope.
+
+    Args: as for `merge.merge_adapters`.
+
+    Raises:
+        PipelineError: output and an input are one directory; contradicting flags; no adapter.
+        AdapterError: an adapter that cannot be merged, matches nothing here, or was trained for another model.
+        CheckpointError, LayoutError: base or skeleton cannot be read or contradict each other.
+    """
+    if not adapter_paths:
+        raise PipelineError("no adapter is given", where="--adapter_path", mend="name at least one adapter directory")
+    if save_bundle_only and save_full_model:
+        raise PipelineError("a bundle only and a full model exclude each other", mend="give one of the two flags")
+    _refuse_same_directory(output_dir, base_model, *adapter_paths, *([skeleton] if skeleton else []))
+    base = open_checkpoint(base_model)
+    adapters = tuple(open_adapter(path) for path in adapter_paths)
+    frame = base if base.kind == "model" else _find_skeleton(skeleton, adapters, required=save_full_model)
+    layout = frame.layout if frame else None
+    scope = _scope(base, frame, layout)
+    _refuse_other_model(adapters, layout)
+    bundle = save_bundle_only or (base.kind == "bundle" and not save_full_model)
+    updates, out_of_scope = _match(base, adapters, scope)
+    sources = {name: entry for name, entry in base.entries.items() if _belongs(name, scope, bundle)}
+    if base.kind == "bundle" and not bundle:
+        sources = {name: entry for name, entry in frame.entries.items() if _kept(name, layout)} | sources
+    files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size)
+    layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
+    kind = "bundle" if bundle else "model"
+    return MergePlan(
+        kind, base, frame if base.kind == "bundle" else None, adapters, files, layers, layout, out_of_scope
+    )
+
+
+def _refuse_same_directory(output_dir, *inputs) -> None:
+    output = Path(os.path.realpath(output_dir))
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        if output == source or output in source.parents:
+            raise PipelineError(
+                f"the output directory is or holds an input, {path}",
+                where=output_dir,
+                mend="choose another --output_dir",
+            )
+
+
+def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Checkpoint | None:
+    """The A model that a bundle belongs to: the given one, or what the first adapter names as its base."""
+    named = given or adapters[0].base_model
+    if named and is_model_dir(named):
+        return open_checkpoint(named)
+    if given or required:
+        raise CheckpointError(
+            f"{named or 'no model'} is not the directory of an A model",
+            where="--skeleton" if given else adapters[0].path / "adapter_config.json",
+            mend="give the A model that the bundle was cut from with --skeleton",
+        )
+    return None
+
+
+def _scope(base: Checkpoint, frame: Checkpoint | None, layout: Layout | None) -> frozenset[int]:
+    """The layers that may be changed: A's kept layers, or the bundle's own."""
+    if base.kind == "model":
+        dropped = layout.dropped if layout else ()
+        missing = [i for i in range(base.config["num_hidden_layers"]) if i not in dropped and i not in base.layers]
+        if missing:
+            raise CheckpointError(
+                f"has no weights of layers {missing}, and no manifest.json says that they were dropped",
+                where=base.path,
+                mend="use the A directory that pruning wrote, with its manifest.json",
+            )
+        return frozenset(base.layers) - frozenset(dropped)
+    strays = sorted(set(base.layers) - set(layout.dropped)) if layout else []
+    if strays:
+        raise LayoutError(
+            f"layers {strays} of the bundle are not dropped layers of {frame.path}",
+            where=base.path,
+            mend="use the bundle and the A model of one pruning",
+        )
+    return frozenset(base.layers)
+
+
+def _refuse_other_model(adapters: Sequence[Adapter], layout: Layout | None) -> None:
+    """An adapter whose own base is at hand and was pruned otherwise was trained for another model."""
+    for adapter in adapters:
+        named = adapter.base_model
+        manifest = read_manifest(named) if named and is_model_dir(named) else None
+        if manifest and layout and layout_from_manifest(manifest) != layout:
+            raise AdapterError(
+                f"was trained on {named}, which drops other layers than this model",
+                where=adapter.path,
+                mend="use the adapter that was trained for this pruning",
+            )
+
+
+def _match(base: Checkpoint, adapters: Sequence[Adapter], scope: frozenset[int]):
+    """(updates by weight name in merge order, tensors out of scope by adapter)."""
+    updates: dict[str, list[Update]] = {}
+    out_of_scope: dict[str, list[str]] = {}
+    for adapter in adapters:
+        inside = {}
+        for module, update in adapter.updates.items():
+            match = LAYER_PREFIX.match(module)
+            if match and int(match[1]) not in scope:
+                names = [e.stored_name for e in (update.a, update.b, update.magnitude) if e]
+                out_of_scope.setdefault(str(adapter.path), []).extend(names)
+            else:
+                inside[f"{module}.weight"] = update
+        _check_inside(base, adapter, inside, scope)
+        for name, update in inside.items():
+            updates.setdefault(name, []).append(update)
+        check_values(inside.values())
+    return {name: tuple(chain) for name, chain in updates.items()}, out_of_scope
+
+
+def _check_inside(base: Checkpoint, adapter: Adapter, inside: Mapping[str, Update], scope: frozenset[int]) -> None:
+    if not inside:
+        raise AdapterError(
+            f"matches nothing: it has no tensors for layers {sorted(scope)}",
+            where=adapter.path,
+            mend=f"use the adapter that was trained for {base.path}",
+        )
+    for name, update in inside.items():
+        entry, module = base.entries.get(name), update.module
+        if entry is None:
+            raise AdapterError(
+                f"has an update for {module}, which this model does not have",
+                where=adapter.path,
+                mend="use its own adapter",
+            )
+        if not adapter.targets(module):
+            raise AdapterError(
+                f"has tensors for {module}, which its configuration does not target; PEFT would drop them",
+                where=adapter.path,
+                mend="use the adapter_config.json that was saved with these tensors",
+            )
+        if tuple(entry.shape) != update.shape:
+            raise AdapterError(
+                f"{module} is {tuple(entry.shape)} in the model and {update.shape} in the adapter",
+                where=adapter.path,
+                mend="use an adapter that was trained for this model",
+            )
+        if entry.dtype not in _FLOATS:
+            raise AdapterError(
+                f"{module} is stored as {entry.dtype}: quantised weights are not merged here",
+                where=entry.file,
+                mend="merge into the unquantised model (float32, bfloat16 or float16)",
+            )
+        if module == "lm_head" and base.config.get("tie_word_embeddings"):
+            raise AdapterError(
+                "adapts lm_head, which is also the embedding of this model", where=adapter.path, mend="untie them first"
+            )
+    for name, entry in base.entries.items():
+        match = LAYER_PREFIX.match(name)
+        wanted = match and int(match[1]) in scope and len(entry.shape) == 2 and name.endswith(".weight")
+        if wanted and name not in inside and adapter.targets(name.removesuffix(".weight")):
+            raise AdapterError(
+                f"targets {name.removesuffix('.weight')}, but holds no tensors for it; PEFT would merge random ones",
+                where=adapter.path,
+                mend="train or copy the adapter again",
+            )
+
+
+def _belongs(name: str, scope: frozenset[int], bundle: bool) -> bool:
+    """Whether a tensor of the base is written: layers in scope, and, for a full model, what is outside of layers."""
+    match = LAYER_PREFIX.match(name)
+    return int(match[1]) in scope if match else not bundle
+
+
+def _kept(name: str, layout: Layout | None) -> bool:
+    match = LAYER_PREFIX.match(name)
+    return not match or layout is None or int(match[1]) in layout.kept
+
+
+def _bundle_files(sources: Mapping[str, TensorEntry], updates) -> dict[str, list[Item]]:
+    files: dict[str, list[Item]] = {}
+    for name, entry in sources.items():
+        match = LAYER_PREFIX.match(name)
+        items = files.setdefault(layer_file_name(int(match[1])), [])
+        items.append(_item(name[match.end() :], entry, updates.get(name, ())))
+    return dict(sorted(files.items()))
+
+
+def _model_files(sources: Mapping[str, TensorEntry], updates, max_shard_size: int | None) -> dict[str, list[Item]]:
+    """One file, or shards of at most `max_shard_size` bytes filled in the order of the base's tensors."""
+    shards: list[list[Item]] = [[]]
+    filled = 0
+    for name, entry in sources.items():
+        # A bundle's tensors carry no layer prefix of their own; a model's keep the name they had.
+        stored = entry.stored_name if LAYER_PREFIX.search(entry.stored_name) or not LAYER_PREFIX.match(name) else name
+        item = _item(stored, entry, updates.get(name, ()))
+        if max_shard_size and shards[-1] and filled + item.spec.nbytes > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(item)
+        filled += item.spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": items for i, items in enumerate(shards, 1)}
+
+
+def _item(name: str, entry: TensorEntry, updates: tuple[Update, ...]) -> Item:
+    return Item(TensorSpec(name, entry.dtype, entry.shape), entry, updates)
+
+
+def shard_index(plan: MergePlan) -> dict | None:
+    """The content of model.safetensors.index.json, or None for a single file."""
+    if plan.kind == "bundle" or len(plan.files) == 1:
+        return None
+    weight_map = {item.spec.name: file for file, items in plan.files.items() for item in items}
+    return {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,0 +1,183 @@
+"""Cut a dense model into A and the bundles B and C. A file transformation: tensors are copied, no model is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint
+from mistral_prune_lora.console import progress
+from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.layout import SINGLE_FILE, Layout, layer_file_name, make_manifest
+from mistral_prune_lora.safetensors_file import TensorSpec, write_file
+from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files
+from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
+
+FIXED_LAYERS: dict = {"method": "fixed"}
+
+
+def split_block(start: int, size: int, *, policy: str = "half", ratio: float = 0.5) -> tuple[tuple[int, ...], ...]:
+    """The layers of B (the lower ones) and C of a consecutive block of dropped layers.
+
+    Args:
+        start, size: the block.
+        policy: "half" gives B the larger half of an odd block; "ratio" gives B `ratio` of it, rounded, at least one
+            layer and not all where the block has two or more.
+        ratio: B's share with "ratio".
+
+    Raises:
+        LayoutError: an unknown policy, or a ratio outside (0, 1).
+    """
+    if policy == "half":
+        count = (size + 1) // 2
+    elif policy == "ratio":
+        if not 0 < ratio < 1:
+            raise LayoutError(f"{ratio} is no share of the block", where="--split_ratio", mend="use a number in (0, 1)")
+        count = min(max(1, round(size * ratio)), max(1, size - 1))
+    else:
+        raise LayoutError(f"unknown split policy {policy!r}", where="--split_policy", mend="use half or ratio")
+    block = tuple(range(start, start + size))
+    return block[:count], block[count:]
+
+
+def prune_model(
+    model_dir: str | Path,
+    layout: Layout,
+    *,
+    save_dir: str | Path,
+    save_removed_dir: str | Path,
+    selection: Mapping = FIXED_LAYERS,
+    log: Mapping | None = None,
+) -> None:
+    """Write A to `save_dir` and the bundles to `save_removed_dir`/B and /C, each directory whole or not at all.
+
+    Weights keep their bytes, dtype and original layer indices, so A with both bundles restored is the dense model.
+
+    Args:
+        model_dir: the dense model, with its tokenizer.
+        layout: which layers go where; its num_layers must be the model's.
+        save_dir, save_removed_dir: where A and the bundles go.
+        selection: how the layers were chosen, for the manifest.
+        log: what the search measured, for prune_log.json; the settings and versions are added to it.
+
+    Raises:
+        LayoutError: the layout is for a model of another number of layers.
+        CheckpointError: the model is incomplete, pruned already, or has no tokenizer.
+    """
+    model_dir = Path(os.path.abspath(model_dir))
+    dense = _open_dense(model_dir, layout)
+    save_dir, removed = Path(save_dir), Path(save_removed_dir)
+    for target in (save_dir, removed / "B", removed / "C"):
+        refuse_foreign(target)
+    manifest = make_manifest(
+        layout,
+        base_model=os.fspath(model_dir),
+        model_type=dense.config["model_type"],
+        selection=selection,
+        artifacts={
+            "A": {"dir": os.path.abspath(save_dir)},
+            "B": {"dir": os.path.abspath(removed / "B")},
+            "C": {"dir": os.path.abspath(removed / "C")},
+            "original_config": {"dir": os.path.abspath(save_dir / "original_config")},
+        },
+    )
+    total = sum(entry.nbytes for entry in dense.entries.values())
+    with progress(total=total, description="prune", unit="B") as bar:
+        # A last: its manifest speaks of bundles that are there.
+        for part, layers in (("B", layout.b), ("C", layout.c)):
+            with atomic_directory(removed / part) as fresh:
+                for layer in layers:
+                    _copy_tensors(dense, {f"model.layers.{layer}.": ""}, fresh / layer_file_name(layer), bar)
+                _write_json(fresh / "bundle_meta.json", _bundle_meta(part, layers, layout, dense))
+        with atomic_directory(save_dir) as fresh:
+            kept = {f"model.layers.{layer}.": f"model.layers.{layer}." for layer in layout.kept}
+            _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
+            _write_json(fresh / "manifest.json", manifest)
+            _write_json(fresh / "layers_map.json", _layers_map(layout))
+            _write_json(fresh / "prune_log.json", _prune_log(model_dir, layout, selection, log))
+            _copy_settings(model_dir, fresh)
+
+
+def _open_dense(model_dir: Path, layout: Layout) -> Checkpoint:
+    dense = open_checkpoint(model_dir)
+    if dense.kind != "model":
+        raise CheckpointError("is a bundle, not a dense model", where=model_dir, mend="give the dense model")
+    count = dense.config["num_hidden_layers"]
+    if count != layout.num_layers:
+        raise LayoutError(
+            f"the model has {count} layers, the layout is for {layout.num_layers}",
+            where=model_dir,
+            mend=f"set num_layers to {count} and check the layers of B and C",
+        )
+    missing = sorted(set(range(count)) - set(dense.layers))
+    if missing:
+        raise CheckpointError(f"has no weights of layers {missing}", where=model_dir, mend="prune the dense model")
+    return dense
+
+
+def _copy_tensors(dense: Checkpoint, prefixes: Mapping[str, str], file: Path, bar, *, others: bool = False) -> None:
+    """Write the tensors under some prefixes, renamed, and with `others` all that belong to no layer, to one file."""
+    sources = {}
+    for name, entry in dense.entries.items():
+        match = LAYER_PREFIX.match(name)
+        if match and match[0] in prefixes:
+            sources[prefixes[match[0]] + name[match.end() :]] = entry
+        elif others and not match:
+            sources[name] = entry
+
+    def produce(name):
+        bar.update(sources[name].nbytes)
+        return sources[name].read()
+
+    write_file(file, [TensorSpec(name, e.dtype, e.shape) for name, e in sources.items()], produce)
+
+
+def _bundle_meta(part: str, layers: tuple[int, ...], layout: Layout, dense: Checkpoint) -> dict:
+    return {
+        "stage": part,
+        "model_type": dense.config["model_type"],
+        "num_hidden_layers": layout.num_layers,
+        "indices": list(layers),
+        "format": "safetensors",
+        "granularity": "layer",
+    }
+
+
+def _layers_map(layout: Layout) -> dict:
+    """For each original index, the part that holds it and its place among the layers that A runs."""
+    place = {layer: i for i, layer in enumerate(layout.kept)}
+    return {
+        str(layer): {"part": layout.part_of(layer), "index_in_A": place.get(layer)}
+        for layer in range(layout.num_layers)
+    }
+
+
+def _prune_log(model_dir: Path, layout: Layout, selection: Mapping, log: Mapping | None) -> dict:
+    versions = {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch", "transformers")}
+    chosen = {"kept": list(layout.kept), "B": list(layout.b), "C": list(layout.c)}
+    return {"model": os.fspath(model_dir), **chosen, "selection": dict(selection), **(log or {}), "versions": versions}
+
+
+def _copy_settings(model_dir: Path, fresh: Path) -> None:
+    """Copy configuration and tokenizer beside the weights and, as they were, into original_config/."""
+    original = fresh / "original_config"
+    original.mkdir()
+    files = [model_dir / name for name in ("config.json", "generation_config.json")]
+    files += tokenizer_files(find_tokenizer(model_dir))
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, fresh / file.name)
+            shutil.copyfile(file, original / file.name)
+    source = model_dir / "source.json"
+    if source.is_file():
+        shutil.copyfile(source, original / "source.json")
+    else:
+        _write_json(original / "source.json", {"path": os.fspath(model_dir)})
+
+
+def _write_json(path: Path, content: Mapping) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

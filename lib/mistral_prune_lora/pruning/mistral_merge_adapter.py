@@ -1,0 +1,86 @@
+"""The command that merges LoRA adapters into an A model or into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+
+from mistral_prune_lora.errors import reports_errors
+
+EXAMPLES = """examples:
+  A (a full model comes out):
+    python -m mistral_prune_lora.pruning.mistral_merge_adapter \\
+      --base_model ./25_mistral_results/pruning/A \\
+      --adapter_path ./mistral_kd_lora_results/adapters/A_lora/stageA/stageA \\
+      --output_dir ./merged_models_mistral_7b/A_merged --device cuda:0
+  B (its layer files come out, since the base is a bundle):
+    python -m mistral_prune_lora.pruning.mistral_merge_adapter \\
+      --base_model ./25_mistral_results/pruning/bundles/B \\
+      --adapter_path ./mistral_kd_lora_results/adapters/B_lora/stageB \\
+      --output_dir ./merged_models_mistral_7b/B_merged --device cuda:0
+"""
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m mistral_prune_lora.pruning.mistral_merge_adapter",
+        description="Merge LoRA adapters into a model or a bundle, with the bits of PEFT's merge_and_unload. A base with"
+        " config.json is a model and gives a full model; one with layer_XXX.safetensors is a bundle and gives a bundle.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--base_model", required=True, metavar="DIR", help="the A model, or the B or C bundle")
+    chosen = p.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--adapter_path", metavar="DIR", help="the adapter")
+    chosen.add_argument("--adapter_paths", nargs="+", metavar="DIR", help="several adapters, merged in this order")
+    p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former one is replaced whole")
+    p.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda:N (default: auto, the first GPU if there is one)"
+    )
+    p.add_argument("--tokenizer_path", metavar="DIR", help="take the tokenizer from here (default: found by itself)")
+    p.add_argument("--no_verify", action="store_true", help="leave out the check of the result")
+    p.add_argument("--save_bundle_only", action="store_true", help="write layer files even if the base is a model")
+    p.add_argument("--save_full_model", action="store_true", help="write a full model even if the base is a bundle")
+    p.add_argument(
+        "--skeleton",
+        metavar="DIR",
+        help="the A model a bundle belongs to (default: what the adapter names as its base)",
+    )
+    p.add_argument(
+        "--max_shard_size", type=_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
+    )
+    return p
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; see --help."""
+    given = parser().parse_args(argv)
+    from mistral_prune_lora.merge import merge_adapters
+
+    merge_adapters(
+        given.base_model,
+        given.adapter_paths or [given.adapter_path],
+        given.output_dir,
+        device=given.device,
+        skeleton=given.skeleton,
+        tokenizer_path=given.tokenizer_path,
+        verify=not given.no_verify,
+        save_bundle_only=given.save_bundle_only,
+        save_full_model=given.save_full_model,
+        max_shard_size=given.max_shard_size,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
