@@ -1,4 +1,4 @@
-"""A dense model cut into A and its bundles with nothing but the safetensors library, and plain transformers beside it."""
+"""A dense model cut into A and bundles with nothing but the safetensors library; plain transformers beside it."""
 
 from __future__ import annotations
 

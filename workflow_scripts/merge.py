@@ -1,6 +1,5 @@
-from mistral_prune_lora.merge import merge_adapters
-
 from mistral_prune_lora.console import job
+from mistral_prune_lora.merge import merge_adapters
 
 with job(snakemake.log[0]):
     merge_adapters(

@@ -282,7 +282,7 @@ def _fit(
     order: random.Random,
     device,
 ) -> pd.DataFrame:
-    """The training loop; returns one row a step: step, loss, kl, ce (means over tokens), learning_rate, grad_norm, tokens."""
+    """The training loop; one row a step: step, loss, kl, ce (means over tokens), learning_rate, grad_norm, tokens."""
     trained = [p for p in model.parameters() if p.requires_grad]
     updater = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     batches = _endless_batches(len(windows.ids), settings.batch_size, order)

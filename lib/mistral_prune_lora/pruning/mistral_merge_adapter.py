@@ -34,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="python -m mistral_prune_lora.pruning.mistral_merge_adapter",
-        description="Merge LoRA adapters into a model or a bundle, with the bits of PEFT's merge_and_unload. A base with"
-        " config.json is a model and gives a full model; one with layer_XXX.safetensors is a bundle and gives a bundle.",
+        description="Merge LoRA adapters into a model or a bundle, with the bits of PEFT's merge_and_unload. A base"
+        " with config.json is a model and gives a full model; a base with layer_XXX.safetensors is a bundle and gives a"
+        " bundle.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
