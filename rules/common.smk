@@ -1,4 +1,4 @@
-# What every rule file shares: the checked configuration, the paths of artefacts, and access to settings.
+# The checked configuration, the paths of artefacts, and access to settings: what all rule files share.
 import re
 from pathlib import Path
 
@@ -31,7 +31,7 @@ wildcard_constraints:
     part="[ABC]",
     stage="A|AB|FULL",
     variant="dense|pruned|merged",
-    segment=r"[ABC]\d{3,}-\d{3,}_(A|AB|FULL)",
+    segment=r"[ABC]\d\d\d+-\d\d\d+_(?:A|AB|FULL)",
 
 
 def setting(*keys):

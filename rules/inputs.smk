@@ -22,9 +22,14 @@ def pruned_part_files(wildcards):
     return part_files(wildcards.experiment, "pruned", wildcards.part)
 
 
+def skeleton_dir(wildcards):
+    """The A model that a bundle belongs to."""
+    return part_dir(wildcards.experiment, "pruned", "A")
+
+
 def skeleton_manifest(wildcards):
     """The manifest that says which layers a bundle may hold."""
-    return f"{part_dir(wildcards.experiment, 'pruned', 'A')}/manifest.json"
+    return f"{skeleton_dir(wildcards)}/manifest.json"
 
 
 def adapter_source_dir(wildcards):
@@ -151,9 +156,25 @@ def stage_weights_dir(wildcards):
     return part_dir(wildcards.experiment, wildcards.variant, tail.part if tail else "A")
 
 
+def stage_names(wildcards):
+    """What a result is called in the summary."""
+    return {"experiment": wildcards.experiment, "dataset": wildcards.dataset, "variant": wildcards.variant}
+
+
+def stage_name(wildcards):
+    return wildcards.stage
+
+
+def dense_names(wildcards):
+    return {"experiment": wildcards.experiment, "dataset": wildcards.dataset, "variant": "dense"}
+
+
+def dense_layers(wildcards):
+    return list(range(LAYOUTS[wildcards.experiment].num_layers))
+
+
 def teacher_hidden_file(wildcards):
     """The dense model's final hidden states where the stages are compared with it."""
-    wanted = config["experiments"][wildcards.experiment]["perplexity"]
-    if wildcards.variant == "dense" or not compares_with_dense(wanted):
+    if not compares_with_dense(config["experiments"][wildcards.experiment]["perplexity"]):
         return []
     return f"results/{wildcards.experiment}/activations/{wildcards.dataset}/dense/final.safetensors"

@@ -55,6 +55,7 @@ for suffix, layout, members in layout_groups():
             params:
                 base_dir=pruned_part_dir,
                 adapter_dir=adapter_source_dir,
+                skeleton_dir=skeleton_dir,
                 code=code_digest("merge"),
             script:
                 "../workflow_scripts/merge.py"

@@ -52,6 +52,35 @@ rule segment:
         "../workflow_scripts/segment.py"
 
 
+# The dense model is measured whole, and its last hidden states are what the stages are compared with.
+rule dense_perplexity:
+    input:
+        windows="results/{experiment}/windows/{dataset}.eval.safetensors",
+        weights=experiment_dense_files,
+    output:
+        result="results/{experiment}/ppl/{dataset}/dense.FULL.json",
+        windows="results/{experiment}/ppl/{dataset}/dense.FULL.parquet",
+        final_hidden=activations_output("results/{experiment}/activations/{dataset}/dense/final.safetensors"),
+    log:
+        "logs/dense_perplexity/{experiment}.{dataset}.log",
+    benchmark:
+        "benchmarks/dense_perplexity/{experiment}.{dataset}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    params:
+        stage="FULL",
+        names=dense_names,
+        model_dir=experiment_dense_dir,
+        weights_dir=experiment_dense_dir,
+        layers=dense_layers,
+        dense_dir=experiment_dense_dir,
+        batch_size=setting("perplexity", "batch_size"),
+        dtype=setting("perplexity", "dtype"),
+        code=code_digest("evaluation"),
+    script:
+        "../workflow_scripts/perplexity.py"
+
+
 rule perplexity:
     input:
         source=stage_source,
@@ -65,9 +94,13 @@ rule perplexity:
         "logs/perplexity/{experiment}.{dataset}.{variant}.{stage}.log",
     benchmark:
         "benchmarks/perplexity/{experiment}.{dataset}.{variant}.{stage}.tsv"
+    wildcard_constraints:
+        variant="pruned|merged",
     conda:
         "../envs/torch.yaml"
     params:
+        stage=stage_name,
+        names=stage_names,
         model_dir=variant_model_dir,
         weights_dir=stage_weights_dir,
         layers=stage_tail,

@@ -47,6 +47,8 @@ rule plot_perplexity:
 rule drop_activations:
     log:
         "logs/drop_activations.log",
+    conda:
+        "../envs/report.yaml"
     localrule: True
     shell:
         "rm -rf results/*/activations 2>{log}"

@@ -1,4 +1,5 @@
 from mistral_prune_lora.console import job
+from mistral_prune_lora.device import granted_device
 from mistral_prune_lora.merge import merge_adapters
 
 with job(snakemake.log[0]):
@@ -6,7 +7,6 @@ with job(snakemake.log[0]):
         snakemake.params.base_dir,
         [snakemake.params.adapter_dir],
         snakemake.output.record.removesuffix("/merge.json"),
-        device="auto" if snakemake.resources.get("gpu", 1) else "cpu",
+        device=granted_device(snakemake.resources.get("gpu", 0)),
         skeleton=snakemake.params.get("skeleton_dir"),
-        threads=snakemake.threads,
     )

@@ -16,12 +16,13 @@ import torch
 
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.errors import DataError, LayoutError
-from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
+from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, embedding_bytes, run_to_file
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
-from mistral_prune_lora.layers import Compute, LayerSource
+from mistral_prune_lora.layers import Compute, LayerSource, resident_groups
 from mistral_prune_lora.layout import STAGES, segment_tree, shared_segments, stage_run
 from mistral_prune_lora.model import DTYPES, model_config
+from mistral_prune_lora.perplexity import head_bytes
 from mistral_prune_lora.statistics import WindowScores, summarise
 from mistral_prune_lora.transaction import atomic_file
 from mistral_prune_lora.windows import PROTOCOL, Windows
@@ -74,7 +75,7 @@ def run_segment(
         dtype: "bf16", "fp16" or "fp32", of weights and activations.
         device: as for `model.resolve_device`.
         batch_size: windows that go through a layer together.
-        max_memory: bytes to use on the device; None means half of what is free.
+        max_memory: bytes to use on the device; None means a share of what is free.
 
     Raises:
         DataError: `windows` or `source` is not what it should be, or `source` was made of other windows.
@@ -209,13 +210,23 @@ def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
     return wanted
 
 
-def boundary_bytes(subject: Subject, stages: Sequence[str], windows: Windows, dtype: torch.dtype) -> int:
-    """Disk space that `evaluate_stages` needs for boundary activations, if memory holds whole segments.
+def boundary_bytes(subject: Subject, stages: Sequence[str], windows: Windows, compute: Compute) -> int:
+    """The most disk space that boundary activations of `evaluate_stages` take at any time.
 
-    One file more is needed for a while where memory holds only some layers of a segment.
+    Raises:
+        PipelineError: memory does not suffice for one layer; known here before anything is computed.
     """
-    files = len(shared_segments(segment_tree(subject.layout, stages_of(subject, stages))))
-    return files * hidden_bytes(subject, windows, dtype)
+    tree, config = segment_tree(subject.layout, stages_of(subject, stages)), model_config(subject.model)
+    shared, extra = shared_segments(tree), 0
+    for segment in tree:
+        reserved = 0 if segment.parent else embedding_bytes(subject.model, compute)
+        if segment not in shared:
+            reserved += head_bytes(subject.model, compute.dtype)
+        groups = resident_groups(subject.sources(segment.layers), compute, config, windows.seqlen, reserved)
+        # Between two groups lies a file, which lives until the next one is there; the last group's is counted already,
+        # or, where it is scored, is none.
+        extra = max(extra, min(len(groups) - 1, 1 if segment in shared else 2))
+    return (len(shared) + extra) * hidden_bytes(subject, windows, compute.dtype)
 
 
 def hidden_bytes(subject: Subject, windows: Windows, dtype: torch.dtype) -> int:
@@ -278,18 +289,3 @@ def _beside(path: str | Path, suffix: str) -> Path:
 
 def _open_weights(model_dir: str | Path, weights_dir: str | Path) -> Checkpoint:
     return open_checkpoint(weights_dir or model_dir)
-
-
-def check_same_ids(results: Mapping[str, Mapping]) -> None:
-    """Raise a DataError if results that are to be compared were measured on different token ids.
-
-    Args:
-        results: records as in `StageResult`, by a name for each.
-    """
-    digests = {name: result["ids_sha256"] for name, result in results.items()}
-    if len(set(digests.values())) > 1:
-        listed = ", ".join(f"{name}: {digest[:12]}" for name, digest in digests.items())
-        raise DataError(
-            f"results on different token ids cannot be compared: {listed}",
-            mend="Evaluate them again with one tokenizer, seqlen and text",
-        )

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from mistral_prune_lora import evaluation_runs
 from mistral_prune_lora.activations import ActivationReader
 from mistral_prune_lora.errors import DataError, LayoutError
-from mistral_prune_lora.evaluation import Teacher, check_same_ids, evaluate_stages
+from mistral_prune_lora.evaluation import Teacher, evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout import STAGES, Layout
+from mistral_prune_lora.summary import check_same_ids
 
 CPU = torch.device("cpu")
 CONTIGUOUS, SCATTERED, FIRST_AND_LAST = Layout(8, (3, 4), (5, 6)), Layout(8, (1, 6), (3,)), Layout(8, (0,), (7,))

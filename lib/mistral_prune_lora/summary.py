@@ -1,0 +1,82 @@
+"""One table of every number, and one of what they differ by. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.layout import STAGES
+from mistral_prune_lora.statistics import compare_stages
+from mistral_prune_lora.transaction import atomic_file
+
+VARIANTS = ("dense", "pruned", "merged")
+COLUMNS = (
+    "experiment", "dataset", "variant", "stage", "label", "active_layers", "parameters", "ppl", "mean_nll", "tokens",
+    "windows", "seqlen", "dtype", "ppl_se", "mean_nll_se", "bits_per_byte", "top1_accuracy", "kl_dense", "kl_dense_se",
+    "top1_agreement", "device", "batch_size", "ids_sha256", "weights_sha256",
+)  # fmt: skip
+
+
+def write_summary(results: Sequence[str | Path], summary_csv: str | Path, comparisons_csv: str | Path) -> None:
+    """Gather perplexity results into summary.csv, and the pairs that can be compared into comparisons.csv.
+
+    Args:
+        results: result JSON files; the NLL of their windows lies beside each as parquet.
+        summary_csv: a row a result, COLUMNS; experiments and datasets as they come, then dense, pruned, merged.
+        comparisons_csv: within an experiment and dataset each pair of results: experiment, dataset, first, second
+            (as variant.stage), and what `statistics.paired_difference` says of them.
+
+    Raises:
+        DataError: a result cannot be read, or results of one experiment and dataset are of different token ids.
+    """
+    records = [_read(Path(path)) for path in results]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["experiment"], record["dataset"]), []).append(record)
+    rows, comparisons = [], []
+    for (experiment, dataset), members in groups.items():
+        members.sort(key=lambda r: (VARIANTS.index(r["variant"]), STAGES.index(r["stage"])))
+        check_same_ids({_name(r): r for r in members})
+        rows += members
+        pairs = compare_stages({_name(r): r["nll_per_token"] for r in members})
+        pairs.insert(0, "experiment", experiment)
+        pairs.insert(1, "dataset", dataset)
+        comparisons.append(pairs)
+    with atomic_file(summary_csv) as fresh:
+        pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(fresh, index=False)
+    with atomic_file(comparisons_csv) as fresh:
+        pd.concat(comparisons).to_csv(fresh, index=False)
+
+
+def check_same_ids(results: Mapping[str, Mapping]) -> None:
+    """Raise a DataError if results that are to be compared were measured on different token ids.
+
+    Args:
+        results: result records, by a name for each.
+    """
+    digests = {name: result["ids_sha256"] for name, result in results.items()}
+    if len(set(digests.values())) > 1:
+        listed = ", ".join(f"{name}: {digest[:12]}" for name, digest in digests.items())
+        raise DataError(
+            f"results on different token ids cannot be compared: {listed}",
+            mend="evaluate them again with one tokenizer, seqlen and text",
+        )
+
+
+def _name(record: Mapping) -> str:
+    return f"{record['variant']}.{record['stage']}"
+
+
+def _read(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        table = pd.read_parquet(path.with_suffix(".parquet"))
+        per_token: np.ndarray = (table.nll / table.tokens).to_numpy()
+        return {**record, "nll_per_token": per_token}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"cannot be read as a result: {error}", where=path, mend="delete it and run again") from None

@@ -1,0 +1,24 @@
+from mistral_prune_lora.console import job
+from mistral_prune_lora.device import granted_device
+from mistral_prune_lora.distillation import LoraSettings, LossSettings, OptimiserSettings, train_adapter
+from mistral_prune_lora.model import DTYPES
+from mistral_prune_lora.windows import Windows
+
+params = snakemake.params
+with job(snakemake.log[0]):
+    train_adapter(
+        snakemake.wildcards.part,
+        student_dir=params.student_dir,
+        bundles=params.bundle_dirs,
+        teacher_dir=params.dense_dir,
+        states=snakemake.input.teacher_states or None,
+        windows=Windows.load(snakemake.input.windows),
+        output_dir=snakemake.output.config.removesuffix("/adapter_config.json"),
+        lora=LoraSettings(**params.lora),
+        loss=LossSettings(**params.loss),
+        optimiser=OptimiserSettings(**params.optimiser),
+        dtype=DTYPES[params.dtype],
+        device=granted_device(snakemake.resources.get("gpu", 1)),
+        seed=params.seed,
+        gradient_checkpointing=params.gradient_checkpointing,
+    )

@@ -1,0 +1,10 @@
+from mistral_prune_lora.console import job
+from mistral_prune_lora.text import load_text
+from mistral_prune_lora.tokenizer import load_tokenizer
+from mistral_prune_lora.windows import make_windows
+
+params = snakemake.params
+with job(snakemake.log[0]):
+    text = load_text(**params.dataset)
+    tokenizer = load_tokenizer(params.tokenizer_dir)
+    make_windows(text, tokenizer, seqlen=params.seqlen, max_windows=params.windows).save(snakemake.output[0])
