@@ -92,13 +92,16 @@ class ActivationWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"), {"run": record, "shape": shape})
         self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
-        self.done = {e["batch"] for e in self._journal.entries if self._is_whole(e["batch"], e["crc32"])}
-        missing = spec.nbytes - len(self.done) * batch_size * self._window_bytes
-        require_space(self.path.parent, missing)
-        if not self.done:
-            self._journal.clear()
-            os.truncate(self._file, 0)
+        try:
+            self.done = {e["batch"] for e in self._journal.entries if self._is_whole(e["batch"], e["crc32"])}
+            if not self.done:
+                self._journal.clear()
+                os.truncate(self._file, 0)
+            require_space(self.path.parent, spec.nbytes - len(self.done) * batch_size * self._window_bytes)
             os.pwrite(self._file, self._head, 0)
+        except BaseException:
+            self.close()
+            raise
 
     def _span(self, batch: int) -> tuple[int, int]:
         """Offset and length in bytes of a batch."""
@@ -158,7 +161,7 @@ class Journal:
         """
         self._path, self._header = path, json.loads(json.dumps(dict(header)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open on purpose: it carries the lock)
+        self._file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (held open on purpose: it carries the lock)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -199,6 +202,12 @@ class Journal:
         """Let go of it."""
         self._file.close()
 
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
 
 def _parsed(line: str) -> dict | None:
     try:
@@ -208,11 +217,12 @@ def _parsed(line: str) -> dict | None:
 
 
 def require_space(folder: Path, nbytes: int) -> None:
-    """Raise a PipelineError if a folder's file system has not `nbytes` free."""
-    free = shutil.disk_usage(folder).free
+    """Raise a PipelineError if the file system of a folder, which need not exist yet, has not `nbytes` free."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
     if nbytes > free:
         raise PipelineError(
-            f"{nbytes / 1e9:.1f} GB of activations do not fit: {free / 1e9:.1f} GB are free",
+            f"{nbytes / 1e6:.1f} MB of activations do not fit: {free / 1e6:.1f} MB are free",
             where=folder,
             mend="Free space, take fewer windows, or work in a folder on another disk",
         )

@@ -210,7 +210,9 @@ def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
     return wanted
 
 
-def boundary_bytes(subject: Subject, stages: Sequence[str], windows: Windows, compute: Compute) -> int:
+def boundary_bytes(
+    subject: Subject, stages: Sequence[str], windows: Windows, compute: Compute, teacher: Teacher | None = None
+) -> int:
     """The most disk space that boundary activations of `evaluate_stages` take at any time.
 
     Raises:
@@ -218,10 +220,12 @@ def boundary_bytes(subject: Subject, stages: Sequence[str], windows: Windows, co
     """
     tree, config = segment_tree(subject.layout, stages_of(subject, stages)), model_config(subject.model)
     shared, extra = shared_segments(tree), 0
-    for segment in tree:
+    # Tails first: they need the most memory, so an error that names what they need names enough for all.
+    for segment in sorted(tree, key=lambda segment: segment in shared):
         reserved = 0 if segment.parent else embedding_bytes(subject.model, compute)
         if segment not in shared:
             reserved += head_bytes(subject.model, compute.dtype)
+            reserved += head_bytes(teacher.model, compute.dtype) if teacher else 0
         groups = resident_groups(subject.sources(segment.layers), compute, config, windows.seqlen, reserved)
         # Between two groups lies a file, which lives until the next one is there; the last group's is counted already,
         # or, where it is scored, is none.

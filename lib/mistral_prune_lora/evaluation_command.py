@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from mistral_prune_lora.activations import require_space
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import AdapterError, LayoutError
@@ -67,7 +68,9 @@ def run(args: argparse.Namespace) -> list[StageResult]:
         )
     )
     subjects = [
-        subject for name, folder in inputs.models for subject in _subjects(name, folder, inputs, args.lora_paths)
+        subject
+        for name, folder in _labelled(inputs.models)
+        for subject in _subjects(name, folder, inputs, args.lora_paths)
     ]
     subjects.sort(key=lambda subject: not subject.is_dense)
     for subject in subjects:
@@ -119,16 +122,12 @@ class _Evaluation:
         print(model_heading(number, count, written + adapters))
         windows = self._windows(subject)
         wanted = _stages_of(subject, self._stages)
-        active = subject.layout.active(wanted[0])
-        parameters = subject.parameters(active)
+        kept = subject.layout.kept
         model_type = subject.model.config["model_type"]
-        print(model_lines(model_type, subject.layout, len(active), parameters, self._compute.device))
-        space = boundary_bytes(subject, wanted, windows, self._compute.dtype)
+        print(model_lines(model_type, subject.layout, len(kept), subject.parameters(kept), self._compute.device))
         teaches = subject.is_dense and not subject.adapters and self._teacher is None and number < count
-        space += hidden_bytes(subject, windows, self._compute.dtype) if teaches else 0
-        if space:
-            print(f"  Boundary activations: {space / 1e6:.1f} MB at most, in {self._folder}")
         teacher = self._teacher[0] if self._teacher and self._teacher[1] == windows.identity.ids_sha256 else None
+        self._announce_space(subject, wanted, windows, teacher, teaches)
         results = evaluate_stages(
             subject,
             wanted,
@@ -138,8 +137,8 @@ class _Evaluation:
             teacher=teacher,
             final_hidden=self._hidden_file(windows) if teaches else None,
         )
-        for position, stage in enumerate(wanted):
-            if position:
+        for stage in wanted:
+            if stage != "A" and not subject.is_dense:
                 print(f"  [{stage}] Restoring bundle layers...")
                 print(f"  ✓ Stage {stage}: {len(subject.layout.active(stage))} active layers")
             print(f"\n  [{stage}] Evaluating PPL...", flush=True)
@@ -148,6 +147,17 @@ class _Evaluation:
             print(box(result.record), flush=True)
         if teaches:
             self._teacher = (Teacher(subject.model, self._hidden_file(windows)), windows.identity.ids_sha256)
+
+    def _announce_space(
+        self, subject: Subject, stages: Sequence[str], windows: Windows, teacher: Teacher | None, teaches: bool
+    ) -> None:
+        """Say how much disk the boundary activations take; what is there already needs no more."""
+        space = boundary_bytes(subject, stages, windows, self._compute, teacher)
+        space += hidden_bytes(subject, windows, self._compute.dtype) if teaches else 0
+        if space:
+            print(f"  Boundary activations: {space / 1e6:.1f} MB at most, in {self._folder}")
+            there = sum(file.stat().st_blocks * 512 for file in self._folder.glob("*") if file.is_file())
+            require_space(self._folder, space - there)
 
     def clean(self) -> None:
         """Remove what was kept for the case of a kill, unless the user has named a place for it."""
@@ -165,11 +175,18 @@ class _Evaluation:
         return self._folder / f"dense-{windows.identity.ids_sha256[:16]}-{self._args.dtype}.safetensors"
 
 
+def _labelled(models: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The models by the last part of their paths; by the whole path as written where that is not unique."""
+    names = [Path(written).name or folder.name for written, folder in models]
+    unique = [name if names.count(name) == 1 else written for name, (written, _) in zip(names, models, strict=True)]
+    return [(name, folder) for name, (_, folder) in zip(unique, models, strict=True)]
+
+
 def _subjects(name: str, folder: Path, inputs: Inputs, lora_paths: Sequence[str]) -> list[Subject]:
     """The model as it is, and once more with the adapters beside it if there are any."""
     model = open_checkpoint(folder)
     bundles = {} if model.layout is None else {part: open_checkpoint(path) for part, path in inputs.bundles.items()}
-    plain = Subject(model, bundles, name=Path(name).name)
+    plain = Subject(model, bundles, name=name)
     if not lora_paths:
         return [plain]
     adapters = open_adapters(lora_paths, plain.layout)

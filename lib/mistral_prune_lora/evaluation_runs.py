@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +57,18 @@ class Teacher:
 
 
 class Start:
-    """Where layers are run from: the token ids, or the boundary activations of a parent segment."""
+    """Where layers are run from: the token ids, or the boundary activations of a parent segment.
+
+    Attributes:
+        record: of the run that led there.
+        read: gives the hidden states of windows a..b-1 as a CPU tensor (b - a, seqlen, hidden).
+        nbytes: memory on the compute device that reading takes.
+    """
 
     def __init__(self, model: Checkpoint, windows: Windows, compute: Compute, source: str | Path | None) -> None:
+        self.nbytes = 0
         if source is None:
+            self.nbytes = embedding_bytes(model, compute)
             self.record = start_record(model, windows, compute.dtype)
             self._model, self._windows, self._dtype, self._embedding = model, windows, compute.dtype, None
             self.read = self._embed
@@ -73,6 +82,11 @@ class Start:
         return self._embedding(self._windows.ids[first:last])
 
 
+def embedding_bytes(model: Checkpoint, compute: Compute) -> int:
+    """Memory on the compute device that the embedding takes: it stays on the CPU, in its stored dtype."""
+    return 0 if compute.device.type == "cuda" else model.entries["model.embed_tokens.weight"].nbytes
+
+
 def run_to_file(
     start: Start,
     sources: Sequence[LayerSource],
@@ -82,22 +96,20 @@ def run_to_file(
     output: Path,
 ) -> None:
     """Run layers and keep the activations at their end; those that do not fit into memory at once go through files."""
-    groups = resident_groups(sources, compute, config, windows.seqlen)
-    shape, scratch = (*windows.ids.shape, config.hidden_size), None
+    shape, scratch, remaining = (*windows.ids.shape, config.hidden_size), None, sources
+    record, read, reserved = start.record, start.read, start.nbytes
+    # A killed run may have come some groups far, whatever memory it had.
+    for number in reversed(range(1, len(sources))):
+        file = _scratch_file(output, sources[number - 1].index)
+        if file.is_file():
+            reader = ActivationReader(file)
+            if reader.run == extend_record(start.record, sources[:number], compute):
+                scratch, remaining, record, read, reserved = file, sources[number:], reader.run, reader.read, 0
+                break
+    groups = resident_groups(remaining, compute, config, windows.seqlen, reserved)
     backbone = Backbone(config, compute)
-    finished = 0
-    # A killed run may have come some groups far.
-    for number in reversed(range(1, len(groups))):
-        file = _scratch_file(output, groups[number - 1][-1].index)
-        before = extend_record(start.record, [s for g in groups[:number] for s in g], compute)
-        if file.is_file() and ActivationReader(file).run == before:
-            finished, scratch = number, file
-            break
-    remaining = groups[finished:]
-    reader = ActivationReader(scratch) if scratch else None
-    record, read = (reader.run, reader.read) if reader else (start.record, start.read)
-    for group in backbone.resident(remaining):
-        target = output if group is remaining[-1] else _scratch_file(output, group[-1].index)
+    for group in backbone.resident(groups):
+        target = output if group is groups[-1] else _scratch_file(output, group[-1].index)
         record = extend_record(record, group, compute)
         with (
             ActivationWriter(target, shape, compute.dtype, compute.batch_size, record) as writer,
@@ -154,10 +166,12 @@ class Scoring:
         if teacher:
             check_continues(teacher.run, self._teacher.model, self._windows, self._compute, teacher.path)
             record = {**record, "dense": self._teacher_record(teacher)}
-        journal = Journal(self._place, {"run": record})
-        try:
+        with ExitStack() as held:
+            journal = held.enter_context(Journal(self._place, {"run": record}))
             scores = {entry["batch"]: _scores(entry) for entry in journal.entries}
             writer = self._final_writer(final_record)
+            if writer:
+                held.enter_context(writer)
             wanted = [
                 b
                 for b in range(_batches(self._windows, self._compute))
@@ -168,9 +182,6 @@ class Scoring:
                 self._compute_missing(wanted, start, tail, words, journal, scores, writer, teacher)
             if writer:
                 writer.finish()
-                writer.close()
-        finally:
-            journal.close()
         return record, WindowScores.concatenate(scores[b] for b in sorted(scores))
 
     def _final_writer(self, record: dict) -> ActivationWriter | None:
@@ -184,11 +195,10 @@ class Scoring:
         heads = [Head(self._model, compute.dtype, compute.device)]
         if teacher:
             heads.append(Head(self._teacher.model, compute.dtype, compute.device))
-        reserved = sum(head.nbytes for head in heads)
+        reserved = sum(head.nbytes for head in heads) + start.nbytes
         *earlier, last = resident_groups(tail, compute, self._config, windows.seqlen, reserved) or [[]]
-        scratch = None
+        scratch = self._place.with_suffix(".tail.safetensors")
         if earlier:
-            scratch = self._place.with_suffix(".tail.safetensors")
             before = [source for group in earlier for source in group]
             reached = extend_record(start.record, before, compute)
             if not (scratch.is_file() and ActivationReader(scratch).run == reached):
@@ -213,8 +223,7 @@ class Scoring:
                     bar.update(hidden.shape[0] * hidden.shape[1])
                 if store:
                     store.flush()
-        if scratch:
-            scratch.unlink()
+        scratch.unlink(missing_ok=True)
 
     def _with_head(self, record: dict) -> dict:
         outside = outside_entries(self._model)

@@ -6,6 +6,7 @@ positions, rotary embedding and attention mask are made by the code that makes t
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +20,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mistral_prune_lora.checkpoint import Checkpoint
-from mistral_prune_lora.errors import CheckpointError, PipelineError
+from mistral_prune_lora.errors import CheckpointError, DataError, PipelineError
 from mistral_prune_lora.model import build_layer
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.safetensors_file import DTYPES as STORED_DTYPES
 
 # Their embedding goes into the first layer and their last layer into norm and head without further scaling.
 ARCHITECTURES = ("mistral", "llama")
-# Of what is free; the rest is for whoever else is on the machine, and for the page cache.
-_SHARE_OF_FREE_MEMORY = 0.5
+# Of what is free; the rest is for whoever else is on the machine, and for the page cache that weights are read through.
+# A CPU gains nothing from more layers at once but fewer trips of the hidden states to disk, so it takes less.
+_SHARE_OF_FREE_MEMORY = {"cuda": 0.5, "cpu": 0.25}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
@@ -39,7 +41,8 @@ class Compute:
         device: of weights and arithmetic.
         dtype: of weights and hidden states.
         batch_size: windows that go through a layer together.
-        max_memory: bytes for weights and hidden states on the device; None means half of what is free there.
+        max_memory: bytes for weights and hidden states on the device; None means half of what is free on a GPU, a
+            quarter of what is free on a CPU.
     """
 
     device: torch.device
@@ -53,8 +56,8 @@ class Compute:
         if self.max_memory is not None:
             return self.max_memory
         if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[0] * _SHARE_OF_FREE_MEMORY)
-        return int(psutil.virtual_memory().available * _SHARE_OF_FREE_MEMORY)
+            return int(torch.cuda.mem_get_info(self.device)[0] * _SHARE_OF_FREE_MEMORY["cuda"])
+        return int(psutil.virtual_memory().available * _SHARE_OF_FREE_MEMORY["cpu"])
 
 
 class UnmergedAdapter(Protocol):
@@ -101,6 +104,12 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
+def size_text(nbytes: int) -> str:
+    """A size as `parse_size` reads it, rounded up to two decimals, so that it is never too small: "1.33GB"."""
+    power = next((p for p in (3, 2, 1) if nbytes >= 1000**p), 0)
+    return f"{math.ceil(nbytes / 1000**power * 100) / 100:g}{('', 'K', 'M', 'G')[power]}B"
+
+
 def resident_groups(
     sources: Sequence[LayerSource], compute: Compute, config: PreTrainedConfig, seqlen: int, reserved: int = 0
 ) -> list[list[LayerSource]]:
@@ -117,18 +126,19 @@ def resident_groups(
         PipelineError: not even one layer fits.
     """
     sizes = [source.nbytes(compute.dtype) for source in sources]
-    budget = compute.memory - reserved - working_bytes(compute, config, seqlen)
-    if compute.device.type == "cuda" and sum(sizes) > budget:
-        budget //= 2  # the next group is copied while one computes
+    memory, beside = compute.memory, reserved + working_bytes(compute, config, seqlen)
+    # On a GPU the next group is copied while one computes.
+    copies = 2 if compute.device.type == "cuda" and sum(sizes) > memory - beside else 1
+    budget = (memory - beside) // copies
+    if sizes and max(sizes) > budget:
+        raise PipelineError(
+            f"one layer, its hidden states and the head do not fit into {size_text(memory)}",
+            where="--max_memory",
+            mend=f"Allow {size_text(beside + copies * max(sizes))} or more, or use a smaller batch or dtype",
+        )
     groups: list[list[LayerSource]] = []
     used = 0
     for source, size in zip(sources, sizes, strict=True):
-        if size > budget:
-            raise PipelineError(
-                f"one layer, its hidden states and the head do not fit into {compute.memory / 1e9:.2f} GB",
-                where="--max_memory",
-                mend=f"Allow at least {(compute.memory - budget + size) / 1e9:.2f} GB, or use a smaller batch or dtype",
-            )
         if not groups or used + size > budget:
             groups.append([])
             used = 0
@@ -237,7 +247,16 @@ class Embedding:
         self._table, self._dtype = checkpoint.read("model.embed_tokens.weight"), dtype
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states of token ids (n, seqlen): a CPU tensor (n, seqlen, hidden)."""
+        """Hidden states of token ids (n, seqlen): a CPU tensor (n, seqlen, hidden).
+
+        Raises:
+            DataError: an id that the model has no embedding for.
+        """
+        if len(self._table) <= (highest := int(ids.max())):
+            raise DataError(
+                f"the tokenizer gives the token id {highest}, and the model has {len(self._table)} embeddings",
+                mend="Use the tokenizer that the model was trained with",
+            )
         return self._table[ids.long()].to(self._dtype)
 
 

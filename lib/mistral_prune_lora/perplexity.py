@@ -32,7 +32,7 @@ class Head:
         self._norm: nn.Module = build_norm(model_config(checkpoint), checkpoint, dtype, device)
         self._weight = checkpoint.read(head_name(checkpoint), dtype).to(device)
         self.vocabulary = self._weight.shape[0]
-        self.nbytes = self._weight.nbytes + 4 * 4 * max(_BLOCK_LOGITS, self.vocabulary)
+        self.nbytes = head_bytes(checkpoint, dtype)
 
     @torch.inference_mode()
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -46,6 +46,12 @@ class Head:
         The product itself is taken in the compute dtype, as the whole model takes it.
         """
         return functional.linear(normed, self._weight).float()
+
+
+def head_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Memory that a model's head takes in `dtype`, scoring a block included."""
+    vocabulary, hidden = checkpoint.entries[head_name(checkpoint)].shape
+    return vocabulary * hidden * dtype.itemsize + 4 * 4 * max(_BLOCK_LOGITS, vocabulary)
 
 
 def head_name(checkpoint: Checkpoint) -> str:
