@@ -195,6 +195,7 @@ def train_adapter(
     if checkpoint.layout is None:
         raise CheckpointError("there is no manifest.json", where=student_dir, mend="give an A model or a merged A")
     layers = stage_layers(stage, checkpoint.layout)
+    _check_restored(stage, checkpoint.layout, bundles)
     started = time.monotonic()
     student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
     model = _with_adapter(student, layers, lora)
@@ -220,6 +221,22 @@ def train_adapter(
         model.save_pretrained(fresh)
         curve.to_csv(fresh / "training.csv", index=False)
         (fresh / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_restored(stage: str, layout: Layout, bundles: Sequence[str | Path]) -> None:
+    """Raise a LayoutError unless the bundles restore exactly the layers that the stage's student has."""
+    restored = {layer for bundle in bundles for layer in open_checkpoint(bundle).layers}
+    wanted = {layer for part in "BC"[: "ABC".index(stage)] for layer in layout.layers_of(part)}
+    if restored != wanted:
+        raise LayoutError(
+            f"the student of stage {stage} restores layers {sorted(wanted)}, the bundles hold {sorted(restored)}",
+            where="--bundle",
+            mend={
+                "A": "give no bundle for stage A",
+                "B": "give bundle B for stage B, and no other",
+                "C": "give the merged bundle B and bundle C for stage C",
+            }[stage],
+        )
 
 
 def _with_adapter(student: PreTrainedModel, layers: Sequence[int], lora: LoraSettings) -> PeftModel:

@@ -1,0 +1,178 @@
+"""Distillation against plain autograd and PEFT: losses, gradients, whose layers are trained, what is written."""
+
+import random
+
+import pandas as pd
+import pytest
+import torch
+from cut_model import cut, random_windows, save_dense
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from mistral_prune_lora import distillation
+from mistral_prune_lora.distillation import (
+    LoraSettings,
+    LossSettings,
+    OptimiserSettings,
+    distillation_loss,
+    teacher_states,
+    train_adapter,
+)
+from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.model import load_model
+
+LAYOUT = Layout(8, (3, 4), (5, 6))
+QUICK = OptimiserSettings(steps=3, batch_size=2, gradient_accumulation=1, learning_rate=1e-2, warmup_steps=1)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    a, bundles = cut(dense, LAYOUT, tmp_path)
+    return dense, a, bundles
+
+
+def train(parts, stage, output, **changes):
+    dense, a, bundles = parts
+    given = {"A": [], "B": [bundles["B"]], "C": [bundles["B"], bundles["C"]]}[stage]
+    settings = {
+        "student_dir": a, "teacher_dir": dense, "windows": random_windows(6, 16), "output_dir": output,
+        "bundles": given, "lora": LoraSettings(rank=2), "optimiser": QUICK, "dtype": torch.float32,
+    }  # fmt: skip
+    train_adapter(stage, **{**settings, **changes})
+    return output
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (1.0, 1.0), (0.9, 2.0), (0.3, 5.0)])
+def test_the_loss_is_the_weighted_sum_of_kl_and_cross_entropy(alpha, temperature):
+    student, teacher = torch.randn(2, 7, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.arange(7)
+    loss, kl, ce = distillation_loss(student, teacher, targets, LossSettings(alpha, temperature))
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    true_kl = (p * (p.log() - q.log())).sum()
+    true_ce = -student.softmax(-1)[torch.arange(7), targets].log().sum()
+    assert kl.item() == pytest.approx(true_kl.item(), rel=1e-5)
+    assert ce.item() == pytest.approx(true_ce.item(), rel=1e-5)
+    assert loss.item() == pytest.approx((alpha * temperature**2 * true_kl + (1 - alpha) * true_ce).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_from_blocks_of_tokens_are_those_of_the_whole_loss(parts, monkeypatch, checkpointing):
+    dense, a, _ = parts
+    windows, loss, seen = random_windows(2, 16), LossSettings(0.7, 2.0), {}
+
+    def model():
+        torch.manual_seed(0)
+        built = distillation._with_adapter(load_model(a, dtype=torch.float32), LAYOUT.kept, LoraSettings(rank=2))
+        for name, weight in built.named_parameters():
+            if "lora_B" in name:  # zero at the start, which would hide errors of lora_A
+                torch.nn.init.normal_(weight, std=0.1)
+        return built.train()
+
+    whole, taught = model(), load_model(dense, dtype=torch.float32)
+    ids = windows.ids.long()
+    with torch.no_grad():
+        expected = taught(ids).logits[:, :-1].flatten(0, 1)
+    logits = whole(ids).logits[:, :-1].flatten(0, 1)
+    total, *_ = distillation_loss(logits, expected, ids[:, 1:].flatten(), loss)
+    (total / 30).backward()
+    seen["whole"] = {name: p.grad for name, p in whole.named_parameters() if p.requires_grad}
+
+    monkeypatch.setattr(distillation, "_BLOCK_LOGITS", 96 * 7)  # seven tokens a block: 30 do not divide by it
+    blocks = model()
+    if checkpointing:
+        blocks.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher = distillation._Teacher(dense, windows, None, torch.float32, "cpu")
+    sums = distillation._backward(blocks, teacher, ids, teacher.hidden([0, 1]), loss, 30)
+    assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)
+    trained = {name: p for name, p in blocks.named_parameters() if p.requires_grad}
+    assert set(trained) == set(seen["whole"])
+    for name, weight in trained.items():
+        torch.testing.assert_close(weight.grad, seen["whole"][name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stage", "layers"), [("A", {0, 1, 2, 7}), ("B", {3, 4}), ("C", {5, 6})])
+def test_only_the_part_s_own_layers_are_adapted_and_peft_reads_the_result(parts, tmp_path, stage, layers):
+    output = train(parts, stage, tmp_path / "adapter")
+    weights = load_file(output / "adapter_model.safetensors")
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in weights} == layers
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name), "nothing was learnt"
+    loaded = PeftModel.from_pretrained(load_model(parts[0], dtype=torch.float32), output)
+    state = {n.replace(".default", ""): p for n, p in loaded.named_parameters() if "lora_" in n}
+    assert set(state) == set(weights) and all(torch.equal(state[n], weights[n]) for n in weights)
+    curve = pd.read_csv(output / "training.csv")
+    assert curve.step.tolist() == [1, 2, 3] and curve.learning_rate.iloc[1] == pytest.approx(QUICK.learning_rate)
+
+
+def test_a_student_that_starts_as_the_dense_model_has_nothing_to_learn_from_it(tmp_path):
+    """With every layer restored and alpha 1 the KL is that of a distribution with itself."""
+    dense = save_dense(tmp_path / "dense")
+    a, bundles = cut(dense, Layout(8, (3,), (4,)), tmp_path)
+    output = train((dense, a, bundles), "C", tmp_path / "adapter", loss=LossSettings(1.0, 1.0))
+    curve = pd.read_csv(output / "training.csv")
+    assert curve.kl[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_training_brings_the_student_closer(parts, tmp_path):
+    windows = random_windows(2, 16)
+    settings = OptimiserSettings(steps=40, batch_size=2, gradient_accumulation=1, learning_rate=1e-2, warmup_steps=2)
+    output = train(parts, "A", tmp_path / "adapter", windows=windows, optimiser=settings, loss=LossSettings(1.0, 1.0))
+    kl = pd.read_csv(output / "training.csv").kl
+    assert kl.iloc[-1] < 0.5 * kl.iloc[0]
+
+
+def test_the_same_settings_give_the_same_bytes_with_stored_states_or_without(parts, tmp_path):
+    first = train(parts, "A", tmp_path / "one")
+    second = train(parts, "A", tmp_path / "two")
+    teacher_states(parts[0], random_windows(6, 16), tmp_path / "states", dtype=torch.float32, batch_size=2)
+    stored = train(parts, "A", tmp_path / "three", states=tmp_path / "states")
+    other = train(parts, "A", tmp_path / "four", seed=1)
+    name = "adapter_model.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert (first / name).read_bytes() != (other / name).read_bytes()
+    mine, theirs = load_file(first / name), load_file(stored / name)
+    for key, tensor in mine.items():  # batches are cut otherwise, so the teacher's states differ in rounding
+        torch.testing.assert_close(theirs[key], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_gradient_accumulation_is_the_larger_batch(parts, tmp_path):
+    large = train(parts, "A", tmp_path / "large", optimiser=OptimiserSettings(2, 4, 1, 1e-2, 0))
+    small = train(parts, "A", tmp_path / "small", optimiser=OptimiserSettings(2, 2, 2, 1e-2, 0))
+    curves = [pd.read_csv(path / "training.csv") for path in (large, small)]
+    assert curves[0].loss.tolist() == pytest.approx(curves[1].loss.tolist(), rel=1e-4)
+
+
+def test_states_of_other_windows_or_another_teacher_are_refused(parts, tmp_path):
+    teacher_states(parts[0], random_windows(6, 16, seed=7), tmp_path / "states", dtype=torch.float32)
+    with pytest.raises(DataError, match="other windows"):
+        train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
+    stranger = save_dense(tmp_path / "stranger", seed=3)
+    teacher_states(stranger, random_windows(6, 16), tmp_path / "states", dtype=torch.float32)
+    with pytest.raises(DataError, match="another teacher"):
+        train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_student_without_the_layers_of_its_stage_is_refused(parts, tmp_path):
+    dense, _, bundles = parts
+    for stage, given, missing in (("B", [], "3, 4"), ("C", [bundles["C"]], "3, 4"), ("C", [bundles["B"]], "5, 6")):
+        with pytest.raises(LayoutError, match=missing):
+            train(parts, stage, tmp_path / "adapter", bundles=given)
+    with pytest.raises(LayoutError, match="restores"):
+        train(parts, "A", tmp_path / "adapter", bundles=[bundles["B"]])
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        train(parts, "A", tmp_path / "adapter", student_dir=dense)
+
+
+def test_every_window_is_seen_once_before_any_comes_again():
+    batches = distillation._endless_batches(5, 2, random.Random(0))
+    drawn = [i for _ in range(5) for i in next(batches)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
+
+
+def test_the_learning_rate_rises_and_falls():
+    settings = OptimiserSettings(steps=10, warmup_steps=4)
+    shares = [distillation._schedule(step, settings) for step in range(10)]
+    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert shares[4:] == sorted(shares[4:], reverse=True) and 0 < shares[-1] < 0.1
