@@ -18,17 +18,17 @@ from mistral_prune_lora.text import Text
 from mistral_prune_lora.windows import Windows, WindowsIdentity, ids_digest
 
 
-def save_dense(folder: Path, *, seed: int = 0, **config) -> Path:
-    """A random dense model in bf16, weights large enough for attention to matter."""
+def save_dense(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **config) -> Path:
+    """A random dense model, weights large enough for attention to matter."""
     torch.manual_seed(seed)
-    model = MistralForCausalLM(tiny_config(initializer_range=0.08, **config)).to(torch.bfloat16)
+    model = MistralForCausalLM(tiny_config(initializer_range=0.08, **config)).to(dtype)
     model.save_pretrained(folder)
     return folder
 
 
-def cut(dense: Path, layout: Layout, folder: Path) -> tuple[Path, dict[str, Path]]:
+def cut(dense: Path, layout: Layout, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, dict[str, Path]]:
     """Write folder/A and folder/bundles/{B,C}; returns them. A part without layers gets no bundle."""
-    state = MistralForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).state_dict()
+    state = MistralForCausalLM.from_pretrained(dense, dtype=dtype).state_dict()
     if json.loads((dense / "config.json").read_text())["tie_word_embeddings"]:
         del state["lm_head.weight"]
     a = folder / "A"

@@ -39,15 +39,15 @@ def write_project(folder: Path) -> None:
     pd.DataFrame({"text": WIKITEXT}).to_parquet(mirror / "test-00000-of-00001.parquet")
 
 
-def merge_with_peft(folder: Path, target: Path) -> None:
+def merge_with_peft(folder: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """A_merged, B_merged, C_merged: every adapter merged into the dense model, which is then cut."""
-    model = MistralForCausalLM.from_pretrained(folder / "dense", dtype=torch.bfloat16)
+    model = MistralForCausalLM.from_pretrained(folder / "dense", dtype=dtype)
     for part in "ABC":
         model = PeftModel.from_pretrained(model, folder / f"adapters/{part}_lora").merge_and_unload()
     whole = target / "whole"
     model.save_pretrained(whole)
     save_tokenizer(whole)
-    a, bundles = cut(whole, LAYOUT, target)
+    a, bundles = cut(whole, LAYOUT, target, dtype)
     a.rename(target / "A_merged")
     for part, bundle in bundles.items():
         # As merging writes it.

@@ -20,7 +20,7 @@ from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, embedding_bytes, run_to_file
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
 from mistral_prune_lora.layers import Compute, LayerSource, resident_groups
-from mistral_prune_lora.layout import STAGES, segment_tree, shared_segments, stage_run
+from mistral_prune_lora.layout import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.model import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
 from mistral_prune_lora.statistics import WindowScores, summarise
@@ -168,12 +168,12 @@ def evaluate_stages(
     """
     wanted = stages_of(subject, stages)
     tree = segment_tree(subject.layout, wanted)
-    sources = {segment.name: subject.sources(segment.layers) for segment in tree}
-    shared = {segment.name: segment for segment in shared_segments(tree)}
+    kept_segments = _kept(tree)
+    sources = {name: subject.sources(segment.layers) for name, segment in kept_segments.items()}
     config, folder = model_config(subject.model), Path(work_dir)
     records: dict[str | None, dict] = {None: start_record(subject.model, windows, compute.dtype)}
-    for segment in tree:
-        records[segment.name] = extend_record(records[segment.parent], sources[segment.name], compute)
+    for name, segment in kept_segments.items():
+        records[name] = extend_record(records[segment.parent], sources[name], compute)
 
     def boundary(name: str | None) -> Start:
         """The activations at the end of a shared segment, computed now if they are not there."""
@@ -181,12 +181,12 @@ def evaluate_stages(
             return Start(subject.model, windows, compute, None)
         file = folder / f"{record_digest(records[name])[:24]}.safetensors"
         if not file.is_file():
-            run_to_file(boundary(shared[name].parent), sources[name], windows, config, compute, file)
+            run_to_file(boundary(kept_segments[name].parent), sources[name], windows, config, compute, file)
         return Start(subject.model, windows, compute, file)
 
     for stage in wanted:
-        parent, tail = stage_run(tree, stage)
-        tail_sources = sources[tail.name] if tail else []
+        parent, tail = _tail(tree, stage)
+        tail_sources = subject.sources(tail)
         record = extend_record(records[parent], tail_sources, compute)
         kept = final_hidden if stage == wanted[-1] else None
         place = folder / f"{record_digest(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
@@ -218,19 +218,35 @@ def boundary_bytes(
     Raises:
         PipelineError: memory does not suffice for one layer; known here before anything is computed.
     """
-    tree, config = segment_tree(subject.layout, stages_of(subject, stages)), model_config(subject.model)
-    shared, extra = shared_segments(tree), 0
-    # Tails first: they need the most memory, so an error that names what they need names enough for all.
-    for segment in sorted(tree, key=lambda segment: segment in shared):
-        reserved = 0 if segment.parent else embedding_bytes(subject.model, compute)
-        if segment not in shared:
-            reserved += head_bytes(subject.model, compute.dtype)
-            reserved += head_bytes(teacher.model, compute.dtype) if teacher else 0
-        groups = resident_groups(subject.sources(segment.layers), compute, config, windows.seqlen, reserved)
-        # Between two groups lies a file, which lives until the next one is there; the last group's is counted already,
-        # or, where it is scored, is none.
-        extra = max(extra, min(len(groups) - 1, 1 if segment in shared else 2))
-    return (len(shared) + extra) * hidden_bytes(subject, windows, compute.dtype)
+    wanted = stages_of(subject, stages)
+    tree, config = segment_tree(subject.layout, wanted), model_config(subject.model)
+    heads = sum(head_bytes(model, compute.dtype) for model in [subject.model, *([teacher.model] if teacher else [])])
+    # Between two groups of layers lies a file, which lives until the next one is there; the last group's is counted
+    # already or, where it is scored, is none. Tails first: they need the most memory, so an error that names what they
+    # need names enough for all.
+    runs = [(*_tail(tree, stage), heads, 2) for stage in wanted]
+    runs += [(segment.parent, segment.layers, 0, 1) for segment in _kept(tree).values()]
+    extra = 0
+    for parent, layers, reserved, files in runs:
+        reserved += 0 if parent else embedding_bytes(subject.model, compute)
+        groups = resident_groups(subject.sources(layers), compute, config, windows.seqlen, reserved)
+        extra = max(extra, min(len(groups) - 1, files))
+    return (len(_kept(tree)) + extra) * hidden_bytes(subject, windows, compute.dtype)
+
+
+def _kept(tree: Sequence[Segment]) -> dict[str, Segment]:
+    """The segments whose boundary activations more than one stage starts from; parents come first."""
+    return {segment.name: segment for segment in shared_segments(tree) if len(segment.through) > 1}
+
+
+def _tail(tree: Sequence[Segment], stage: str) -> tuple[str | None, tuple[int, ...]]:
+    """What is left to run for a stage: the last kept segment on its way (None: the embedding), the layers after it."""
+    kept, layers = _kept(tree), ()
+    for segment in reversed([segment for segment in tree if stage in segment.through]):
+        if segment.name in kept:
+            return segment.name, layers
+        layers = segment.layers + layers
+    return None, layers
 
 
 def hidden_bytes(subject: Subject, windows: Windows, dtype: torch.dtype) -> int:
