@@ -1,0 +1,191 @@
+"""A killed evaluation goes on where it stopped: same bits, nothing computed twice."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cut_model import cut, random_windows, save_dense
+from evaluation_project import LAYOUT
+from tiny import save_tokenizer
+
+from mistral_prune_lora import evaluation_runs
+from mistral_prune_lora.evaluation import evaluate_stages
+from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.layers import Backbone, Compute
+from mistral_prune_lora.layout import STAGES
+
+# Runs the command, notes the layers and windows of every forward pass in a file, and takes its time over each.
+SLOW_COMMAND = """
+import sys, time
+from mistral_prune_lora import layers
+from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
+from mistral_prune_lora.pruning.identity import PassLayer
+forward = layers.Backbone.__call__
+def noted(self, hidden):
+    result = forward(self, hidden)
+    resident = [i for i, layer in enumerate(self._model.layers) if not isinstance(layer, PassLayer)]
+    with open("passes.txt", "a") as file:
+        file.write(f"{resident} {hidden.sum().item()!r}\\n")
+    time.sleep(float(sys.argv[1]))
+    return result
+layers.Backbone.__call__ = noted
+sys.exit(main(sys.argv[2:]))
+"""
+BATCHES = 8
+PASSES_IN_ALL = 5 * BATCHES  # three tails; layers 0-2 and 3-4 once
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_dense(tmp_path / "dense", vocab_size=259)
+    save_tokenizer(tmp_path / "dense")
+    cut(tmp_path / "dense", LAYOUT, tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(f"Line {i} is about {i * i}." for i in range(60)))
+    return tmp_path
+
+
+def start(folder, seconds: float, name: str) -> subprocess.Popen:
+    arguments = ["--model_path", "A", "--bundles_dir", "bundles", "--text_file", "text.txt", "--seqlen", "32"]
+    arguments += ["--batch_size", "3", "--max_batches", str(BATCHES), "--device", "cpu", "--dtype", "fp32"]
+    command = [sys.executable, "-c", SLOW_COMMAND, str(seconds), *arguments, "--json", f"{name}.json"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def passes(folder) -> list[str]:
+    file = folder / "passes.txt"
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def finish(folder, name: str) -> dict:
+    command = start(folder, 0, name)
+    _, err = command.communicate(timeout=120)
+    assert command.returncode == 0, err
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def kill_after(folder, count: int, journalled: str) -> None:
+    """Kill a run -9 once it has made `count` passes in all and left an entry in a journal of that name."""
+    command = start(folder, 0.1, "killed")
+    deadline = time.monotonic() + 120
+    while len(passes(folder)) < count or not entries(folder, journalled):
+        assert command.poll() is None and time.monotonic() < deadline, command.stderr.read()
+        time.sleep(0.005)
+    command.send_signal(signal.SIGKILL)
+    command.communicate()
+    assert not (folder / "killed.json").exists()
+
+
+def entries(folder, pattern: str) -> int:
+    """Batches that journals name."""
+    return sum(max(0, file.read_text().count("\n") - 1) for file in (folder / "cache").rglob(pattern))
+
+
+def test_a_killed_command_goes_on_with_the_same_bits(folder):
+    undisturbed = finish(folder, "undisturbed")
+    whole = passes(folder)
+    assert len(whole) == len(set(whole)) == PASSES_IN_ALL
+    (folder / "passes.txt").unlink()
+    # Once among the boundary activations of layers 0-2, then in the scores of A, then in layers 3-4.
+    kill_after(folder, 3, ".*.journal")
+    kill_after(folder, BATCHES + 4, "*.scores")
+    kill_after(folder, 2 * BATCHES + 3, ".*.journal")
+    continued = finish(folder, "continued")
+    assert continued == undisturbed
+    made = passes(folder)
+    # A kill between a pass and its journal entry costs that one pass, three kills at most three.
+    assert set(made) == set(whole)
+    assert PASSES_IN_ALL <= len(made) <= PASSES_IN_ALL + 3
+    assert not list((folder / "cache").rglob("*.safetensors")), "what was kept for a kill must be gone"
+
+
+@pytest.fixture
+def counted(folder, monkeypatch):
+    """Evaluates into one work folder; returns all scores and how many passes it took, or breaks down on the way."""
+    subject = Subject.open(folder / "A", {part: folder / "bundles" / part for part in "BC"})
+    windows, calls = random_windows(7, 16), []
+    forward = Backbone.__call__
+
+    def run(work_dir, broken_after: int | None = None):
+        calls.clear()
+
+        def call(self, hidden):
+            if len(calls) == broken_after:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return forward(self, hidden)
+
+        monkeypatch.setattr(evaluation_runs.Backbone, "__call__", call)
+        compute = Compute(torch.device("cpu"), torch.bfloat16, 2)
+        found = [
+            result.scores.nll.tolist()
+            for result in evaluate_stages(subject, STAGES, windows, compute, work_dir=work_dir)
+        ]
+        return found, len(calls)
+
+    return run
+
+
+def test_a_finished_work_dir_is_only_read(folder, counted):
+    first, passes = counted(folder / "work")
+    assert passes == 5 * 4
+    assert counted(folder / "work") == (first, 0)
+
+
+@pytest.mark.parametrize("broken_after", range(0, 20, 3))
+def test_an_interrupted_run_repeats_no_pass(folder, counted, broken_after):
+    expected, passes = counted(folder / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        counted(folder / "work", broken_after)
+    assert counted(folder / "work") == (expected, passes - broken_after)
+
+
+def test_a_torn_line_of_a_journal_costs_its_batch_only(folder, counted):
+    expected, _ = counted(folder / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        counted(folder / "work", 3)
+    (journal,) = (folder / "work").glob(".*.journal")
+    journal.write_bytes(journal.read_bytes()[:-9] + b"\xff\x00")
+    assert counted(folder / "work") == (expected, 18)
+
+
+def test_a_torn_line_of_scores_costs_its_batch_only(folder, counted):
+    expected, _ = counted(folder / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        counted(folder / "work", 7)
+    (scores,) = (folder / "work").glob("*.scores")
+    scores.write_bytes(scores.read_bytes()[:-20])
+    assert counted(folder / "work") == (expected, 14)
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut short", "gone"])
+def test_a_corrupted_batch_is_computed_again(folder, counted, damage):
+    expected, _ = counted(folder / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        counted(folder / "work", 3)
+    (partial,) = (folder / "work").glob(".*.partial")
+    content = bytearray(partial.read_bytes())
+    if damage == "changed":
+        content[-5000] ^= 1  # in the last of three finished batches
+        partial.write_bytes(content)
+    elif damage == "cut short":
+        partial.write_bytes(content[:-3])
+    else:
+        partial.unlink()
+    repeated = 3 if damage == "gone" else 1
+    assert counted(folder / "work") == (expected, 17 + repeated)
+
+
+def test_a_work_dir_of_other_weights_is_not_used(folder, counted):
+    expected, passes = counted(folder / "work")
+    save_dense(folder / "other", seed=3, vocab_size=259)
+    _, bundles = cut(folder / "other", LAYOUT, folder / "cut")
+    for file in bundles["C"].iterdir():
+        (folder / "bundles/C" / file.name).write_bytes(file.read_bytes())
+    changed, again = counted(folder / "work")
+    assert changed[:2] == expected[:2] and changed[2] != expected[2]
+    assert again == 4, "only the tail with C"
