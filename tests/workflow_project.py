@@ -24,7 +24,8 @@ class Project:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
         run = subprocess.run(
-            [*command, "--configfile", "config.yaml", *arguments],
+            # The configuration last: --configfile takes every word that follows it for a file.
+            [*command, *arguments, "--configfile", "config.yaml"],
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
+from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layout import Layout
@@ -123,7 +124,7 @@ def teacher_states(
     output: str | Path,
     *,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
     batch_size: int = 1,
 ) -> None:
     """Run the dense model over the training windows once and keep its final hidden states (after the norm).
@@ -135,6 +136,7 @@ def teacher_states(
             and the teacher, which are checked when it is read.
         dtype, device, batch_size: of the teacher's forward pass.
     """
+    device = resolve_device(device)
     teacher = load_model(teacher_dir, dtype=dtype, device=device)
     shape = (*windows.ids.shape, teacher.config.hidden_size)
     about = {"ids_sha256": windows.identity.ids_sha256, "teacher": json.dumps(_weight_digests(teacher_dir))}
@@ -165,7 +167,7 @@ def train_adapter(
     loss: LossSettings = LossSettings(),
     optimiser: OptimiserSettings = OptimiserSettings(),
     dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
     seed: int = 0,
     gradient_checkpointing: bool = False,
 ) -> None:
@@ -190,6 +192,7 @@ def train_adapter(
         LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
         DataError: the teacher's states belong to other windows or another teacher.
     """
+    device = resolve_device(device)
     torch.manual_seed(seed)
     checkpoint = open_checkpoint(student_dir)
     if checkpoint.layout is None:

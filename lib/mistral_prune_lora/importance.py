@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from mistral_prune_lora.console import progress
+from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.model import load_model
 from mistral_prune_lora.prune import split_block
@@ -27,7 +28,7 @@ def last_token_states(
     ids: Sequence[torch.Tensor],
     *,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
     max_batches: int | None = None,
 ) -> torch.Tensor:
     """The hidden state of each window's last token before every layer and after the last.
@@ -41,6 +42,7 @@ def last_token_states(
     Returns:
         float32, shape (layers + 1, windows, hidden), on the CPU; before the final norm.
     """
+    device = resolve_device(device)
     model = load_model(model_dir, dtype=dtype, device=device)
     seen: list[list[torch.Tensor]] = []
 

@@ -77,12 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     from pathlib import Path
 
     from mistral_prune_lora import distillation
-    from mistral_prune_lora.model import DTYPES, resolve_device
+    from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.text import load_text
     from mistral_prune_lora.tokenizer import load_tokenizer
     from mistral_prune_lora.windows import make_windows
 
-    device, dtype = resolve_device(given.device), DTYPES[given.dtype]
+    device, dtype = given.device, DTYPES[given.dtype]
     text = load_text(given.dataset, split="train", mirror=given.mirror, text_files=given.text_file)
     windows = make_windows(text, load_tokenizer(given.teacher), seqlen=given.seqlen, max_windows=given.nsamples)
     if given.teacher_states and not Path(given.teacher_states).exists():

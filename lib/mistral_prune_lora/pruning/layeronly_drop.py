@@ -87,12 +87,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
+    from mistral_prune_lora.checkpoint import read_config
+    from mistral_prune_lora.device import resolve_device
     from mistral_prune_lora.importance import angular_distances, last_token_states
-    from mistral_prune_lora.model import DTYPES, resolve_device
+    from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.prune import split_block
     from mistral_prune_lora.pruning.data import get_loaders
     from mistral_prune_lora.tokenizer import load_tokenizer
 
+    count = read_config(given.model)["num_hidden_layers"]
+    size = round(count * given.drop_frac)
+    if not 0 < size < count:
+        raise LayoutError(
+            f"{given.drop_frac} of {count} layers are {size} layers",
+            where="--drop_frac",
+            mend="choose a share that drops at least one layer and keeps at least one",
+        )
+    resolve_device(given.device)  # before the text is fetched
     loader, _ = get_loaders(
         given.dataset,
         nsamples=given.nsamples,
@@ -107,17 +118,9 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
         given.model,
         [ids for ids, _ in loader],
         dtype=DTYPES[given.dtype],
-        device=resolve_device(given.device),
+        device=given.device,
         max_batches=given.max_batches,
     )
-    count = len(states) - 1
-    size = round(count * given.drop_frac)
-    if not 0 < size < count:
-        raise LayoutError(
-            f"{given.drop_frac} of {count} layers are {size} layers",
-            where="--drop_frac",
-            mend="choose a share that drops at least one layer and keeps at least one",
-        )
     table = angular_distances(states, size, keep_last_layer=given.keep_last_layer)
     best = table[table.recommended].iloc[0]
     b, c = split_block(int(best.start), size, policy=given.split_policy, ratio=given.split_ratio)

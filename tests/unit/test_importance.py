@@ -1,0 +1,117 @@
+"""Angular distances against transformers' own hidden states, and the command that drops the best block."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from cut_model import random_windows, save_dense
+from tiny import save_tokenizer
+from transformers import MistralForCausalLM
+
+from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
+from mistral_prune_lora.layout import layout_from_manifest, read_manifest
+from mistral_prune_lora.pruning.layeronly_drop import main
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = save_dense(tmp_path_factory.mktemp("importance") / "dense", vocab_size=259)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def states(dense):
+    return last_token_states(dense, list(random_windows(5, 24).ids.long().unsqueeze(1)), dtype=torch.float32)
+
+
+def test_distances_are_those_of_the_models_own_hidden_states(dense, states):
+    model = MistralForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    with torch.inference_mode():
+        hidden = model(random_windows(5, 24).ids.long(), output_hidden_states=True).hidden_states
+    table = angular_distances(states, 3, keep_last_layer=True)
+    assert table.start.tolist() == [0, 1, 2, 3, 4] and table.end.tolist() == [2, 3, 4, 5, 6]
+    for row in table.itertuples():
+        before, after = hidden[row.start][:, -1].double(), hidden[row.start + 3][:, -1].double()
+        cosines = [float(x @ y / (x.norm() * y.norm())) for x, y in zip(before, after, strict=True)]
+        assert row.angular_distance == pytest.approx(math.acos(sum(cosines) / 5) / math.pi, rel=1e-4)
+    best = table.loc[table.angular_distance.idxmin()]
+    assert best["rank"] == 1 and table.recommended.tolist() == (table["rank"] == 1).tolist()
+    assert sorted(table["rank"]) == [1, 2, 3, 4, 5]
+
+
+def test_the_last_layer_is_a_candidate_only_if_it_may_go(states):
+    assert angular_distances(states, 3, keep_last_layer=False).end.tolist()[-1] == 7
+    assert angular_distances(states, 7, keep_last_layer=True).start.tolist() == [0]
+    for block in (0, 8):
+        with pytest.raises(LayoutError, match="no block"):
+            angular_distances(states, block)
+
+
+def test_max_batches_limits_what_is_looked_at(dense):
+    ids = list(random_windows(5, 24).ids.long().unsqueeze(1))
+    assert last_token_states(dense, ids, dtype=torch.float32, max_batches=2).shape == (9, 2, 64)
+
+
+def test_the_ranking_as_files(states, tmp_path):
+    table = angular_distances(states, 4)
+    write_importance(table, tmp_path / "importance.csv")
+    read = pd.read_csv(tmp_path / "importance.csv")
+    assert read.columns.tolist() == ["start", "end", "angular_distance", "rank", "recommended", "B", "C"]
+    assert read.B[0] == "0 1" and read.C[0] == "2 3"
+    plot_importance(table, tmp_path / "importance.svg")
+    plot_importance(table, tmp_path / "again.svg")
+    assert (tmp_path / "importance.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+
+
+def arguments(dense, folder, *more):
+    text = folder / "calibration.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return [
+        "--model", str(dense), "--device", "cpu", "--dtype", "fp32", "--text_file", str(text), "--nsamples", "6",
+        "--seed", "3", "--seqlen", "24", "--save_dir", str(folder / "A"), "--save_removed_dir",
+        str(folder / "bundles"), *more,
+    ]  # fmt: skip
+
+
+def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, capsys):
+    flags = ("--drop_frac", "0.4", "--keep_last_layer", "--max_batches", "4", "--prune_log", str(tmp_path / "log.json"))
+    assert main(arguments(dense, tmp_path, *flags, "--split_policy", "ratio", "--split_ratio", "0.7")) == 0
+    manifest, log = read_manifest(tmp_path / "A"), json.loads((tmp_path / "log.json").read_text())
+    blocks = {b["start"]: b for b in log["blocks"]}
+    best = min(blocks.values(), key=lambda b: b["angular_distance"])
+    assert manifest["selection"] == {
+        "method": "angular_distance", "block": {"start": best["start"], "n": 3},
+        "angular_distance": pytest.approx(best["angular_distance"]), "keep_last_layer": True,
+    }  # fmt: skip
+    assert set(blocks) == {0, 1, 2, 3, 4}
+    layout = layout_from_manifest(manifest)
+    assert layout.dropped == tuple(range(best["start"], best["start"] + 3)) and len(layout.b) == 2
+    assert log == json.loads((tmp_path / "A/prune_log.json").read_text())
+    assert log["settings"]["seed"] == 3 and log["settings"]["max_batches"] == 4
+    assert f"B holds {list(layout.b)}" in capsys.readouterr().out
+
+
+def test_the_command_takes_layers_as_they_are_given(dense, tmp_path):
+    assert main(arguments(dense, tmp_path, "--b_layers", "6", "2", "--c_layers", "4")) == 0
+    manifest = read_manifest(tmp_path / "A")
+    assert layout_from_manifest(manifest).b == (2, 6) and manifest["selection"]["method"] == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--drop_frac", "0"), "0.0 of 8 layers are 0 layers"),
+        (("--drop_frac", "1"), "1.0 of 8 layers are 8 layers"),
+        (("--b_layers", "8"), "layers [8] do not exist"),
+        (("--device", "cuda:7"), "--device cpu"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(dense, tmp_path, capsys, flags, told):
+    assert main(arguments(dense, tmp_path, *flags)) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert told in next(line for line in errors if line.startswith("error: "))
+    assert not (tmp_path / "A").exists() and not (tmp_path / "bundles").exists()
