@@ -39,7 +39,11 @@ _UNSUPPORTED = (
     "kasa_config",
     "velora_config",
     "monteclora_config",
+    "target_modules_to_tie",
 )
+# Initialisations that change the base's weights each time PEFT loads the adapter.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class Update:
     b: TensorEntry
     magnitude: TensorEntry | None
     scaling: float
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Its tensors."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,11 +93,6 @@ class Adapter:
         """What the adapter was trained on, as it names it."""
         return self.config.get("base_model_name_or_path")
 
-    @property
-    def tensors(self) -> int:
-        """How many tensors its file holds."""
-        return sum(3 if u.magnitude else 2 for u in self.updates.values())
-
     def targets(self, module: str) -> bool:
         """Whether its configuration speaks of a module, by PEFT's rules for target_modules and layers_to_transform."""
         return _targets(self.config, module)
@@ -109,7 +113,7 @@ def open_adapter(path: str | Path) -> Adapter:
     modules: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in entries.items():
         match = _KEY.fullmatch(key)
-        if not match or "lora_embedding" in key:
+        if not match:
             raise AdapterError(
                 f"tensor {key} belongs to no LoRA module that is merged here",
                 where=path / WEIGHTS_FILE,
@@ -127,8 +131,8 @@ def open_adapter(path: str | Path) -> Adapter:
 def check_values(updates: Collection[Update]) -> None:
     """Raise an AdapterError if a tensor of the updates holds NaN or infinity."""
     for update in updates:
-        for entry in (update.a, update.b, update.magnitude):
-            if entry is not None and not torch.isfinite(entry.read()).all():
+        for entry in update.entries:
+            if not torch.isfinite(entry.read()).all():
                 raise AdapterError(
                     f"tensor {entry.stored_name} holds NaN or infinity", where=entry.file, mend="train it again"
                 )
@@ -162,8 +166,25 @@ def _refuse_unsupported(config: Mapping, path: Path) -> None:
         raise AdapterError(
             f"trains biases (bias={config['bias']!r}), which are not merged here", where=where, mend=_ELSEWHERE
         )
-    if not config.get("target_modules"):
-        raise AdapterError("names no target_modules", where=where, mend="use the adapter_config.json that PEFT wrote")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"was initialised by {start}, which also changes the base model, so it is no plain LoRA",
+            where=where,
+            mend="save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+    for key in ("target_modules", "exclude_modules"):
+        names = config.get(key)
+        try:
+            good = re.compile(names) if isinstance(names, str) else all(isinstance(name, str) for name in names or ())
+        except (TypeError, re.error):
+            good = False
+        if not good or (key == "target_modules" and not names):
+            raise AdapterError(
+                f"{key} is {names!r}, neither names nor a regular expression",
+                where=where,
+                mend="use the adapter_config.json that PEFT wrote",
+            )
 
 
 def _read_entries(path: Path) -> dict[str, TensorEntry]:
@@ -195,9 +216,12 @@ def _update(module: str, roles: Mapping[str, TensorEntry], config: Mapping, path
     if not dora and "lora_magnitude_vector" in roles:
         raise AdapterError(f"{module} has a DoRA magnitude, but use_dora is off", where=where)
     a, b, magnitude = roles["lora_A"], roles["lora_B"], roles.get("lora_magnitude_vector")
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+    rank = _setting(config, "rank_pattern", "r", module, path)
+    alpha = _setting(config, "alpha_pattern", "lora_alpha", module, path)
+    strange = [entry for entry in roles.values() if entry.dtype not in _FLOATS]
+    if strange:
+        raise AdapterError(f"{module} has factors of dtype {strange[0].dtype}", where=where, mend=_ELSEWHERE)
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise AdapterError(f"{module}: lora_A {a.shape} and lora_B {b.shape} do not fit each other", where=where)
     if a.shape[0] != rank:
         raise AdapterError(
@@ -205,18 +229,29 @@ def _update(module: str, roles: Mapping[str, TensorEntry], config: Mapping, path
             where=where,
             mend="use the pair PEFT wrote",
         )
-    if magnitude is not None and magnitude.nbytes // magnitude.itemsize != b.shape[0]:
+    if magnitude is not None and magnitude.shape != b.shape[:1]:
         raise AdapterError(f"{module}: the magnitude {magnitude.shape} does not fit lora_B {b.shape}", where=where)
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Update(module, a, b, magnitude, scaling)
 
 
-def _by_pattern(patterns: Mapping | None, module: str, default):
-    """The value of the first pattern that ends the module's name, as PEFT resolves rank_pattern and alpha_pattern."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _setting(config: Mapping, patterns: str, default: str, module: str, path: Path) -> float:
+    """A module's rank or alpha: of the first pattern that ends its name, as PEFT resolves it, or else the default."""
+    value = config.get(default)
+    try:
+        for pattern, special in (config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                value = special
+                break
+    except (AttributeError, re.error) as error:
+        raise AdapterError(f"has a {patterns} that cannot be used: {error}", where=path / CONFIG_FILE) from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterError(
+            f"{default} of {module} is {value!r}, not a number",
+            where=path / CONFIG_FILE,
+            mend="use the adapter_config.json that was saved with these tensors",
+        )
+    return value
 
 
 def _targets(config: Mapping, module: str) -> bool:

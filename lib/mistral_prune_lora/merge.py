@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_prune_lora.adapter import CONFIG_FILE
+from mistral_prune_lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from mistral_prune_lora.checkpoint import read_config
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256
@@ -24,6 +25,7 @@ from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
 
 ARITHMETIC = "PEFT merge_and_unload: 16-bit factors cast to float32, delta = (B @ A) * scaling, one rounding an adapter"
+_SETTINGS = ("config.json", "manifest.json", "bundle_meta.json", INDEX_FILE)
 _SMALL_FILES = 64 << 20  # room for configuration and tokenizer beside the weights
 
 
@@ -103,11 +105,13 @@ def merge_adapters(
                 for name, items in plan.files.items():
                     written[name] = stream_file(fresh / name, items, device=where, inputs=inputs, on_bytes=bar.update)
             _write_descriptions(plan, fresh, small_files)
-            verified = verify_merge(plan, fresh) if verify else 0
-            _write_record(plan, fresh, inputs, written)
+            verified = verify_merge(plan, fresh, written) if verify else 0
+            _write_record(plan, fresh, inputs, written, small_files)
     except OSError as error:
         raise PipelineError(
-            f"cannot be written: {error.strerror}", where=output_dir, mend="free space or choose another --output_dir"
+            f"the merge cannot be written: {error.strerror}",
+            where=output_dir,
+            mend="free space there or choose another --output_dir; what was there before is untouched",
         ) from error
     merged = sum(bool(item.updates) for item in plan.items)
     strangers = sum(map(len, plan.out_of_scope.values()))
@@ -148,6 +152,9 @@ def _write_descriptions(plan: MergePlan, fresh: Path, small_files: Sequence[Path
         return
     for file in small_files:
         shutil.copyfile(file, fresh / file.name)
+    if plan.skeleton and plan.skeleton.config != read_config(plan.skeleton.path):
+        # A skeleton that counts only its kept layers: the restored model counts all of them.
+        _write_json(fresh / "config.json", plan.skeleton.config)
     if index := shard_index(plan):
         _write_json(fresh / INDEX_FILE, index)
     model = plan.skeleton or plan.base
@@ -170,8 +177,12 @@ def _with_restored(manifest: dict, plan: MergePlan) -> dict:
     )
 
 
-def _write_record(plan: MergePlan, fresh: Path, inputs: InputDigests, written: dict[str, str]) -> None:
-    digests = inputs.finish(plan.base.files + (plan.skeleton.files if plan.skeleton and plan.kind == "model" else ()))
+def _write_record(
+    plan: MergePlan, fresh: Path, inputs: InputDigests, written: dict[str, str], small_files: Sequence[Path]
+) -> None:
+    digests = inputs.finish(plan.base.files + (plan.skeleton.files if plan.skeleton else ()))
+    settings = [part.path / name for part in (plan.base, plan.skeleton) if part for name in _SETTINGS]
+    digests |= {file: file_sha256(file) for file in [*settings, *small_files] if file.is_file()}
     others = {p.name: file_sha256(p) for p in sorted(fresh.iterdir()) if p.name not in written}
     merged = [item.spec.name for item in plan.items if item.updates]
     record = {
@@ -182,7 +193,7 @@ def _write_record(plan: MergePlan, fresh: Path, inputs: InputDigests, written: d
         "adapters": [
             {
                 "path": os.fspath(adapter.path),
-                "files": {p.name: file_sha256(p) for p in _adapter_files(adapter)},
+                "files": {p.name: file_sha256(p) for p in (adapter.path / CONFIG_FILE, adapter.path / WEIGHTS_FILE)},
                 "settings": {key: adapter.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")},
                 "patterns": {key: adapter.config.get(key) for key in ("rank_pattern", "alpha_pattern")},
                 "base_model_name_or_path": adapter.base_model,
@@ -195,11 +206,6 @@ def _write_record(plan: MergePlan, fresh: Path, inputs: InputDigests, written: d
         "versions": {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch")},
     }
     _write_json(fresh / "merge.json", record)
-
-
-def _adapter_files(adapter) -> list[Path]:
-    weights = next(iter(adapter.updates.values())).a.file
-    return [adapter.path / CONFIG_FILE, weights]
 
 
 def _tell(plan: MergePlan, report: MergeReport) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_prune_lora.adapter import Adapter, Update, check_values, open_adapter
-from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint, read_config
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout import (
     SINGLE_FILE,
@@ -39,7 +40,7 @@ class MergePlan:
     Attributes:
         kind: "model" or "bundle": what is written.
         base: what the adapters are merged into.
-        skeleton: the A model that a bundle belongs to; None where it is not needed or not known.
+        skeleton: the A model that a bundle is restored into; None where no such thing is written.
         adapters: in the order they are merged.
         files: for each output file, its tensors.
         layers: layers whose weights are written.
@@ -90,24 +91,32 @@ def plan_merge(
         raise PipelineError("no adapter is given", where="--adapter_path", mend="name at least one adapter directory")
     if save_bundle_only and save_full_model:
         raise PipelineError("a bundle only and a full model exclude each other", mend="give one of the two flags")
-    _refuse_same_directory(output_dir, base_model, *adapter_paths, *([skeleton] if skeleton else []))
     base = open_checkpoint(base_model)
     adapters = tuple(open_adapter(path) for path in adapter_paths)
-    frame = base if base.kind == "model" else _find_skeleton(skeleton, adapters, required=save_full_model)
-    layout = frame.layout if frame else None
-    scope = _scope(base, frame, layout)
-    _refuse_other_model(adapters, layout)
     bundle = save_bundle_only or (base.kind == "bundle" and not save_full_model)
-    updates, out_of_scope = _match(base, adapters, scope)
+    frame = None
+    if base.kind == "bundle":
+        frame = _find_skeleton(skeleton, adapters, required=save_full_model)
+    _refuse_same_directory(output_dir, base_model, *adapter_paths, *([frame] if frame else []))
+    if base.kind == "model":
+        layout, num_layers = base.layout, base.config["num_hidden_layers"]
+    else:
+        layout, num_layers = _layout_of(frame) if frame else (None, None)
+    scope = _scope(base, layout, frame)
+    _refuse_other_model(adapters, layout, num_layers)
+    updates, out_of_scope = _match(base, adapters, scope, whole=not bundle)
     sources = {name: entry for name, entry in base.entries.items() if _belongs(name, scope, bundle)}
+    opened = None
     if base.kind == "bundle" and not bundle:
-        sources = {name: entry for name, entry in frame.entries.items() if _kept(name, layout)} | sources
-    files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size)
+        opened = open_checkpoint(frame)
+        sources = {name: entry for name, entry in opened.entries.items() if _kept(name, layout)} | sources
+        _check_complete(sources, opened)
+    # A bundle's tensors carry no layer prefix of their own, and a skeleton may count only its kept layers; a model's
+    # tensors keep the names they had.
+    renamed = base.kind == "bundle"
+    files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
-    kind = "bundle" if bundle else "model"
-    return MergePlan(
-        kind, base, frame if base.kind == "bundle" else None, adapters, files, layers, layout, out_of_scope
-    )
+    return MergePlan("bundle" if bundle else "model", base, opened, adapters, files, layers, layout, out_of_scope)
 
 
 def _refuse_same_directory(output_dir, *inputs) -> None:
@@ -122,21 +131,28 @@ def _refuse_same_directory(output_dir, *inputs) -> None:
             )
 
 
-def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Checkpoint | None:
-    """The A model that a bundle belongs to: the given one, or what the first adapter names as its base."""
-    named = given or adapters[0].base_model
+def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Path | None:
+    """The A model that a bundle belongs to: the given one, or what an adapter names as its base."""
+    named = given or next((a.base_model for a in adapters if a.base_model and is_model_dir(a.base_model)), None)
     if named and is_model_dir(named):
-        return open_checkpoint(named)
+        return Path(os.path.abspath(named))
     if given or required:
         raise CheckpointError(
-            f"{named or 'no model'} is not the directory of an A model",
+            f"{named or adapters[0].base_model or 'no model'} is not the directory of an A model",
             where="--skeleton" if given else adapters[0].path / "adapter_config.json",
             mend="give the A model that the bundle was cut from with --skeleton",
         )
     return None
 
 
-def _scope(base: Checkpoint, frame: Checkpoint | None, layout: Layout | None) -> frozenset[int]:
+def _layout_of(model: str | Path) -> tuple[Layout | None, int]:
+    """(the layout by a model directory's manifest, the dense model's layer count); reads no weights."""
+    manifest, num_layers = read_manifest(model), read_config(model)["num_hidden_layers"]
+    layout = layout_from_manifest(manifest, num_layers) if manifest else None
+    return layout, layout.num_layers if layout else num_layers
+
+
+def _scope(base: Checkpoint, layout: Layout | None, frame: Path | None) -> frozenset[int]:
     """The layers that may be changed: A's kept layers, or the bundle's own."""
     if base.kind == "model":
         dropped = layout.dropped if layout else ()
@@ -151,47 +167,66 @@ def _scope(base: Checkpoint, frame: Checkpoint | None, layout: Layout | None) ->
     strays = sorted(set(base.layers) - set(layout.dropped)) if layout else []
     if strays:
         raise LayoutError(
-            f"layers {strays} of the bundle are not dropped layers of {frame.path}",
+            f"layers {strays} of the bundle are not dropped layers of {frame}",
             where=base.path,
-            mend="use the bundle and the A model of one pruning",
+            mend="use the bundle and the A model of one pruning; name that A model with --skeleton",
         )
     return frozenset(base.layers)
 
 
-def _refuse_other_model(adapters: Sequence[Adapter], layout: Layout | None) -> None:
-    """An adapter whose own base is at hand and was pruned otherwise was trained for another model."""
+def _refuse_other_model(adapters: Sequence[Adapter], layout: Layout | None, num_layers: int | None) -> None:
+    """Raise if an adapter has layers that the model has not, or its own base is at hand and was pruned otherwise.
+
+    Of two models of one pruning, one has restored some of what the other drops; that is no contradiction.
+    """
     for adapter in adapters:
-        named = adapter.base_model
-        manifest = read_manifest(named) if named and is_model_dir(named) else None
-        if manifest and layout and layout_from_manifest(manifest) != layout:
+        beyond = [m[0] for m in map(LAYER_PREFIX.match, adapter.updates) if m and int(m[1]) >= (num_layers or math.inf)]
+        if beyond:
             raise AdapterError(
-                f"was trained on {named}, which drops other layers than this model",
+                f"has tensors for {beyond[0].rstrip('.')}, but the model has {num_layers} layers",
+                where=adapter.path,
+                mend="use an adapter that was trained for this model",
+            )
+        named = adapter.base_model
+        if not layout or not named or not is_model_dir(named):
+            continue
+        theirs, count = _layout_of(named)
+        ours = set(layout.dropped)
+        nested = theirs is None or ours <= set(theirs.dropped) or ours >= set(theirs.dropped)
+        if count != layout.num_layers or not nested:
+            raise AdapterError(
+                f"was trained on {named}, which has or drops other layers than this model",
                 where=adapter.path,
                 mend="use the adapter that was trained for this pruning",
             )
 
 
-def _match(base: Checkpoint, adapters: Sequence[Adapter], scope: frozenset[int]):
-    """(updates by weight name in merge order, tensors out of scope by adapter)."""
+def _match(base: Checkpoint, adapters: Sequence[Adapter], scope: frozenset[int], *, whole: bool):
+    """(updates by weight name in merge order, tensors out of scope by adapter).
+
+    Args:
+        whole: whether what lies outside of layers (lm_head) is in scope too.
+    """
     updates: dict[str, list[Update]] = {}
     out_of_scope: dict[str, list[str]] = {}
     for adapter in adapters:
         inside = {}
         for module, update in adapter.updates.items():
             match = LAYER_PREFIX.match(module)
-            if match and int(match[1]) not in scope:
-                names = [e.stored_name for e in (update.a, update.b, update.magnitude) if e]
-                out_of_scope.setdefault(str(adapter.path), []).extend(names)
-            else:
+            if int(match[1]) in scope if match else whole and base.kind == "model":
                 inside[f"{module}.weight"] = update
-        _check_inside(base, adapter, inside, scope)
+            else:
+                out_of_scope.setdefault(os.fspath(adapter.path), []).extend(e.stored_name for e in update.entries)
+        _check_inside(base, adapter, inside, scope, whole=whole)
+        check_values(inside.values())
         for name, update in inside.items():
             updates.setdefault(name, []).append(update)
-        check_values(inside.values())
     return {name: tuple(chain) for name, chain in updates.items()}, out_of_scope
 
 
-def _check_inside(base: Checkpoint, adapter: Adapter, inside: Mapping[str, Update], scope: frozenset[int]) -> None:
+def _check_inside(
+    base: Checkpoint, adapter: Adapter, inside: Mapping[str, Update], scope: frozenset[int], *, whole: bool
+) -> None:
     if not inside:
         raise AdapterError(
             f"matches nothing: it has no tensors for layers {sorted(scope)}",
@@ -230,10 +265,16 @@ def _check_inside(base: Checkpoint, adapter: Adapter, inside: Mapping[str, Updat
             )
     for name, entry in base.entries.items():
         match = LAYER_PREFIX.match(name)
-        wanted = match and int(match[1]) in scope and len(entry.shape) == 2 and name.endswith(".weight")
-        if wanted and name not in inside and adapter.targets(name.removesuffix(".weight")):
+        wanted = int(match[1]) in scope if match else whole
+        if (
+            wanted
+            and len(entry.shape) == 2
+            and name.endswith(".weight")
+            and name not in inside
+            and adapter.targets(name.removesuffix(".weight"))
+        ):
             raise AdapterError(
-                f"targets {name.removesuffix('.weight')}, but holds no tensors for it; PEFT would merge random ones",
+                f"targets {module}, but holds no tensors for it; PEFT would merge random ones",
                 where=adapter.path,
                 mend="train or copy the adapter again",
             )
@@ -243,6 +284,22 @@ def _belongs(name: str, scope: frozenset[int], bundle: bool) -> bool:
     """Whether a tensor of the base is written: layers in scope, and, for a full model, what is outside of layers."""
     match = LAYER_PREFIX.match(name)
     return int(match[1]) in scope if match else not bundle
+
+
+def _check_complete(sources: Mapping[str, TensorEntry], skeleton: Checkpoint) -> None:
+    """Raise if layers of a restored model do not all have the same tensors of the same shapes."""
+    layers: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, entry in sources.items():
+        if match := LAYER_PREFIX.match(name):
+            layers.setdefault(int(match[1]), {})[name[match.end() :]] = entry.shape
+    wanted = layers[skeleton.layers[0]]
+    strange = [index for index, shapes in layers.items() if shapes != wanted]
+    if strange:
+        raise LayoutError(
+            f"layers {strange} of the bundle do not fit the model: other tensors or other shapes",
+            where=skeleton.path,
+            mend="use the bundle and the A model of one pruning",
+        )
 
 
 def _kept(name: str, layout: Layout | None) -> bool:
@@ -259,14 +316,18 @@ def _bundle_files(sources: Mapping[str, TensorEntry], updates) -> dict[str, list
     return dict(sorted(files.items()))
 
 
-def _model_files(sources: Mapping[str, TensorEntry], updates, max_shard_size: int | None) -> dict[str, list[Item]]:
-    """One file, or shards of at most `max_shard_size` bytes filled in the order of the base's tensors."""
+def _model_files(
+    sources: Mapping[str, TensorEntry], updates, max_shard_size: int | None, renamed: bool
+) -> dict[str, list[Item]]:
+    """One file, or shards of at most `max_shard_size` bytes filled in the order of the base's tensors.
+
+    Args:
+        renamed: give tensors their canonical names instead of the ones they had.
+    """
     shards: list[list[Item]] = [[]]
     filled = 0
     for name, entry in sources.items():
-        # A bundle's tensors carry no layer prefix of their own; a model's keep the name they had.
-        stored = entry.stored_name if LAYER_PREFIX.search(entry.stored_name) or not LAYER_PREFIX.match(name) else name
-        item = _item(stored, entry, updates.get(name, ()))
+        item = _item(name if renamed else entry.stored_name, entry, updates.get(name, ()))
         if max_shard_size and shards[-1] and filled + item.spec.nbytes > max_shard_size:
             shards.append([])
             filled = 0

@@ -1,40 +1,49 @@
 """The merge as a stream: one thread reads, this one computes, one writes and digests, one keeps the disk busy.
 
-Only a few blocks of rows are in memory at a time. A block is small enough that its float32 delta stays in the cache,
-which is what makes this several times as fast as whole matrices, and large enough that matrix products keep the kernel,
-and so the bits, that they have for the whole matrix.
+Only a few blocks of rows are in memory at a time, in buffers that are used again. A block is small enough that its
+float32 delta stays in the cache, which is what makes this several times as fast as whole matrices, and large enough
+that matrix products keep the kernel, and so the bits, that they have for the whole matrix.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
 from mistral_prune_lora.adapter import Update
+from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.merge_plan import Item
 from mistral_prune_lora.safetensors_file import DTYPES, plan_file, read_into
 
-_BLOCK_BYTES = 4 << 20
-_MIN_ROWS = 64  # a product of fewer rows may be computed by another kernel, with other rounding
-_BLOCKS_AHEAD = 4
-_SYNC_EVERY = 256 << 20
+_BLOCK_BYTES = 2 << 20
+# MKL computes products of 1 to 3 rows, and odd rows at the end of a block, by other kernels with other rounding. Blocks
+# of a multiple of 64 rows, the last of at least 64, were found to give the bits of the whole product for every shape.
+_ROW_MULTIPLE = 64
+_BUFFERS = 12
+_SYNC_EVERY = 128 << 20
+_HEAD_BYTES = 128 << 20  # of a file's start that was not read, what is fetched for the sake of its digest
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Block:
     """Some rows of one tensor, or some bytes of an untouched one."""
 
     item: Item
     start: int  # first byte within the tensor
-    data: torch.Tensor  # uint8
+    buffer: torch.Tensor  # uint8, the buffer that it lies in
+    nbytes: int
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.buffer[: self.nbytes]
 
 
 class InputDigests:
@@ -48,7 +57,7 @@ class InputDigests:
         """Take note of bytes that were read at an offset."""
         if path not in self._running:
             with open(path, "rb") as file:
-                head = file.read(start) if start < 1 << 27 else b""
+                head = file.read(start) if start < _HEAD_BYTES else b""
             self._running[path] = (hashlib.sha256(head), start) if len(head) == start else None
         state = self._running[path]
         if state is None:
@@ -65,10 +74,7 @@ class InputDigests:
 
     def _digest(self, path: Path) -> str:
         state = self._running.get(path)
-        if state and state[1] == path.stat().st_size:
-            return state[0].hexdigest()
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return state[0].hexdigest() if state and state[1] == path.stat().st_size else file_sha256(path)
 
 
 def stream_file(
@@ -79,7 +85,7 @@ def stream_file(
     inputs: InputDigests,
     on_bytes: Callable[[int], None],
 ) -> str:
-    """Write one output file; returns its sha256.
+    """Write one output file; returns its sha256. Call it within `exact_arithmetic`.
 
     Args:
         path: the file, in a directory that is put in place later.
@@ -93,138 +99,131 @@ def stream_file(
     """
     head, ordered = plan_file(item.spec for item in items)
     by_name = {item.spec.name: item for item in items}
-    sequence = [by_name[spec.name] for spec in ordered]
-    read, merged, dirty = queue.Queue(_BLOCKS_AHEAD), queue.Queue(_BLOCKS_AHEAD), queue.Queue()
-    digest = hashlib.sha256(head)
-    stop = threading.Event()
-    failures: list[BaseException] = []
-
-    def guarded(work: Callable[[], None], *outputs: queue.Queue) -> threading.Thread:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:  # handed to the caller's thread
-                failures.append(error)
-                stop.set()
-            finally:
-                for output in outputs:
-                    _put(output, None, stop)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        return thread
-
+    stream = _Stream([by_name[spec.name] for spec in ordered], device, inputs, on_bytes)
     with open(path, "wb", buffering=0) as file:
-        file.write(head)
+        return stream.run(file, head)
 
-        def reader() -> None:
-            for block in _read_blocks(sequence, inputs):
-                _put(read, block, stop)
 
-        def writer() -> None:
-            unsynced = 0
-            while (block := _get(merged, stop)) is not None:
-                view = memoryview(block.numpy())
-                digest.update(view)
-                done = 0
-                while done < len(view):
-                    done += file.write(view[done:])
-                on_bytes(len(view))
-                unsynced += len(view)
-                if unsynced >= _SYNC_EVERY:
-                    dirty.put(True)
-                    unsynced = 0
+class _Stream:
+    """The threads of one file. A queue's None means that nothing more comes; after a failure all queues get one.
 
-        def syncer() -> None:
-            # Early and beside the rest: a final fsync of everything would be as long as the merge itself.
-            while dirty.get() is not None:
-                os.fdatasync(file.fileno())
+    Buffers go round: free, read, merged, written, free. Their number bounds the memory.
+    """
 
-        threads = [guarded(reader, read), guarded(writer, dirty), guarded(syncer)]
-        try:
-            merger = _Merger(device)
-            while (block := _get(read, stop)) is not None:
-                _put(merged, merger.apply(block), stop)
-        except BaseException as error:
-            failures.append(error)
-            stop.set()
-        _put(merged, None, stop)
+    def __init__(self, sequence: list[Item], device: torch.device, inputs: InputDigests, on_bytes) -> None:
+        self._sequence, self._device, self._inputs, self._on_bytes = sequence, device, inputs, on_bytes
+        self._free, self._read, self._merged, self._dirty = (SimpleQueue() for _ in range(4))
+        self._failures: list[BaseException] = []
+        size = max((last - first for item in sequence for first, last in blocks_of(item)), default=0)
+        for _ in range(_BUFFERS):
+            self._free.put(torch.empty(size, dtype=torch.uint8))
+
+    def run(self, file, head: bytes) -> str:
+        digest = hashlib.sha256(head)
+        _write_all(file, memoryview(head))
+        threads = [
+            threading.Thread(target=self._guarded, args=work, daemon=True)
+            for work in ((self._reader,), (self._writer, file, digest), (self._syncer, file))
+        ]
+        for thread in threads:
+            thread.start()
+        self._guarded(self._merger)
         for thread in threads:
             thread.join()
-        if failures:
-            raise failures[0]
+        if self._failures:
+            raise self._failures[0]
         os.fsync(file.fileno())
-    return digest.hexdigest()
+        return digest.hexdigest()
 
-
-def _put(target: queue.Queue, thing, stop: threading.Event) -> None:
-    while True:
+    def _guarded(self, work: Callable, *args) -> None:
         try:
-            target.put(thing, timeout=0.2)
-            return
-        except queue.Full:
-            if stop.is_set():
-                return
+            work(*args)
+        except BaseException as error:  # raised again by `run`, in the caller's thread
+            self._failures.append(error)
+            for queue in (self._free, self._read, self._merged, self._dirty):
+                queue.put(None)
 
-
-def _get(source: queue.Queue, stop: threading.Event):
-    while True:
+    def _reader(self) -> None:
+        opened: dict[Path, int] = {}
         try:
-            return source.get(timeout=0.2)
-        except queue.Empty:
-            if stop.is_set():
-                return None
+            for item in self._sequence:
+                entry = item.entry
+                if entry.file not in opened:
+                    opened[entry.file] = os.open(entry.file, os.O_RDONLY)
+                for first, last in blocks_of(item):
+                    if (buffer := self._free.get()) is None:
+                        return
+                    block = _Block(item, first, buffer, last - first)
+                    view = memoryview(block.data.numpy())
+                    read_into(opened[entry.file], view, entry.start + first, entry.file)
+                    self._inputs.saw(entry.file, entry.start + first, view)
+                    self._read.put(block)
+        finally:
+            for descriptor in opened.values():
+                os.close(descriptor)
+        self._read.put(None)
+
+    def _merger(self) -> None:
+        item, factors = None, []
+        while (block := self._read.get()) is not None:
+            if block.item.updates:
+                if block.item is not item:
+                    item, factors = block.item, [Factors.load(u, self._device) for u in block.item.updates]
+                _merge_block(block, factors, self._device)
+            self._merged.put(block)
+        self._merged.put(None)
+
+    def _writer(self, file, digest) -> None:
+        unsynced = 0
+        while (block := self._merged.get()) is not None:
+            view = memoryview(block.data.numpy())
+            digest.update(view)
+            _write_all(file, view)
+            self._free.put(block.buffer)
+            self._on_bytes(block.nbytes)
+            unsynced += block.nbytes
+            if unsynced >= _SYNC_EVERY:
+                self._dirty.put(True)
+                unsynced = 0
+        self._dirty.put(None)
+
+    def _syncer(self, file) -> None:
+        # Early and beside the rest: a final fsync of everything would be as long as the merge itself.
+        while self._dirty.get() is not None:
+            os.fdatasync(file.fileno())
 
 
-def _read_blocks(sequence: list[Item], inputs: InputDigests) -> Iterator[_Block]:
-    opened: dict[Path, int] = {}
-    try:
-        for item in sequence:
-            entry = item.entry
-            if entry.file not in opened:
-                opened[entry.file] = os.open(entry.file, os.O_RDONLY)
-            size = block_bytes(item)
-            for start in range(0, max(entry.nbytes, 1), size):
-                data = torch.empty(min(size, entry.nbytes - start), dtype=torch.uint8)
-                view = memoryview(data.numpy())
-                read_into(opened[entry.file], view, entry.start + start, entry.file)
-                inputs.saw(entry.file, entry.start + start, view)
-                yield _Block(item, start, data)
-    finally:
-        for descriptor in opened.values():
-            os.close(descriptor)
+def _write_all(file, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
 
 
-def block_bytes(item: Item) -> int:
-    """How much of a tensor is handled at once: whole rows where something is added to it."""
-    if not item.updates:
-        return _BLOCK_BYTES
-    row = item.entry.nbytes // item.entry.shape[0]
-    rows = max(_MIN_ROWS, _BLOCK_BYTES // row // _MIN_ROWS * _MIN_ROWS)
-    # A short last block would be such a product of few rows: better one block that is a little longer.
-    whole = item.entry.shape[0]
-    return row * (rows if whole % rows == 0 or whole % rows >= _MIN_ROWS else whole)
+def blocks_of(item: Item) -> Iterator[tuple[int, int]]:
+    """The (first, last) bytes of each block of a tensor: whole rows where something is added to it."""
+    nbytes, step, least = item.entry.nbytes, _BLOCK_BYTES, 1
+    if item.updates and nbytes:
+        row = nbytes // item.entry.shape[0]
+        step = row * max(_ROW_MULTIPLE, _BLOCK_BYTES // row // _ROW_MULTIPLE * _ROW_MULTIPLE)
+        least = row * _ROW_MULTIPLE
+    first = 0
+    while first < nbytes:
+        # What would be a last block of too few rows goes with the one before it.
+        last = nbytes if nbytes - first - step < least else first + step
+        yield first, last
+        first = last
 
 
-class _Merger:
-    """Adds updates to blocks; keeps the factors of the tensor at hand."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._item, self._factors = device, None, []
-
-    def apply(self, block: _Block) -> torch.Tensor:
-        """The block's bytes with its updates added, as uint8."""
-        item = block.item
-        if not item.updates:
-            return block.data
-        if item is not self._item:
-            self._item, self._factors = item, [Factors.load(u, self._device) for u in item.updates]
-        columns = item.spec.shape[1]
-        weight = block.data.view(DTYPES[item.spec.dtype]).view(-1, columns).to(self._device)
-        first = block.start // (columns * weight.element_size())
-        for factors in self._factors:
-            weight = factors.add_to(weight, slice(first, first + len(weight)))
-        return weight.cpu().contiguous().view(-1).view(torch.uint8)
+def _merge_block(block: _Block, factors: list[Factors], device: torch.device) -> None:
+    """Add the updates to a block where it lies."""
+    columns = block.item.spec.shape[1]
+    here = block.data.view(DTYPES[block.item.spec.dtype]).view(-1, columns)
+    first = block.start // (columns * here.element_size())
+    weight = here.to(device)
+    for update in factors:
+        weight = update.add_to(weight, slice(first, first + len(weight)))
+    if weight is not here:
+        here.copy_(weight)
 
 
 @dataclass(frozen=True)
@@ -239,21 +238,22 @@ class Factors:
     @classmethod
     def load(cls, update: Update, device: torch.device) -> Factors:
         """Read them."""
-        magnitude = update.magnitude and update.magnitude.read().float().view(-1).to(device)
+        magnitude = update.magnitude.read().float().view(-1).to(device) if update.magnitude else None
         return cls(update.a.read().float().to(device), update.b.read().float().to(device), magnitude, update.scaling)
 
     def add_to(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         """The rows of a weight with this update merged, in the weight's dtype; may reuse its memory.
 
-        LoRA: W + (B A) s, rounded once (https://arxiv.org/abs/2106.09685, section 4.1). DoRA: m / |W + (B A) s| times
-        that, with the norm over each row in float32 (https://arxiv.org/abs/2402.09353, equation 5).
+        LoRA: W + (B A) s, rounded once to the weight's dtype (https://arxiv.org/abs/2106.09685, section 4.1). DoRA:
+        m / |W + (B A) s| times that, with the norm over each row in float32 (https://arxiv.org/abs/2402.09353,
+        equation 5).
         """
-        delta = (self.b[rows] @ self.a) * self.scaling
-        if self.magnitude is None:
-            return weight.add_(delta)
-        summed = weight + delta
-        norm = torch.linalg.norm(summed, dim=1)
-        return ((self.magnitude[rows] / norm).view(-1, 1) * summed).to(weight.dtype)
+        # Products are scaled after they are summed, as PEFT does: s B first, or addmm, would round otherwise.
+        summed = (self.b[rows] @ self.a).mul_(self.scaling).add_(weight)
+        if self.magnitude is not None:
+            norm = torch.linalg.norm(summed, dim=1)
+            summed.mul_((self.magnitude[rows] / norm).view(-1, 1))
+        return weight.copy_(summed)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merge_plan import Item, MergePlan
 from mistral_prune_lora.safetensors_file import DTYPES, TensorEntry, read_header
@@ -13,18 +15,26 @@ from mistral_prune_lora.safetensors_file import DTYPES, TensorEntry, read_header
 _EDGE_BYTES = 1 << 16  # of each copied tensor, at both ends
 
 
-def verify_merge(plan: MergePlan, folder: Path) -> int:
+def verify_merge(plan: MergePlan, folder: Path, digests: Mapping[str, str]) -> int:
     """Check a written result; returns how many merged values were recomputed.
 
-    Every tensor is there once, with its dtype and shape, and no other. Of each merged weight a sample of rows is
-    computed again in float64 and must agree within what float32 products and one rounding an adapter can differ by. Of
-    each copied tensor the first and last bytes are those of its source.
+    The files, read back whole, have the sha256 of the bytes that went into them. Every tensor is there once, with its
+    dtype and shape, and no other. Of each merged weight a sample of rows is computed again in float64 and must agree
+    within what float32 products and one rounding an adapter can differ by. Of each copied tensor the first and last
+    bytes are those of its source.
+
+    Args:
+        plan: what was to be done.
+        folder: where the result lies.
+        digests: by file name, the sha256 of what was written, taken before it was written.
 
     Raises:
         CheckpointError: the result is not what it should be: a fault of this machine or of this program.
     """
     values = 0
     for name, items in plan.files.items():
+        if file_sha256(folder / name) != digests[name]:
+            raise _failed(name, "its bytes are not those that were written")
         written = read_header(folder / name)
         specs = {item.spec.name: (item.spec.dtype, item.spec.shape) for item in items}
         if {n: (e.dtype, e.shape) for n, e in written.items()} != specs:

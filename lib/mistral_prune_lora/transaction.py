@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import re
 import shutil
@@ -21,56 +23,62 @@ _OURS = re.compile(
     r"|training\.(json|csv)|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|chat_template\.(jinja|json)|\.snakemake_timestamp"
 )
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_own: set[Path] = set()  # what this process is writing now
 
 
 @contextmanager
 def atomic_directory(target: str | Path) -> Iterator[Path]:
     """A fresh directory beside `target` that takes its place when the block ends without an exception.
 
-    A kill at any point leaves the old directory whole, or (between two renames) none, never a mixture; what a killed
-    run left beside it is removed by the next one. Files of a former result do not survive in the new one.
+    A kill at any point leaves the old directory or the new one, whole, under the name; what a killed run left beside it
+    is removed by the next one. Files of a former result do not survive in the new one. Where the file system cannot
+    exchange two directories, the old one is out of its place for a moment; the next run puts it back if it has to.
 
     Raises:
         PipelineError: `target` is a file, or holds files that this pipeline does not write.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # of a link, the directory it leads to is replaced
     refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-{os.getpid()}-", dir=target.parent))
-    os.chmod(fresh, 0o777 & ~_umask())
+    _own.add(fresh)
     try:
+        os.chmod(fresh, 0o777 & ~_umask())
         yield fresh
         _sync_tree(fresh)
-        old = fresh.with_name(fresh.name.replace(".new-", ".old-"))
-        if target.exists():
-            os.rename(target, old)
-        os.rename(fresh, target)
+        _put_in_place(fresh, target)
         _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # after an exchange, the former result
+        _own.discard(fresh)
 
 
 @contextmanager
 def atomic_file(target: str | Path) -> Iterator[Path]:
-    """A path beside `target` to write to; fsynced and renamed over it when the block ends without an exception."""
+    """A path beside `target` to write to; fsynced and renamed over it when the block ends without an exception.
+
+    What a killed run left beside it is removed by the next one.
+    """
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     # The suffix is kept: writers such as pandas and matplotlib choose the format by it.
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}.new-", suffix=target.suffix, dir=target.parent)
+    prefix = f".{target.name}.new-{os.getpid()}-"
+    descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=target.suffix, dir=target.parent)
     os.close(descriptor)
     fresh = Path(name)
-    os.chmod(fresh, 0o666 & ~_umask())
+    _own.add(fresh)
     try:
+        os.chmod(fresh, 0o666 & ~_umask())
         yield fresh
         _sync(fresh)
         os.replace(fresh, target)
         _sync(target.parent)
-    except BaseException:
+    finally:
         fresh.unlink(missing_ok=True)
-        raise
+        _own.discard(fresh)
 
 
 def refuse_foreign(target: str | Path) -> None:
@@ -87,16 +95,56 @@ def refuse_foreign(target: str | Path) -> None:
         )
 
 
+def _put_in_place(fresh: Path, target: Path) -> None:
+    """Rename `fresh` to `target`; a former `target` is then called `fresh`, or is gone."""
+    if not target.exists():
+        os.rename(fresh, target)
+        return
+    if _exchange(fresh, target):
+        return
+    old = fresh.with_name(fresh.name.replace(".new-", ".old-"))
+    os.rename(target, old)
+    try:
+        os.rename(fresh, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two directories in one step, by Linux's renameat2(2); False where system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(second))
+
+
 def _sweep(target: Path) -> None:
-    """Remove what killed runs left beside `target`; a directory whose process still lives is left alone."""
-    leftover = re.compile(re.escape(f".{target.name}.") + r"(?:new|old)-(\d+)-.*")
-    for path in target.parent.iterdir():
+    """Remove what killed runs left beside `target`; what a living process is writing is left alone."""
+    leftover = re.compile(re.escape(f".{target.name}.") + r"(new|old)-(\d+)-.*")
+    for path in sorted(target.parent.iterdir()):
         match = leftover.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if not match or path in _own or _alive(int(match[2])):
+            continue
+        if match[1] == "old" and not target.exists():
+            os.rename(path, target)  # killed between two renames
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
+    """Whether another process of this number lives; in a fresh container ours may be that of one that was killed."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
