@@ -181,7 +181,7 @@ def test_a_corrupted_batch_is_computed_again(folder, counted, damage):
 
 
 def test_a_work_dir_of_other_weights_is_not_used(folder, counted):
-    expected, passes = counted(folder / "work")
+    expected, _ = counted(folder / "work")
     save_dense(folder / "other", seed=3, vocab_size=259)
     _, bundles = cut(folder / "other", LAYOUT, folder / "cut")
     for file in bundles["C"].iterdir():

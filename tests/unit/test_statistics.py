@@ -1,0 +1,114 @@
+"""Standard errors, quantiles and paired differences against direct formulas and published tables."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.statistics import (
+    WindowScores,
+    compare_stages,
+    paired_difference,
+    standard_error,
+    student_quantile,
+    summarise,
+)
+
+
+# NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2: critical values of Student's t distribution.
+@pytest.mark.parametrize(
+    ("freedom", "at_975", "at_95", "at_999"),
+    [
+        (1, 12.706, 6.314, 318.313),
+        (2, 4.303, 2.920, 22.327),
+        (3, 3.182, 2.353, 10.215),
+        (4, 2.776, 2.132, 7.173),
+        (5, 2.571, 2.015, 5.893),
+        (10, 2.228, 1.812, 4.144),
+        (29, 2.045, 1.699, 3.396),
+        (60, 2.000, 1.671, 3.232),
+        (100, 1.984, 1.660, 3.174),
+    ],
+)
+def test_quantiles_are_those_of_the_tables(freedom, at_975, at_95, at_999):
+    # The tables are rounded to three decimals, and the last column of one degree is known to be off by a few.
+    assert student_quantile(0.975, freedom) == pytest.approx(at_975, abs=6e-4)
+    assert student_quantile(0.95, freedom) == pytest.approx(at_95, abs=6e-4)
+    assert student_quantile(0.999, freedom) == pytest.approx(at_999, rel=1.5e-4)
+
+
+def test_quantiles_in_closed_form_and_in_the_limit():
+    assert student_quantile(0.975, 1) == pytest.approx(math.tan(math.pi * 0.475), rel=1e-12)
+    p = 0.975
+    assert student_quantile(p, 2) == pytest.approx((2 * p - 1) * math.sqrt(1 / (2 * p * (1 - p))), rel=1e-12)
+    assert student_quantile(0.975, 20_000) == pytest.approx(1.959964, abs=2e-4)
+
+
+def test_a_summary_is_the_direct_formulas():
+    rng = np.random.default_rng(0)
+    nll, correct, kl, agree = rng.normal(60, 5, 9), rng.integers(0, 20, 9), rng.random(9), rng.integers(0, 20, 9)
+    scores = WindowScores(nll, correct.astype(float), kl, agree.astype(float))
+    found = summarise(scores, predicted_per_window=20, tokens_per_byte=0.25)
+    mean = nll.sum() / 180
+    error = np.std(nll / 20, ddof=1) / 3
+    assert found == {
+        "ppl": pytest.approx(math.exp(mean)),
+        "ppl_se": pytest.approx(math.exp(mean) * error),
+        "mean_nll": pytest.approx(mean),
+        "mean_nll_se": pytest.approx(error),
+        "bits_per_byte": pytest.approx(mean / math.log(2) / 4),
+        "tokens": 180,
+        "windows": 9,
+        "top1_accuracy": pytest.approx(correct.sum() / 180),
+        "kl_dense": pytest.approx(kl.sum() / 180),
+        "kl_dense_se": pytest.approx(np.std(kl / 20, ddof=1) / 3),
+        "top1_agreement": pytest.approx(agree.sum() / 180),
+    }
+
+
+def test_one_window_has_no_standard_error_and_no_perplexity_overflows():
+    found = summarise(WindowScores(np.array([1e6]), np.array([0.0])), predicted_per_window=10, tokens_per_byte=1)
+    assert found["ppl"] == math.inf and found["mean_nll"] == 1e5
+    assert found["ppl_se"] is None and found["mean_nll_se"] is None and "kl_dense" not in found
+    assert standard_error(np.array([1.0])) is None and standard_error(np.array([1.0, 3.0])) == 1.0
+
+
+def test_a_paired_difference_is_students_interval():
+    first, second = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.5, 2.25, 3.75, 4.5])
+    found = paired_difference(first, second)
+    half = 3.182446 * np.std(second - first, ddof=1) / 2
+    assert found["difference"] == 0.5 and found["ppl_ratio"] == pytest.approx(math.exp(0.5))
+    assert (found["low"], found["high"]) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
+    wider = paired_difference(first, second, level=0.99)
+    assert wider["low"] < found["low"] and wider["high"] > found["high"]
+    assert paired_difference(first[:1], second[:1])["low"] is None
+    with pytest.raises(DataError, match="4 and 3 windows"):
+        paired_difference(first, second[:3])
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    found = [paired_difference(rng.normal(0, 1, 8), rng.normal(0.3, 1, 8)) for _ in range(2000)]
+    assert 0.935 < np.mean([f["low"] <= 0.3 <= f["high"] for f in found]) < 0.965
+
+
+def test_every_pair_of_stages_is_compared():
+    nll = {"A": np.array([3.0, 4.0]), "AB": np.array([2.0, 3.5]), "FULL": np.array([1.0, 1.0])}
+    table = compare_stages(nll)
+    assert list(zip(table["first"], table["second"], strict=True)) == [("A", "AB"), ("A", "FULL"), ("AB", "FULL")]
+    assert table["difference"].tolist() == [-0.75, -2.5, -1.75]
+    assert compare_stages({"A": nll["A"]}).empty
+
+
+def test_scores_are_saved_a_row_a_window(tmp_path):
+    parts = [WindowScores(np.array([1.0, 2.0]), np.array([0.0, 1.0])), WindowScores(np.array([3.0]), np.array([2.0]))]
+    WindowScores.concatenate(parts).save(tmp_path / "scores.parquet", 7)
+    table = pd.read_parquet(tmp_path / "scores.parquet")
+    assert table.to_dict("list") == {
+        "window": [0, 1, 2],
+        "tokens": [7, 7, 7],
+        "nll": [1.0, 2.0, 3.0],
+        "correct": [0.0, 1.0, 2.0],
+    }
