@@ -1,0 +1,143 @@
+"""Boundary activations on disk, and memory: what does not fit is said before it fails, with what would."""
+
+import re
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from cut_model import cut, random_windows, save_dense
+from evaluation_project import evaluate, write_project
+from safetensors.torch import load_file
+
+from mistral_prune_lora.activations import ActivationReader, ActivationWriter, require_space
+from mistral_prune_lora.errors import CheckpointError, DataError, PipelineError
+from mistral_prune_lora.evaluation import boundary_bytes, evaluate_stages, run_segment
+from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.layers import Compute, parse_size, size_text
+from mistral_prune_lora.layout import STAGES, Layout
+
+SHAPE, RUN = (5, 4, 8), {"ids_sha256": "0" * 64}
+Usage = namedtuple("Usage", "total used free")
+
+
+def batch(number: int, count: int = 2) -> torch.Tensor:
+    return torch.full((count, 4, 8), float(number), dtype=torch.bfloat16)
+
+
+def writer(path, run=RUN) -> ActivationWriter:
+    return ActivationWriter(path, SHAPE, torch.bfloat16, 2, run)
+
+
+def test_a_finished_file_is_plain_safetensors(tmp_path):
+    with writer(tmp_path / "h.safetensors") as out:
+        for number, count in ((1, 2), (0, 2), (2, 1)):
+            out.write(number, batch(number, count))
+        assert not (tmp_path / "h.safetensors").exists(), "nothing stands there before all of it does"
+        out.finish()
+    expected = torch.cat([batch(0), batch(1), batch(2, 1)])
+    assert torch.equal(load_file(tmp_path / "h.safetensors")["hidden_states"], expected)
+    reader = ActivationReader(tmp_path / "h.safetensors")
+    assert (reader.shape, reader.dtype, reader.run) == (SHAPE, torch.bfloat16, RUN)
+    assert torch.equal(reader.read(1, 4), expected[1:4])
+    assert [p.name for p in tmp_path.iterdir()] == ["h.safetensors"]
+
+
+def test_another_run_starts_anew(tmp_path):
+    with writer(tmp_path / "h.safetensors") as out:
+        out.write(0, batch(7))
+    with writer(tmp_path / "h.safetensors") as out:
+        assert out.done == {0}
+    with writer(tmp_path / "h.safetensors", {"ids_sha256": "1" * 64}) as out:
+        assert out.done == set()
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    with (
+        writer(tmp_path / "h.safetensors"),
+        pytest.raises(PipelineError, match="another process is computing this right now"),
+    ):
+        writer(tmp_path / "h.safetensors")
+    writer(tmp_path / "h.safetensors").close()
+
+
+def test_a_full_disk_is_noticed_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 100))
+    with pytest.raises(PipelineError, match=r"activations do not fit: 0\.0 MB are free"):
+        writer(tmp_path / "h.safetensors")
+    with pytest.raises(PipelineError, match="Free space, take fewer windows"):
+        require_space(tmp_path / "not/yet/there", 101)
+    require_space(tmp_path / "not/yet/there", 100)
+    monkeypatch.undo()
+    writer(tmp_path / "h.safetensors").close()  # the refused one holds nothing
+
+
+def test_what_is_no_file_of_activations_is_refused(tmp_path):
+    random_windows(2, 4).save(tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="holds no boundary activations"):
+        ActivationReader(tmp_path / "w.safetensors")
+
+
+@pytest.fixture
+def parts(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    return cut(dense, Layout(8, (3, 4), (5, 6)), tmp_path)
+
+
+def test_a_segment_of_other_windows_is_refused(tmp_path, parts):
+    a, bundles = parts
+    settings = {"model_dir": a, "dtype": "fp32", "device": "cpu", "batch_size": 2}
+    for seed in (1, 2):
+        random_windows(3, 16, seed=seed).save(tmp_path / f"{seed}.safetensors")
+    first, second = (tmp_path / f"{seed}.safetensors" for seed in (1, 2))
+    kept = tmp_path / "a.safetensors"
+    run_segment(weights_dir=a, layers=[0, 1, 2], windows=first, source=None, output=kept, **settings)
+    goes_on = {"weights_dir": bundles["B"], "layers": [3, 4], "source": kept, "output": tmp_path / "b.safetensors"}
+    with pytest.raises(DataError, match="was made with another ids_sha256"):
+        run_segment(windows=second, **goes_on, **settings)
+    with pytest.raises(DataError, match="was made with another dtype"):
+        run_segment(windows=first, **goes_on, **{**settings, "dtype": "bf16"})
+    run_segment(windows=first, **goes_on, **settings)
+    assert ActivationReader(tmp_path / "b.safetensors").run["layers"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("stages", "files"), [(["A"], 0), (["FULL"], 0), (["A", "AB"], 1), (STAGES, 2)])
+def test_the_estimate_is_what_is_written(tmp_path, parts, stages, files):
+    windows, compute = random_windows(4, 16), Compute(torch.device("cpu"), torch.float32)
+    subject = Subject.open(*parts)
+    list(evaluate_stages(subject, stages, windows, compute, work_dir=tmp_path / "work"))
+    written = list((tmp_path / "work").glob("*.safetensors"))
+    assert len(written) == files
+    estimate = boundary_bytes(subject, stages, windows, compute)
+    assert estimate == files * 4 * 16 * 64 * 4
+    assert sum(ActivationReader(file).read(0, 4).nbytes for file in written) == estimate
+
+
+def test_the_command_says_what_it_needs_before_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_project(tmp_path)
+    merged = [f"merged_models_mistral_7b/{part}_merged" for part in "ABC"]
+    arguments = ["--model_path", *merged, "--text_file", "eval_corpus.txt", "--seqlen", "32", "--nsamples", "16"]
+    done = evaluate(tmp_path, *arguments)
+    assert done.code == 0 and "  Boundary activations: 0.1 MB at most, in " in done.out, done.err
+    assert done.out.index("Boundary activations") < done.out.index("[A] Evaluating")
+    refused = evaluate(tmp_path, *arguments, "--max_memory", "60MB")
+    assert refused.code == 1 and "do not fit into 60MB (in --max_memory)" in refused.err
+    needed = re.search(r"Allow ([\d.]+[KMG]?B) or more", refused.err)[1]
+    enough = evaluate(tmp_path, *arguments, "--max_memory", needed)
+    assert enough.code == 0, enough.err
+    assert enough.out.split("Summary")[1] == done.out.split("Summary")[1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
+    full = evaluate(tmp_path, *arguments)
+    assert full.code == 1 and "0.1 MB of activations do not fit" in full.err and "Evaluating" not in full.out
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0B"), (999, "999B"), (1000, "1KB"), (7_062_001, "7.07MB"), (5 * 10**9, "5GB")]
+)
+def test_sizes_are_read_and_written(nbytes, text):
+    assert size_text(nbytes) == text and nbytes <= parse_size(text) <= nbytes * 1.01 + 1
+    assert parse_size("5 gb") == parse_size("5G") == 5 * 10**9 and parse_size("1.5MB") == 1_500_000
+    for wrong in ("", "GB", "5PB", "-1", "5 5"):
+        with pytest.raises(ValueError, match="is not a size"):
+            parse_size(wrong)
