@@ -124,8 +124,7 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path, mend=mend) from None
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        header.pop("__metadata__", None)
+        header = _parsed(raw)
         entries = [_entry(path, name, claim, _LENGTH_BYTES + length) for name, claim in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"has a malformed header: {error}", where=path, mend=mend) from None
@@ -140,6 +139,28 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
     return {entry.stored_name: entry for entry in entries}
 
 
+def _parsed(raw: bytes) -> dict[str, Mapping]:
+    """The header without its metadata; the rules are the library's, where Python's JSON knows none."""
+    text = raw.decode("utf-8")
+    if not text.startswith("{"):
+        raise ValueError("it does not start with a brace")
+    header = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_not_natural, parse_int=_natural)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is not made of strings")
+    json.dumps(header, ensure_ascii=False).encode()  # half of a surrogate pair is no text: UnicodeEncodeError
+    json.dumps(metadata, ensure_ascii=False).encode()
+    return header
+
+
+def _natural(digits: str) -> int:
+    return _not_natural(digits) if digits.startswith("-") else int(digits)
+
+
+def _not_natural(text: str) -> int:
+    raise ValueError(f"{text} is not a natural number")
+
+
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) != len(pairs):
@@ -148,11 +169,17 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _entry(path: Path, name: str, claim: Mapping, data_start: int) -> TensorEntry:
+    if claim.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name} is described by {sorted(claim)}")
     if claim["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name} has the unknown dtype {claim['dtype']!r}")
+    if not isinstance(claim["shape"], list) or not isinstance(claim["data_offsets"], list):
+        raise ValueError(f"tensor {name} has a shape or offsets that are no list")
     numbers = [*claim["shape"], *claim["data_offsets"]]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        raise ValueError(f"tensor {name} has a shape or offset that is not a natural number")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 48 for n in numbers):
+        raise ValueError(f"tensor {name} has a shape or offset that is not a natural number, or too large a one")
+    if math.prod(max(n, 1) for n in claim["shape"]) >= 1 << 60:
+        raise ValueError(f"tensor {name} has a shape that is too large")
     first, last = claim["data_offsets"]
     entry = TensorEntry(path, name, claim["dtype"], tuple(claim["shape"]), data_start + first)
     if entry.nbytes != last - first:
