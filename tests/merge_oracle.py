@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,3 +64,15 @@ def read_result(folder: Path) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{int(file.stem[6:])}." if file.stem.startswith("layer_") else ""
         tensors |= {prefix + name: tensor for name, tensor in load_file(file).items()}
     return tensors
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Set keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file in place."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})

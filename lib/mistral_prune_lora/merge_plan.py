@@ -265,14 +265,9 @@ def _check_inside(
             )
     for name, entry in base.entries.items():
         match = LAYER_PREFIX.match(name)
-        wanted = int(match[1]) in scope if match else whole
-        if (
-            wanted
-            and len(entry.shape) == 2
-            and name.endswith(".weight")
-            and name not in inside
-            and adapter.targets(name.removesuffix(".weight"))
-        ):
+        module = name.removesuffix(".weight")
+        wanted = (int(match[1]) in scope if match else whole) and len(entry.shape) == 2
+        if wanted and module != name and name not in inside and adapter.targets(module):
             raise AdapterError(
                 f"targets {module}, but holds no tensors for it; PEFT would merge random ones",
                 where=adapter.path,

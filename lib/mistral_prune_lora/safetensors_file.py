@@ -145,7 +145,9 @@ def _parsed(raw: bytes) -> dict[str, Mapping]:
     if not text.startswith("{"):
         raise ValueError("it does not start with a brace")
     header = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_not_natural, parse_int=_natural)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ is not made of strings")
     json.dumps(header, ensure_ascii=False).encode()  # half of a surrogate pair is no text: UnicodeEncodeError
