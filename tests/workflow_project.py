@@ -45,6 +45,10 @@ class Project:
         counts = dict(line.split() for line in table[1].splitlines())
         return {rule: int(count) for rule, count in counts.items() if rule != "all"}
 
+    def planned(self, *arguments: str) -> dict[str, int]:
+        """How many jobs of each rule snakemake would run."""
+        return self.jobs("--dry-run", *arguments)
+
     def replace_adapter(self, part: str, by: str) -> None:
         """Put another adapter's files in place of a part's."""
         for file in (self.folder / "adapters" / by).iterdir():

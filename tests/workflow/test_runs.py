@@ -59,14 +59,15 @@ def test_a_replaced_adapter_reruns_what_it_goes_into_and_nothing_else(finished):
 def test_a_changed_setting_reruns_what_uses_it(finished):
     perplexity = finished.config["experiments"]["tiny"]["perplexity"]
     perplexity["windows"] = 5
-    rerun = finished.jobs()
-    assert rerun == {
+    assert finished.planned() == {
         rule: n for rule, n in EVERYTHING.items() if rule not in ("prune", "merge_A", "merge_B", "merge_C")
     }
+    perplexity["windows"] = 6
     perplexity["compare_with_dense"] = False
-    assert finished.jobs() == {"perplexity": 6, "summary": 1, "plot_perplexity": 1}
+    assert finished.planned() == {"perplexity": 6, "summary": 1, "plot_perplexity": 1}
+    perplexity["compare_with_dense"] = True
     # Another profile value or number of cores is no reason to compute anything again.
-    assert finished.jobs("--set-resources", "segment:mem_mb=3000", "merge_A:gpu=0") == {}
+    assert finished.planned("--set-resources", "segment:mem_mb=3000", "merge_A:gpu=0") == {}
 
 
 def test_parts_hold_their_own_layers_and_no_others(finished):
@@ -82,10 +83,12 @@ def test_parts_hold_their_own_layers_and_no_others(finished):
 def test_dropped_activations_are_only_made_again_when_they_are_needed(finished):
     assert finished.jobs("drop_activations") == {"drop_activations": 1}
     assert not list(finished.path("").glob("activations/**/*.safetensors"))
-    assert finished.jobs() == {}
+    assert finished.planned() == {}
     finished.replace_adapter("C", by="other_C")
-    rerun = finished.jobs()
-    assert {rule: rerun[rule] for rule in ("merge_C", "perplexity")} == {"merge_C": 1, "perplexity": 1}
+    again = finished.planned()
+    # What C starts from is gone, and with it what everything else is compared with.
+    assert again["merge_C"] == 1 and again["segment"] == 3 and again["dense_perplexity"] == 1
+    assert "merge_A" not in again and "prune" not in again
 
 
 def test_two_experiments_with_other_layers_share_one_summary(project):
@@ -108,6 +111,7 @@ def test_adapters_are_trained_on_what_stands_before_them(project):
     experiment = project.config["experiments"]["tiny"]
     optimiser = {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "warmup_steps": 0}
     experiment["adapters"] = {"A": "train", "B": "train", "C": "train"}
+    experiment["perplexity"]["variants"] = ["merged"]
     experiment["distill"] = {
         "dataset": "corpus",
         "seqlen": 32,
@@ -118,17 +122,31 @@ def test_adapters_are_trained_on_what_stands_before_them(project):
         "stages": {part: optimiser for part in "ABC"},
     }
     trained = {"train_windows": 1, "teacher_states": 1, "train_adapter": 3}
-    assert project.jobs() == EVERYTHING | trained
+    measured = {"segment": 3, "perplexity": 3}
+    everything = EVERYTHING | trained | measured
+    del everything["dense_perplexity"]
+    assert project.jobs() == everything
     for part, held in (("A", {0, 1, 2, 7}), ("B", {3, 4}), ("C", {5, 6})):
         with safe_open(project.path(f"adapters/{part}_lora/adapter_model.safetensors"), "pt") as adapter:
             assert {int(name.split(".layers.")[1].split(".")[0]) for name in adapter.keys()} == held  # noqa: SIM118
 
     # Another C adapter of one's own: nothing is trained again.
     experiment["adapters"]["C"] = "adapters/C"
-    assert project.jobs() == {"merge_C": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
-    # Other training of B: what is trained on B runs again too, here nothing, since C is given.
+    assert project.planned() == {"merge_C": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
+    # Other training of B: what is trained on B runs again too.
+    experiment["adapters"]["C"] = "train"
     experiment["distill"]["stages"] = {**experiment["distill"]["stages"], "B": {**optimiser, "learning_rate": 0.01}}
-    rerun = project.jobs()
-    assert rerun == {
-        "train_adapter": 1, "merge_B": 1, "segment": 2, "perplexity": 2, "summary": 1, "plot_perplexity": 1,
+    assert project.planned() == {
+        "train_adapter": 2, "merge_B": 1, "merge_C": 1, "segment": 2, "perplexity": 2, "summary": 1,
+        "plot_perplexity": 1,
     }  # fmt: skip
+
+
+def test_the_ranking_of_blocks_is_made_on_request(project):
+    project.config["experiments"]["tiny"]["importance"] = {
+        "dataset": "corpus", "drop": 3, "seqlen": 32, "windows": 4, "dtype": "fp32",
+    }  # fmt: skip
+    assert project.jobs("results/tiny/importance.csv") == {"importance": 1}
+    table = pd.read_csv(project.path("importance.csv"))
+    assert table.start.tolist() == [0, 1, 2, 3, 4] and table.recommended.sum() == 1
+    assert "svg" in project.path("importance.svg").read_text()[:200]
