@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import torch
 from torch import nn
@@ -12,7 +15,8 @@ from mistral_prune_lora.layers import build_norm
 from mistral_prune_lora.model import model_config
 from mistral_prune_lora.statistics import WindowScores
 
-_BLOCK_LOGITS = 1 << 22  # in one block: 16 MB of float32
+# In one block: 32 MB of float32. Smaller ones read the projection too often, larger ones leave the cache.
+BLOCK_LOGITS = 1 << 23
 
 
 class Head:
@@ -51,13 +55,20 @@ class Head:
 def head_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Memory that a model's head takes in `dtype`, scoring a block included."""
     vocabulary, hidden = checkpoint.entries[head_name(checkpoint)].shape
-    return vocabulary * hidden * dtype.itemsize + 4 * 4 * max(_BLOCK_LOGITS, vocabulary)
+    return vocabulary * hidden * dtype.itemsize + 4 * 4 * max(BLOCK_LOGITS, vocabulary)
 
 
 def head_name(checkpoint: Checkpoint) -> str:
     """The tensor that a model projects with: lm_head.weight, or the embedding where they are tied and it is absent."""
     tied = model_config(checkpoint).tie_word_embeddings and "lm_head.weight" not in checkpoint.entries
     return "model.embed_tokens.weight" if tied else "lm_head.weight"
+
+
+def block_slices(tokens: int, vocabulary: int) -> list[slice]:
+    """Tokens cut into blocks of nearly equal size whose logits are at most BLOCK_LOGITS (one token at least)."""
+    count = math.ceil(tokens / max(1, BLOCK_LOGITS // vocabulary))
+    edges = [tokens * i // count for i in range(count + 1)]
+    return [slice(first, last) for first, last in itertools.pairwise(edges)]
 
 
 @torch.inference_mode()
@@ -74,14 +85,13 @@ def score_batch(
         ids: token ids, shape (n, seqlen); position i predicts token i + 1.
         teacher: the dense model's head, and its final hidden states of the same windows.
     """
-    block = max(1, _BLOCK_LOGITS // head.vocabulary)
+    blocks = block_slices(ids.shape[1] - 1, head.vocabulary)
     normed = head.normed(hidden)
     dense = None if teacher is None else teacher[0].normed(teacher[1].to(hidden.device))
     targets = ids[:, 1:].to(hidden.device, torch.long)
     sums = torch.zeros(len(hidden), 4, dtype=torch.float64, device=hidden.device)
     for window in range(len(hidden)):
-        for start in range(0, targets.shape[1], block):
-            part = slice(start, min(start + block, targets.shape[1]))
+        for part in blocks:
             taught = None if teacher is None else teacher[0].logits(dense[window, part])
             sums[window] += _score_block(head.logits(normed[window, part]), targets[window, part], taught)
     columns: list[np.ndarray] = list(sums.T.contiguous().cpu().numpy())

@@ -120,7 +120,7 @@ def test_no_batch_size_drops_a_window_or_changes_more_than_rounding(tmp_path, pa
 
 def test_a_small_memory_budget_gives_the_same_bits(tmp_path, parts, monkeypatch):
     # Or the logits of one block would take more than all layers.
-    monkeypatch.setattr(perplexity, "_BLOCK_LOGITS", 96 * 8)
+    monkeypatch.setattr(perplexity, "BLOCK_LOGITS", 96 * 8)
     windows = random_windows(3, 24)
     ample, tight = Compute(CPU, torch.float32, 2, 10**9), Compute(CPU, torch.float32, 2, 450_000)
     first = list(evaluate_stages(parts[1], STAGES, windows, ample, work_dir=tmp_path / "ample"))
