@@ -1,4 +1,4 @@
-"""The merge as a stream: one thread reads, this one computes, one writes and digests, one keeps the disk busy.
+"""The merge as a stream: one thread reads, this one computes, one digests, one keeps the disk busy.
 
 Only a few blocks of rows are in memory at a time, in buffers that are used again. A block is small enough that its
 float32 delta stays in the cache, which is what makes this several times as fast as whole matrices, and large enough
@@ -22,13 +22,13 @@ from mistral_prune_lora.adapter import Update
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.merge_plan import Item
 from mistral_prune_lora.safetensors_file import DTYPES, plan_file, read_into
+from mistral_prune_lora.streamed_file import StreamedFile
 
 _BLOCK_BYTES = 2 << 20
 # MKL computes products of 1 to 3 rows, and odd rows at the end of a block, by other kernels with other rounding. Blocks
 # of a multiple of 64 rows, the last of at least 64, were found to give the bits of the whole product for every shape.
 _ROW_MULTIPLE = 64
 _BUFFERS = 12
-_SYNC_EVERY = 128 << 20
 _HEAD_BYTES = 128 << 20  # of a file's start that was not read, what is fetched for the sake of its digest
 
 
@@ -100,30 +100,30 @@ def stream_file(
     head, ordered = plan_file(item.spec for item in items)
     by_name = {item.spec.name: item for item in items}
     stream = _Stream([by_name[spec.name] for spec in ordered], device, inputs, on_bytes)
-    with open(path, "wb", buffering=0) as file:
+    with StreamedFile(path) as file:
         return stream.run(file, head)
 
 
 class _Stream:
     """The threads of one file. A queue's None means that nothing more comes; after a failure all queues get one.
 
-    Buffers go round: free, read, merged, written, free. Their number bounds the memory.
+    Buffers go round: free, read, merged, free. Their number bounds the memory.
     """
 
     def __init__(self, sequence: list[Item], device: torch.device, inputs: InputDigests, on_bytes) -> None:
         self._sequence, self._device, self._inputs, self._on_bytes = sequence, device, inputs, on_bytes
-        self._free, self._read, self._merged, self._dirty = (SimpleQueue() for _ in range(4))
+        self._free, self._read, self._merged = (SimpleQueue() for _ in range(3))
         self._failures: list[BaseException] = []
         size = max((last - first for item in sequence for first, last in blocks_of(item)), default=0)
         for _ in range(_BUFFERS):
             self._free.put(torch.empty(size, dtype=torch.uint8))
 
-    def run(self, file, head: bytes) -> str:
+    def run(self, file: StreamedFile, head: bytes) -> str:
         digest = hashlib.sha256(head)
-        _write_all(file, memoryview(head))
+        file.append(memoryview(head))
         threads = [
             threading.Thread(target=self._guarded, args=work, daemon=True)
-            for work in ((self._reader,), (self._writer, file, digest), (self._syncer, file))
+            for work in ((self._reader,), (self._writer, file, digest))
         ]
         for thread in threads:
             thread.start()
@@ -132,7 +132,7 @@ class _Stream:
             thread.join()
         if self._failures:
             raise self._failures[0]
-        os.fsync(file.fileno())
+        file.finish()
         return digest.hexdigest()
 
     def _guarded(self, work: Callable, *args) -> None:
@@ -140,7 +140,7 @@ class _Stream:
             work(*args)
         except BaseException as error:  # raised again by `run`, in the caller's thread
             self._failures.append(error)
-            for queue in (self._free, self._read, self._merged, self._dirty):
+            for queue in (self._free, self._read, self._merged):
                 queue.put(None)
 
     def _reader(self) -> None:
@@ -173,30 +173,13 @@ class _Stream:
             self._merged.put(block)
         self._merged.put(None)
 
-    def _writer(self, file, digest) -> None:
-        unsynced = 0
+    def _writer(self, file: StreamedFile, digest) -> None:
         while (block := self._merged.get()) is not None:
             view = memoryview(block.data.numpy())
             digest.update(view)
-            _write_all(file, view)
+            file.append(view)
             self._free.put(block.buffer)
             self._on_bytes(block.nbytes)
-            unsynced += block.nbytes
-            if unsynced >= _SYNC_EVERY:
-                self._dirty.put(True)
-                unsynced = 0
-        self._dirty.put(None)
-
-    def _syncer(self, file) -> None:
-        # Early and beside the rest: a final fsync of everything would be as long as the merge itself.
-        while self._dirty.get() is not None:
-            os.fdatasync(file.fileno())
-
-
-def _write_all(file, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        done += file.write(view[done:])
 
 
 def blocks_of(item: Item) -> Iterator[tuple[int, int]]:
