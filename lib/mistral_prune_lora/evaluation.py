@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +147,7 @@ def evaluate_stages(
     work_dir: str | Path,
     teacher: Teacher | None = None,
     final_hidden: str | Path | None = None,
+    keep_parts: bool = False,
 ) -> Iterator[StageResult]:
     """Evaluate stages in one process, each shared segment once; yields each result as soon as it is there.
 
@@ -162,35 +163,39 @@ def evaluate_stages(
         work_dir: where boundary activations and unfinished scores go.
         teacher: the dense model's answers, for KL and top-1 agreement.
         final_hidden: keep the final hidden states of the last stage here.
+        keep_parts: keep activations wherever the layers of another part begin, and not only where stages part: disk
+            space for a later evaluation with another bundle.
 
     Raises:
         LayoutError: a stage needs a bundle that is not given. Others as `run_segment`.
     """
     wanted = stages_of(subject, stages)
     tree = segment_tree(subject.layout, wanted)
-    kept_segments = _kept(tree)
-    sources = {name: subject.sources(segment.layers) for name, segment in kept_segments.items()}
+    sources = {segment.name: subject.sources(segment.layers) for segment in tree}
     config, folder = model_config(subject.model), Path(work_dir)
     records: dict[str | None, dict] = {None: start_record(subject.model, windows, compute.dtype)}
-    for name, segment in kept_segments.items():
-        records[name] = extend_record(records[segment.parent], sources[name], compute)
+    for segment in tree:
+        records[segment.name] = extend_record(records[segment.parent], sources[segment.name], compute)
+    files = {name: folder / f"{record_digest(record)[:24]}.safetensors" for name, record in records.items() if name}
+    # What an earlier evaluation has left is started from, whether this one would keep it or not.
+    kept = _kept(tree, keep_parts, {name for name, file in files.items() if file.is_file()})
 
     def boundary(name: str | None) -> Start:
         """The activations at the end of a shared segment, computed now if they are not there."""
         if name is None:
             return Start(subject.model, windows, compute, None)
-        file = folder / f"{record_digest(records[name])[:24]}.safetensors"
-        if not file.is_file():
-            run_to_file(boundary(kept_segments[name].parent), sources[name], windows, config, compute, file)
-        return Start(subject.model, windows, compute, file)
+        if not files[name].is_file():
+            start, layers = _way(tree, kept, kept[name])
+            run_to_file(boundary(start), subject.sources(layers), windows, config, compute, files[name])
+        return Start(subject.model, windows, compute, files[name])
 
     for stage in wanted:
-        parent, tail = _tail(tree, stage)
+        parent, tail = _tail(tree, kept, stage)
         tail_sources = subject.sources(tail)
         record = extend_record(records[parent], tail_sources, compute)
-        kept = final_hidden if stage == wanted[-1] else None
+        final = final_hidden if stage == wanted[-1] else None
         place = folder / f"{record_digest(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
-        job = Scoring(subject.model, windows, compute, place, teacher, kept)
+        job = Scoring(subject.model, windows, compute, place, teacher, final)
         record, scores = job.run(lambda parent=parent: boundary(parent), tail_sources, f"stage {stage}", record)
         yield _result(subject.label(stage), stage, record, scores, windows, compute, {})
 
@@ -211,7 +216,13 @@ def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
 
 
 def boundary_bytes(
-    subject: Subject, stages: Sequence[str], windows: Windows, compute: Compute, teacher: Teacher | None = None
+    subject: Subject,
+    stages: Sequence[str],
+    windows: Windows,
+    compute: Compute,
+    *,
+    teacher: Teacher | None = None,
+    keep_parts: bool = False,
 ) -> int:
     """The most disk space that boundary activations of `evaluate_stages` take at any time.
 
@@ -220,33 +231,42 @@ def boundary_bytes(
     """
     wanted = stages_of(subject, stages)
     tree, config = segment_tree(subject.layout, wanted), model_config(subject.model)
+    kept = _kept(tree, keep_parts)
     heads = sum(head_bytes(model, compute.dtype) for model in [subject.model, *([teacher.model] if teacher else [])])
     # Between two groups of layers lies a file, which lives until the next one is there; the last group's is counted
     # already or, where it is scored, is none. Tails first: they need the most memory, so an error that names what they
     # need names enough for all.
-    runs = [(*_tail(tree, stage), heads, 2) for stage in wanted]
-    runs += [(segment.parent, segment.layers, 0, 1) for segment in _kept(tree).values()]
+    runs = [(*_tail(tree, kept, stage), heads, 2) for stage in wanted]
+    runs += [(*_way(tree, kept, segment), 0, 1) for segment in kept.values()]
     extra = 0
     for parent, layers, reserved, files in runs:
         reserved += 0 if parent else embedding_bytes(subject.model, compute)
         groups = resident_groups(subject.sources(layers), compute, config, windows.seqlen, reserved)
         extra = max(extra, min(len(groups) - 1, files))
-    return (len(_kept(tree)) + extra) * hidden_bytes(subject, windows, compute.dtype)
+    return (len(kept) + extra) * hidden_bytes(subject, windows, compute.dtype)
 
 
-def _kept(tree: Sequence[Segment]) -> dict[str, Segment]:
-    """The segments whose boundary activations more than one stage starts from; parents come first."""
-    return {segment.name: segment for segment in shared_segments(tree) if len(segment.through) > 1}
+def _kept(tree: Sequence[Segment], keep_parts: bool, there: Set[str] = frozenset()) -> dict[str, Segment]:
+    """The segments to start others from: where stages part; where parts meet, if asked; and those that are there."""
+    shared = shared_segments(tree)
+    return {s.name: s for s in shared if keep_parts or len(s.through) > 1 or s.name in there}
 
 
-def _tail(tree: Sequence[Segment], stage: str) -> tuple[str | None, tuple[int, ...]]:
+def _tail(tree: Sequence[Segment], kept: Mapping[str, Segment], stage: str) -> tuple[str | None, tuple[int, ...]]:
     """What is left to run for a stage: the last kept segment on its way (None: the embedding), the layers after it."""
-    kept, layers = _kept(tree), ()
-    for segment in reversed([segment for segment in tree if stage in segment.through]):
-        if segment.name in kept:
-            return segment.name, layers
-        layers = segment.layers + layers
-    return None, layers
+    end = next(segment for segment in tree if stage in segment.ends)
+    if end.name in kept:
+        return end.name, ()
+    return _way(tree, kept, end)
+
+
+def _way(tree: Sequence[Segment], kept: Mapping[str, Segment], end: Segment) -> tuple[str | None, tuple[int, ...]]:
+    """The last kept segment before `end`, and the layers from there to its end."""
+    by_name, layers, parent = {segment.name: segment for segment in tree}, end.layers, end.parent
+    while parent is not None and parent not in kept:
+        layers = by_name[parent].layers + layers
+        parent = by_name[parent].parent
+    return parent, layers
 
 
 def hidden_bytes(subject: Subject, windows: Windows, dtype: torch.dtype) -> int:

@@ -136,6 +136,7 @@ class _Evaluation:
             work_dir=self._folder,
             teacher=teacher,
             final_hidden=self._hidden_file(windows) if teaches else None,
+            keep_parts=bool(self._args.work_dir),
         )
         for stage in wanted:
             if stage != "A" and not subject.is_dense:
@@ -152,7 +153,9 @@ class _Evaluation:
         self, subject: Subject, stages: Sequence[str], windows: Windows, teacher: Teacher | None, teaches: bool
     ) -> None:
         """Say how much disk the boundary activations take; what is there already needs no more."""
-        space = boundary_bytes(subject, stages, windows, self._compute, teacher)
+        space = boundary_bytes(
+            subject, stages, windows, self._compute, teacher=teacher, keep_parts=bool(self._args.work_dir)
+        )
         space += hidden_bytes(subject, windows, self._compute.dtype) if teaches else 0
         if space:
             print(f"  Boundary activations: {space / 1e6:.1f} MB at most, in {self._folder}")

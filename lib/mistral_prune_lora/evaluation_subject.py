@@ -7,7 +7,9 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +27,8 @@ from mistral_prune_lora.windows import Windows
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STAGE_SIGN = {"A": "A", "AB": "AB", "FULL": "ABC"}
 _EMBEDDING = "model.embed_tokens.weight"
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 22
+_HASHING_THREADS = min(8, os.cpu_count() or 1)
 # Only names and paths; two configurations that differ in nothing else compute the same.
 _CONFIG_WITHOUT_EFFECT = {
     "_name_or_path",
@@ -143,9 +146,12 @@ def extend_record(record: Mapping, sources: Sequence[LayerSource], compute: Comp
     """
     weights = dict(record["weights"])
     parameters = record["parameters"]
-    for source in sources:
-        entries = source.checkpoint.layer(source.index)
-        weights[f"layers.{source.index:03d}"] = tensors_digest(entries)
+    held = [source.checkpoint.layer(source.index) for source in sources]
+    # Hashing and reading let other threads run; beside a GPU's speed, one thread over 14 GB would be felt.
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        digests = list(pool.map(tensors_digest, held))
+    for source, entries, digest in zip(sources, held, digests, strict=True):
+        weights[f"layers.{source.index:03d}"] = digest
         for adapter in source.adapters:
             weights[f"layers.{source.index:03d}+{adapter.name}"] = adapter.digest(source.index)
         parameters += _parameters(entries.values())

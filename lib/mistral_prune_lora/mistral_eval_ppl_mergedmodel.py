@@ -80,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
         help="of weights and activations; the loss is always float32 (default: %(default)s)")  # fmt: skip
     how.add_argument("--batch_size", type=_positive, default=1, help="windows at once (default: %(default)s)")
     how.add_argument("--max_memory", type=_size, metavar="SIZE",
-        help="memory for weights and activations on the device, e.g. 5GB (default: half of what is free)")  # fmt: skip
+        help="memory for weights and activations on the device, e.g. 5GB (default: a quarter of "
+        "what is free, half on a GPU)")  # fmt: skip
     how.add_argument("--work_dir", metavar="DIR",
         help="keep boundary activations and finished scores here, so that a later evaluation with another bundle runs "
         "only what depends on it (default: in the user's cache, deleted when everything is done)")  # fmt: skip

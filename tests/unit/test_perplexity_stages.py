@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from mistral_prune_lora import evaluation_runs, perplexity
 from mistral_prune_lora.activations import ActivationReader
 from mistral_prune_lora.errors import DataError, LayoutError
-from mistral_prune_lora.evaluation import Teacher, evaluate_stages
+from mistral_prune_lora.evaluation import Teacher, boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout import STAGES, Layout
@@ -134,8 +134,8 @@ def test_a_small_memory_budget_gives_the_same_bits(tmp_path, parts, monkeypatch)
     assert not list((tmp_path / "tight").glob(".*")), "scratch files must be gone"
 
 
-def test_a_new_c_bundle_runs_seven_of_thirty_eight_layers_worth_of_segments(tmp_path, parts, monkeypatch):
-    windows, compute = random_windows(3, 24), Compute(CPU, torch.float32, 2)
+def counted(monkeypatch) -> list[int]:
+    """A list that every layer enters when it is made resident, which is once for all windows."""
     passes = []
     original = evaluation_runs.Backbone.resident
 
@@ -145,6 +145,12 @@ def test_a_new_c_bundle_runs_seven_of_thirty_eight_layers_worth_of_segments(tmp_
             yield group
 
     monkeypatch.setattr(evaluation_runs.Backbone, "resident", counting)
+    return passes
+
+
+def test_a_new_c_bundle_runs_seven_of_thirty_eight_layers_worth_of_segments(tmp_path, parts, monkeypatch):
+    windows, compute = random_windows(3, 24), Compute(CPU, torch.float32, 2)
+    passes = counted(monkeypatch)
     list(evaluate_stages(parts[1], STAGES, windows, compute, work_dir=tmp_path / "work"))
     # 0-2 once, then 7 for A; 3-4, 7; 5-6, 7.
     assert passes == [0, 1, 2, 7, 3, 4, 7, 5, 6, 7]
@@ -153,6 +159,29 @@ def test_a_new_c_bundle_runs_seven_of_thirty_eight_layers_worth_of_segments(tmp_
     passes.clear()
     list(evaluate_stages(changed, STAGES, windows, compute, work_dir=tmp_path / "work"))
     assert passes == [5, 6, 7]
+    # FULL alone, which by itself would keep nothing, starts from what the three stages have left.
+    _, third = cut(save_dense(tmp_path / "third", seed=6), CONTIGUOUS, tmp_path / "cut3")
+    changed = Subject(parts[1].model, parts[1].bundles | {"C": Subject.open(parts[0], third).bundles["C"]})
+    passes.clear()
+    list(evaluate_stages(changed, ["FULL"], windows, compute, work_dir=tmp_path / "work"))
+    assert passes == [5, 6, 7]
+
+
+def test_activations_where_parts_meet_serve_a_later_bundle(tmp_path, parts, monkeypatch):
+    windows, compute = random_windows(3, 24), Compute(CPU, torch.float32, 2)
+    dense, subject = parts
+    _, other = cut(save_dense(tmp_path / "other", seed=5), CONTIGUOUS, tmp_path / "cut")
+    changed = Subject(subject.model, subject.bundles | {"C": Subject.open(dense, other).bundles["C"]})
+    folders = [tmp_path / "kept", tmp_path / "bare"]
+    for folder, keep_parts in zip(folders, (True, False), strict=True):
+        list(evaluate_stages(subject, ["FULL"], windows, compute, work_dir=folder, keep_parts=keep_parts))
+        written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        estimate = boundary_bytes(subject, ["FULL"], windows, compute, keep_parts=keep_parts)
+        assert estimate <= written <= estimate * 1.5 and bool(estimate) == keep_parts
+    passes = counted(monkeypatch)
+    found = [list(evaluate_stages(changed, ["FULL"], windows, compute, work_dir=folder)) for folder in folders]
+    assert passes == [5, 6, 7, *range(8)]
+    np.testing.assert_array_equal(found[0][0].scores.nll, found[1][0].scores.nll)
 
 
 def test_activations_of_other_windows_are_refused(tmp_path, parts):
