@@ -102,6 +102,8 @@ def plan_merge(
         layout, num_layers = base.layout, base.config["num_hidden_layers"]
     else:
         layout, num_layers = _layout_of(frame) if frame else (None, None)
+        if layout and not skeleton and not save_full_model and not set(base.layers) & set(layout.dropped):
+            layout = None  # an adapter's base that has these layers itself says nothing about the bundle
     scope = _scope(base, layout, frame)
     _refuse_other_model(adapters, layout, num_layers)
     updates, out_of_scope = _match(base, adapters, scope, whole=not bundle)

@@ -136,6 +136,23 @@ def test_a_full_model_out_of_a_bundle(there):
     assert merge("bundles/C", "adapters/C_lora", "C_merged", "--skeleton", "A").is_dir()
 
 
+def test_an_adapter_trained_on_a_model_that_has_restored_the_bundle(there):
+    plain = merge("bundles/B", "adapters/B_lora", "B_merged")
+    merge("bundles/B", "adapters/B_lora", "AB", "--save_full_model")
+    edit_json(there / "adapters/B_lora/adapter_config.json", base_model_name_or_path="./AB")
+    again = merge("bundles/B", "adapters/B_lora", "again")
+    assert digest(again / "layer_002.safetensors") == digest(plain / "layer_002.safetensors")
+
+
+def test_weights_of_dropped_layers_are_left_out(there):
+    """A directory with the dense weights and A's manifest gives the same result, of A's size."""
+    shutil.copytree("A", "unpruned")
+    shutil.copy("dense/model.safetensors", "unpruned")
+    merge("A", "adapters/A_lora", "A_merged")
+    out = merge("unpruned", "adapters/A_lora", "out")
+    assert digest(out / "model.safetensors") == digest(there / "A_merged/model.safetensors")
+
+
 def test_a_compact_skeleton_is_restored_under_the_original_indices(there):
     tensors = read_result(there / "A")
     compact = {name.replace("layers.4.", "layers.1."): tensor for name, tensor in tensors.items()}

@@ -165,3 +165,17 @@ def test_large_products_keep_their_bits_in_blocks(shape, rank):
     assert len(rows) > 1
     with merge_stream.exact_arithmetic():
         assert torch.equal(torch.cat([b[first:last] @ a for first, last in rows]), whole[0])
+
+
+def test_the_arithmetic_is_exact_while_it_lasts():
+    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with pytest.raises(ValueError, match="inside"), merge_stream.exact_arithmetic():
+            assert torch.get_num_threads() == 1
+            assert torch.backends.cuda.matmul.allow_tf32 is False
+            assert torch.is_inference_mode_enabled()
+            raise ValueError("inside")
+        assert (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32) == (before[0], True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before[1]
