@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from transformers import MistralForCausalLM
 
@@ -54,6 +54,19 @@ def cut(dense: Path, layout: Layout, folder: Path, dtype: torch.dtype = torch.bf
         meta = {"indices": list(layout.layers_of(part)), "format": "safetensors", "granularity": "layer"}
         (bundles[part] / "bundle_meta.json").write_text(json.dumps(meta))
     return a, bundles
+
+
+def make_compact(a: Path, layout: Layout) -> None:
+    """Rewrite A as a writer does that counts the kept layers 0, 1, 2 ...; the manifest stays."""
+    renamed = {}
+    for name, tensor in load_file(a / "model.safetensors").items():
+        words = name.split(".")
+        if words[1] == "layers":
+            words[2] = str(layout.kept.index(int(words[2])))
+        renamed[".".join(words)] = tensor
+    save_file(renamed, a / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((a / "config.json").read_text())
+    (a / "config.json").write_text(json.dumps({**config, "num_hidden_layers": len(layout.kept)}))
 
 
 def random_windows(count: int, seqlen: int, vocabulary: int = 96, seed: int = 1) -> Windows:

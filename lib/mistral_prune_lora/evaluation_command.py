@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from mistral_prune_lora.model import DTYPES
 from mistral_prune_lora.text import Text, load_text
 from mistral_prune_lora.tokenizer import load_tokenizer
 from mistral_prune_lora.windows import Windows, make_windows
+
+_WEEK = 7 * 24 * 3600.0
 
 
 def run(args: argparse.Namespace) -> list[StageResult]:
@@ -103,6 +106,14 @@ def default_work_dir(args: argparse.Namespace) -> Path:
     return cache / "mistral_prune_lora" / "evaluation" / name
 
 
+def forget_old_work(folder: Path) -> None:
+    """Remove what commands that were killed and never repeated have left in a folder of work folders, after a week."""
+    for work in folder.iterdir() if folder.is_dir() else ():
+        touched = max((file.stat().st_mtime for file in work.glob("*")), default=work.stat().st_mtime)
+        if time.time() - touched > _WEEK:
+            shutil.rmtree(work, ignore_errors=True)
+
+
 class _Evaluation:
     """What the models of one command share: text, device, the dense model's answers, results so far."""
 
@@ -165,6 +176,7 @@ class _Evaluation:
     def clean(self) -> None:
         """Remove what was kept for the case of a kill, unless the user has named a place for it."""
         if not self._args.work_dir:
+            forget_old_work(self._folder.parent)
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _windows(self, subject: Subject) -> Windows:

@@ -1,6 +1,7 @@
 """A killed evaluation goes on where it stopped: same bits, nothing computed twice."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tiny import save_tokenizer
 
 from mistral_prune_lora import evaluation_runs
 from mistral_prune_lora.evaluation import evaluate_stages
+from mistral_prune_lora.evaluation_command import forget_old_work
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Backbone, Compute
 from mistral_prune_lora.layout import STAGES
@@ -178,6 +180,17 @@ def test_a_corrupted_batch_is_computed_again(folder, counted, damage):
         partial.unlink()
     repeated = 3 if damage == "gone" else 1
     assert counted(folder / "work") == (expected, 17 + repeated)
+
+
+def test_what_a_killed_command_left_is_forgotten_after_a_week(tmp_path):
+    for name, days in (("old", 8), ("recent", 6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".x.partial").touch()
+        then = time.time() - days * 24 * 3600
+        os.utime(tmp_path / name / ".x.partial", (then, then))
+    forget_old_work(tmp_path)
+    forget_old_work(tmp_path / "not there")
+    assert [path.name for path in tmp_path.iterdir()] == ["recent"]
 
 
 def test_a_work_dir_of_other_weights_is_not_used(folder, counted):

@@ -1,10 +1,12 @@
 """Whole models from pruned parts: equal to plain transformers, able to generate, never with random weights."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from cut_model import cut, random_windows, save_dense
+from cut_model import cut, make_compact, random_windows, save_dense
 from safetensors.torch import load_file, save_file
 from transformers import MistralForCausalLM
 
@@ -125,6 +127,38 @@ def test_a_bundle_of_other_layers_is_refused(parts, tmp_path):
         restore_bundle(model, others["B"])
     with pytest.raises(CheckpointError, match="is a bundle, not a model"):
         load_model(bundles["B"], dtype=torch.float32)
+
+
+def test_every_way_to_store_the_parts_is_read(parts, tmp_path):
+    """A compact A; A in shards beside a second copy of everything; bundles whose keys carry a prefix."""
+    _, a, bundles = parts
+    ids = random_windows(2, 20).ids.long()
+    expected = logits(load_model(a, dtype=torch.float32, bundles=tuple(bundles.values())), ids)
+    compact, sharded = (Path(shutil.copytree(a, tmp_path / name)) for name in ("compact", "sharded"))
+    make_compact(compact, LAYOUTS[0])
+    state = load_file(sharded / "model.safetensors")
+    (sharded / "model.safetensors").rename(sharded / "consolidated.safetensors")
+    names = {
+        "model-00001-of-00002.safetensors": list(state)[::2],
+        "model-00002-of-00002.safetensors": list(state)[1::2],
+    }
+    for file, held in names.items():
+        save_file({name: state[name] for name in held}, sharded / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, held in names.items() for name in held}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for prefix in ("model.layers.{}.", "model.model.layers.{}.", "layers.{}."):
+        prefixed = []
+        for part, bundle in bundles.items():
+            prefixed.append(tmp_path / prefix.split("{")[0] / part)
+            prefixed[-1].mkdir(parents=True)
+            for i in LAYOUTS[0].layers_of(part):
+                layer = load_file(bundle / f"layer_00{i}.safetensors")
+                save_file(
+                    {prefix.format(i) + n: t for n, t in layer.items()}, prefixed[-1] / f"layer_00{i}.safetensors"
+                )
+        for stored in (a, compact, sharded):
+            model = load_model(stored, dtype=torch.float32, bundles=tuple(prefixed))
+            assert torch.equal(logits(model, ids), expected)
 
 
 def test_an_unknown_model_type_is_refused(parts):

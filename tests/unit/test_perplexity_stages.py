@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cut_model import cut, plain_stage, random_windows, save_dense
+from cut_model import cut, make_compact, plain_stage, random_windows, save_dense
 from safetensors.torch import load_file
 
 from mistral_prune_lora import evaluation_runs, perplexity
@@ -83,6 +83,15 @@ def test_pruned_full_is_the_dense_model_bit_for_bit(tmp_path, parts):
     assert full.record["kl_dense"] == 0.0 and full.record["top1_agreement"] == 1.0
     assert results[0].record["kl_dense"] > 0 and results[0].record["top1_agreement"] < 1
     assert [r.record["label"] for r in (whole, *results)] == ["dense[dense]", "A[A]", "A[AB]", "A[ABC]"]
+
+
+def test_a_compact_a_is_the_same_model(tmp_path, parts):
+    windows, compute = random_windows(2, 16), Compute(CPU, torch.float32, 2)
+    before = list(evaluate_stages(parts[1], STAGES, windows, compute, work_dir=tmp_path / "before"))
+    make_compact(parts[1].model.path, CONTIGUOUS)
+    compact = Subject.open(parts[1].model.path, {p: b.path for p, b in parts[1].bundles.items()})
+    after = list(evaluate_stages(compact, STAGES, windows, compute, work_dir=tmp_path / "after"))
+    assert [r.record for r in after] == [r.record for r in before]
 
 
 def test_kl_and_agreement_equal_those_of_whole_logits(tmp_path, parts):
