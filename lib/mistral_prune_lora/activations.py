@@ -119,13 +119,24 @@ class ActivationWriter:
         return zlib.crc32(buffer) == crc32
 
     def write(self, batch: int, hidden: torch.Tensor) -> None:
-        """Write one batch, a CPU tensor (n, seqlen, hidden) in the file's dtype."""
+        """Write one batch, a CPU tensor (n, seqlen, hidden) in the file's dtype.
+
+        Raises:
+            PipelineError: the disk is full or fails.
+        """
         view, (offset, _) = tensor_bytes(hidden), self._span(batch)
         crc32 = zlib.crc32(view)
-        while view:
-            written = os.pwrite(self._file, view, offset)
-            view, offset = view[written:], offset + written
-        self._journal.append({"batch": batch, "crc32": crc32})
+        try:
+            while view:
+                written = os.pwrite(self._file, view, offset)
+                view, offset = view[written:], offset + written
+            self._journal.append({"batch": batch, "crc32": crc32})
+        except OSError as error:
+            raise PipelineError(
+                f"activations cannot be written: {error.strerror}",
+                where=self.path,
+                mend="Mend that and run the same again: finished batches are kept",
+            ) from None
         self.done.add(batch)
 
     def finish(self) -> None:

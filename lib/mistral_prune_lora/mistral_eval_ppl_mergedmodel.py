@@ -98,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # After parsing: --help need not wait for torch.
     from mistral_prune_lora.evaluation_command import run
 
-    run(args)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _positive(text: str) -> int:

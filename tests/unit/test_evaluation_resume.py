@@ -13,12 +13,13 @@ from cut_model import cut, random_windows, save_dense
 from evaluation_project import LAYOUT
 from tiny import save_tokenizer
 
-from mistral_prune_lora import evaluation_runs
+from mistral_prune_lora import evaluation_command, evaluation_runs
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_command import forget_old_work
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Backbone, Compute
 from mistral_prune_lora.layout import STAGES
+from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 
 # Runs the command, notes the layers and windows of every forward pass in a file, and takes its time over each.
 SLOW_COMMAND = """
@@ -180,6 +181,18 @@ def test_a_corrupted_batch_is_computed_again(folder, counted, damage):
         partial.unlink()
     repeated = 3 if damage == "gone" else 1
     assert counted(folder / "work") == (expected, 17 + repeated)
+
+
+def test_an_interruption_says_how_to_go_on(folder, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation_command, "evaluate_stages", interrupted)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as ended:
+        main(["--model_path", "A", "--text_file", "text.txt", "--seqlen", "32", "--device", "cpu"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on where this one stopped\n"
 
 
 def test_what_a_killed_command_left_is_forgotten_after_a_week(tmp_path):

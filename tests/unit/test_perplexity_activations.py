@@ -1,5 +1,7 @@
 """Boundary activations on disk, and memory: what does not fit is said before it fails, with what would."""
 
+import errno
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -70,6 +72,21 @@ def test_a_full_disk_is_noticed_before_anything_is_computed(tmp_path, monkeypatc
     require_space(tmp_path / "not/yet/there", 100)
     monkeypatch.undo()
     writer(tmp_path / "h.safetensors").close()  # the refused one holds nothing
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
+    with writer(tmp_path / "h.safetensors") as out:
+        out.write(0, batch(0))
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(PipelineError, match="cannot be written: No space left on device"):
+            out.write(1, batch(1))
+    monkeypatch.undo()
+    with writer(tmp_path / "h.safetensors") as out:
+        assert out.done == {0}
 
 
 def test_what_is_no_file_of_activations_is_refused(tmp_path):
