@@ -11,4 +11,5 @@ with job(snakemake.log[0]):
         snakemake.output[0],
         dtype=DTYPES[snakemake.params.dtype],
         device=granted_device(snakemake.resources.get("gpu", 1)),
+        batch_size=4,
     )

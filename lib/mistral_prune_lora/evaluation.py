@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,11 @@ def run_segment(
     compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
     model, holder = open_checkpoint(model_dir), _open_weights(model_dir, weights_dir)
     cut = Windows.load(windows)
+    config = model_config(model)
+    nbytes = cut.ids.numel() * config.hidden_size * compute.dtype.itemsize
+    print(f"boundary activations: {nbytes / 1e6:.1f} MB in {output}", file=sys.stderr)
     start = Start(model, cut, compute, source or None)
-    run_to_file(start, [LayerSource(i, holder) for i in layers], cut, model_config(model), compute, Path(output))
+    run_to_file(start, [LayerSource(i, holder) for i in layers], cut, config, compute, Path(output))
 
 
 def score_stage(

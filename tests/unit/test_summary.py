@@ -1,0 +1,84 @@
+"""The summary over results: rows, order, comparisons, and what is not put side by side."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.statistics import WindowScores, summarise
+from mistral_prune_lora.summary import COLUMNS, write_summary
+
+
+def result(folder, variant, stage, nll, *, experiment="one", dataset="text", ids="1" * 64):
+    """A result as the evaluation writes it: two windows of ten predicted tokens."""
+    path = folder / experiment / "ppl" / dataset / f"{variant}.{stage}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scores = WindowScores(np.array(nll), np.array([3.0, 4.0]))
+    record = {
+        "experiment": experiment, "dataset": dataset, "variant": variant, "stage": stage, "label": f"x[{stage}]",
+        "active_layers": 4, "parameters": 10, **summarise(scores, predicted_per_window=10, tokens_per_byte=0.25),
+        "seqlen": 11, "dtype": "fp32", "ids_sha256": ids, "text": {"dataset": dataset},
+    }  # fmt: skip
+    path.write_text(json.dumps(record))
+    scores.save(path.with_suffix(".parquet"), 10)
+    return path
+
+
+def summarised(folder, paths):
+    write_summary(paths, folder / "summary.csv", folder / "comparisons.csv")
+    return pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "comparisons.csv")
+
+
+def test_rows_stand_in_one_order_whatever_order_they_come_in(tmp_path):
+    paths = [
+        result(tmp_path, "merged", "FULL", [20.0, 22.0]),
+        result(tmp_path, "merged", "A", [30.0, 33.0]),
+        result(tmp_path, "dense", "FULL", [19.0, 21.0]),
+        result(tmp_path, "pruned", "AB", [40.0, 44.0]),
+    ]
+    table, comparisons = summarised(tmp_path, paths)
+    assert table.columns.tolist() == list(COLUMNS)
+    assert (table.variant + "." + table.stage).tolist() == ["dense.FULL", "pruned.AB", "merged.A", "merged.FULL"]
+    assert table.ppl[0] == pytest.approx(math.exp(2.0)) and table.tokens.tolist() == [20] * 4
+    assert table.kl_dense.isna().all()
+    assert len(comparisons) == 6
+    pair = comparisons[(comparisons["first"] == "merged.A") & (comparisons.second == "merged.FULL")].iloc[0]
+    # Windows differ by 1.0 and 1.1 nats a token: mean 1.05, t(0.975, 1) = 12.706, standard error 0.05.
+    assert pair.difference == pytest.approx(-1.05) and pair.low == pytest.approx(-1.05 - 12.7062 * 0.05, abs=1e-4)
+    assert pair.experiment == "one" and pair.dataset == "text"
+
+
+def test_experiments_and_datasets_are_compared_within_themselves_only(tmp_path):
+    paths = [
+        result(tmp_path, "pruned", "A", [30.0, 33.0]),
+        result(tmp_path, "pruned", "A", [31.0, 33.0], experiment="two", ids="2" * 64),
+        result(tmp_path, "pruned", "A", [32.0, 33.0], dataset="other", ids="3" * 64),
+    ]
+    table, comparisons = summarised(tmp_path, paths)
+    assert list(zip(table.experiment, table.dataset, strict=True)) == [
+        ("one", "text"), ("two", "text"), ("one", "other"),
+    ]  # fmt: skip
+    assert comparisons.empty
+
+
+def test_results_on_different_token_ids_are_refused(tmp_path):
+    paths = [
+        result(tmp_path, "pruned", "A", [30.0, 33.0]),
+        result(tmp_path, "merged", "A", [30.0, 33.0], ids="2" * 64),
+    ]
+    with pytest.raises(DataError, match=r"different token ids.*pruned\.A: 111.*merged\.A: 222"):
+        summarised(tmp_path, paths)
+    assert not (tmp_path / "summary.csv").exists()
+
+
+def test_a_result_that_cannot_be_read_is_named(tmp_path):
+    path = result(tmp_path, "pruned", "A", [30.0, 33.0])
+    path.with_suffix(".parquet").unlink()
+    with pytest.raises(DataError, match=r"pruned\.A\.json"):
+        summarised(tmp_path, [path])
+    result(tmp_path, "pruned", "A", [30.0, 33.0]).write_text("{")
+    with pytest.raises(DataError, match=r"pruned\.A\.json"):
+        summarised(tmp_path, [path])
