@@ -204,7 +204,7 @@ def train_adapter(
     model = _with_adapter(student, layers, lora)
     if gradient_checkpointing:
         # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     teacher = _Teacher(teacher_dir, windows, states, dtype, device)
     curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
     about = {

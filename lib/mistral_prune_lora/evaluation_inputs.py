@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_prune_lora.checkpoint import open_checkpoint
-from mistral_prune_lora.errors import CheckpointError, LayoutError, SourceError
+from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout import (
     Layout,
     bundle_layers,
     is_bundle_dir,
-    is_model_dir,
     layout_from_manifest,
     read_manifest,
 )
+from mistral_prune_lora.model_place import model_directory
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def sort_inputs(
         LayoutError: a bundle that could be either, or two for one part.
         SourceError: a Hub id that cannot be fetched.
     """
-    models = [(path, _local(path)) for path in paths if not is_bundle_dir(path)]
+    models = [(path, model_directory(path)) for path in paths if not is_bundle_dir(path)]
     if not models:
         raise CheckpointError("there are only bundles", where="--model_path", mend="Name the A model as well")
     manifests = [read_manifest(folder) for _, folder in models]
@@ -115,39 +114,3 @@ def _bundle(path: Path, flag: str) -> Path:
             "is not a bundle: there is no layer_XXX.safetensors, or a config.json", where=f"{flag} {path}"
         )
     return path
-
-
-def _local(path: str) -> Path:
-    """The directory of a model: the path itself, or where its Hub repository was downloaded to."""
-    if os.path.exists(path):
-        if not is_model_dir(path):
-            raise CheckpointError(
-                "is neither a model (no config.json) nor a bundle (no layer_XXX.safetensors)",
-                where=path,
-                mend="Give the directory that pruning or merging wrote",
-            )
-        return Path(os.path.abspath(path))
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        # open_checkpoint words the error: it cannot be a repository's id.
-        return open_checkpoint(path).path
-    return _download(path)
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Never the pickled weights, nor the second copy that Mistral's repositories carry.
-        folder = snapshot_download(
-            repo_id,
-            allow_patterns=["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"],
-            ignore_patterns=["consolidated*"],
-        )
-    except Exception as error:  # huggingface_hub and its HTTP client raise a dozen unrelated kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(
-            f"is no local directory, and cannot be fetched from the Hub: {first}",
-            where=repo_id,
-            mend="Check the path; for a Hub id, check the network and, for a gated model, log in with `hf auth login`",
-        ) from error
-    return Path(folder)

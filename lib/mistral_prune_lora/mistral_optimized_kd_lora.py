@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--stage", required=True, choices=("A", "B", "C"), help="the part whose layers are adapted")
-    p.add_argument("--teacher", required=True, metavar="DIR", help="the dense model")
+    p.add_argument("--teacher", required=True, metavar="MODEL", help="the dense model: a directory or a Hub id")
     p.add_argument("--student", required=True, metavar="DIR", help="the pruned A for stage A, else the merged A")
     p.add_argument("--bundle", action="append", default=[], metavar="DIR", help="a bundle to restore; may be repeated")
     p.add_argument("--output_dir", required=True, metavar="DIR", help="the adapter's directory")
@@ -78,19 +78,20 @@ def main(argv: list[str] | None = None) -> None:
 
     from mistral_prune_lora import distillation
     from mistral_prune_lora.model import DTYPES
+    from mistral_prune_lora.model_place import model_directory
     from mistral_prune_lora.text import load_text
     from mistral_prune_lora.tokenizer import load_tokenizer
     from mistral_prune_lora.windows import make_windows
 
-    device, dtype = given.device, DTYPES[given.dtype]
+    device, dtype, teacher = given.device, DTYPES[given.dtype], model_directory(given.teacher)
     text = load_text(given.dataset, split="train", mirror=given.mirror, text_files=given.text_file)
-    windows = make_windows(text, load_tokenizer(given.teacher), seqlen=given.seqlen, max_windows=given.nsamples)
+    windows = make_windows(text, load_tokenizer(teacher), seqlen=given.seqlen, max_windows=given.nsamples)
     if given.teacher_states and not Path(given.teacher_states).exists():
-        distillation.teacher_states(given.teacher, windows, given.teacher_states, dtype=dtype, device=device)
+        distillation.teacher_states(teacher, windows, given.teacher_states, dtype=dtype, device=device)
     distillation.train_adapter(
         given.stage,
         student_dir=given.student,
-        teacher_dir=given.teacher,
+        teacher_dir=teacher,
         windows=windows,
         output_dir=given.output_dir,
         bundles=given.bundle,

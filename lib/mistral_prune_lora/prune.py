@@ -52,6 +52,7 @@ def prune_model(
     save_removed_dir: str | Path,
     selection: Mapping = FIXED_LAYERS,
     log: Mapping | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Write A to `save_dir` and the bundles to `save_removed_dir`/B and /C, each directory whole or not at all.
 
@@ -63,6 +64,7 @@ def prune_model(
         save_dir, save_removed_dir: where A and the bundles go.
         selection: how the layers were chosen, for the manifest.
         log: what the search measured, for prune_log.json; the settings and versions are added to it.
+        base_model: what the manifest calls the dense model, such as its Hub id; None means its path.
 
     Raises:
         LayoutError: the layout is for a model of another number of layers.
@@ -75,7 +77,7 @@ def prune_model(
         refuse_foreign(target)
     manifest = make_manifest(
         layout,
-        base_model=os.fspath(model_dir),
+        base_model=base_model or os.fspath(model_dir),
         model_type=dense.config["model_type"],
         selection=selection,
         artifacts={

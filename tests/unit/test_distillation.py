@@ -82,7 +82,7 @@ def test_gradients_from_blocks_of_tokens_are_those_of_the_whole_loss(parts, monk
     monkeypatch.setattr(distillation, "_BLOCK_LOGITS", 96 * 7)  # seven tokens a block: 30 do not divide by it
     blocks = model()
     if checkpointing:
-        blocks.gradient_checkpointing_enable({"use_reentrant": False})
+        blocks.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     teacher = distillation._Teacher(dense, windows, None, torch.float32, "cpu")
     sums = distillation._backward(blocks, teacher, ids, teacher.hidden([0, 1]), loss, 30)
     assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)

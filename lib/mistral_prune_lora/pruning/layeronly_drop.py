@@ -14,7 +14,8 @@ from mistral_prune_lora.transaction import atomic_file
 
 EXAMPLES = """examples:
   drop a quarter of Mistral-7B's layers, those that change their input least:
-    python -m mistral_prune_lora.pruning.layeronly_drop --model ./Mistral-7B-v0.1 --drop_frac 0.25 --keep_last_layer \\
+    python -m mistral_prune_lora.pruning.layeronly_drop --model mistralai/Mistral-7B-v0.1 \\
+      --drop_frac 0.25 --keep_last_layer \\
       --save_dir ./25_mistral_results/pruning/A --save_removed_dir ./25_mistral_results/pruning/bundles
   drop layers of your own choice, without a search:
     python -m mistral_prune_lora.pruning.layeronly_drop --model ./Mistral-7B-v0.1 \\
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--model", required=True, metavar="DIR", help="the dense model's directory")
+    p.add_argument("--model", required=True, metavar="MODEL", help="the dense model: a directory or a Hub id")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda:N, for the search (default: %(default)s)")
     p.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="for the search (default: bf16)")
     p.add_argument(
@@ -60,8 +61,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parser().parse_args(argv)
+    from mistral_prune_lora.model_place import model_directory
     from mistral_prune_lora.prune import FIXED_LAYERS, prune_model
 
+    named, given.model = given.model, model_directory(given.model)
     if given.b_layers or given.c_layers:
         from mistral_prune_lora.checkpoint import read_config
 
@@ -77,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         save_removed_dir=given.save_removed_dir,
         selection=selection,
         log=log,
+        base_model=None if os.path.exists(named) else named,
     )
     if given.prune_log:
         with atomic_file(given.prune_log) as fresh:
