@@ -47,8 +47,8 @@ rule plot_perplexity:
 rule drop_activations:
     log:
         "logs/drop_activations.log",
+    localrule: True
     conda:
         "../envs/report.yaml"
-    localrule: True
     shell:
         "rm -rf results/*/activations 2>{log}"
