@@ -22,13 +22,15 @@ include: "rules/perplexity.smk"
 include: "rules/summary.smk"
 
 
-# Every merged file and every perplexity is named, not only the summary over them: Snakemake deletes what a failed job
-# should have made, and would then find a summary that is newer than everything left and see nothing to do.
+# Every file that others are made from is named, not only the summary over them: Snakemake deletes what a failed job
+# should have made, and would then find a summary that is newer than everything left and see nothing to do. Boundary
+# activations and the teacher's states may be deleted; whatever is made from them names what they are made from.
 rule all:
     default_target: True
     input:
         "results/summary.csv",
         "results/comparisons.csv",
         "results/plots/perplexity.svg",
-        [merged_files(experiment, part) for experiment in EXPERIMENTS for part in "ABC"],
-        [result_files(experiment) for experiment in EXPERIMENTS],
+        [made_files(experiment) for experiment in EXPERIMENTS],
+        [merged_files(experiment) for experiment in EXPERIMENTS],
+        [result_files(experiment, suffix) for experiment in EXPERIMENTS for suffix in ("json", "parquet")],

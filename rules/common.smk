@@ -2,17 +2,25 @@
 import re
 from pathlib import Path
 
-from mistral_prune_lora.configuration import ConfigError, check_config, experiment_layout, trained_parts
-from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.configuration import (
+    ConfigError,
+    check_config,
+    experiment_layout,
+    merged_parts,
+    trained_parts,
+)
 from mistral_prune_lora.fingerprint import code_digest
 from mistral_prune_lora.layout import (
+    PARTS_OF_STAGE,
     Layout,
     layer_file_name,
     segment_tree,
-    shared_segments,
     stage_run,
     weight_files,
 )
+from mistral_prune_lora.text import DATASETS
+from mistral_prune_lora.text_rows import FORMATS
+from mistral_prune_lora.tokenizer import tokenizer_files
 
 try:
     check_config(config, Path(workflow.basedir) / "rules/config.schema.yaml")
@@ -59,11 +67,14 @@ def dataset_files(wildcards):
 def files_of_dataset(name):
     """The local files that a text is read from; none where it comes with Python or from the Hub."""
     settings = config["datasets"][name]
-    named = settings.get("text_files", [settings["mirror"] or settings.get("dataset")])
-    found = [Path(name) for name in named if Path(name).exists()]
-    return sorted(
-        str(file) for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
+    dataset = settings.get("dataset")
+    named = settings.get("text_files") or [settings["mirror"] or (dataset if dataset not in DATASETS else None)]
+    found = [Path(name) for name in named if name and Path(name).exists()]
+    # In a folder, what may hold rows: a README beside them changes nothing.
+    inside = (
+        file for path in found if path.is_dir() for file in path.rglob("*") if file.name.endswith((*FORMATS, ".arrow"))
     )
+    return sorted(str(file) for file in (*inside, *(path for path in found if path.is_file())))
 
 
 def dense_dir(experiment):
@@ -78,9 +89,10 @@ def dense_files(experiment):
 
 
 def model_files(folder, settings):
-    """The files of a dense model: all weights of a local one, the record of what was fetched of any other."""
+    """The files of a dense model: weights and tokenizer of a local one, the record of what was fetched of any other."""
     if "path" in settings:
-        return [f"{folder}/{name}" for name in ("config.json", *weight_files(folder))]
+        names = ("config.json", *weight_files(folder), *(file.name for file in tokenizer_files(folder)))
+        return [f"{folder}/{name}" for name in names]
     fetched = [f"{folder}/config.json", f"{folder}/source.json"]
     return [*fetched, f"{folder}/model.safetensors"] if "pypi" in settings else fetched
 
@@ -110,9 +122,33 @@ def part_files(experiment, variant, part):
     return [f"{folder}/{name}" for name in ("bundle_meta.json", *map(layer_file_name, layers))]
 
 
-def merged_files(experiment, part):
-    """Every declared file of a merged part."""
-    return [*part_files(experiment, "merged", part), f"{part_dir(experiment, 'merged', part)}/merge.json"]
+def parts_files(experiment, variant, parts):
+    """The files of those of some parts that hold layers."""
+    held = [part for part in parts if LAYOUTS[experiment].layers_of(part)]
+    return [file for part in held for file in part_files(experiment, variant, part)]
+
+
+def merged_files(experiment):
+    """Every declared file of the merged parts."""
+    return [
+        file
+        for part in merged_parts(config, experiment)
+        for file in (*part_files(experiment, "merged", part), f"{part_dir(experiment, 'merged', part)}/merge.json")
+    ]
+
+
+def made_files(experiment):
+    """What merges and measurements are made from, where this workflow makes it."""
+    wanted = config["experiments"][experiment]
+    made = [f"results/{experiment}/windows/{dataset}.eval.safetensors" for dataset in wanted["perplexity"]["datasets"]]
+    made += [file for part in trained_parts(config, experiment) for file in adapter_files(experiment, part)]
+    if trained_parts(config, experiment):
+        made.append(f"results/{experiment}/windows/{wanted['distill']['dataset']}.train.safetensors")
+    if "path" not in config["models"][wanted["model"]]:
+        made += dense_files(experiment)
+    if "pruned" not in wanted and set(wanted["perplexity"]["variants"]) != {"dense"}:
+        made += parts_files(experiment, "pruned", "ABC")
+    return made
 
 
 def adapter_dir(experiment, part):
@@ -140,11 +176,11 @@ def stages_of(experiment, variant):
     return DENSE_STAGES if variant == "dense" else config["experiments"][experiment]["perplexity"]["stages"]
 
 
-def result_files(experiment):
-    """Every perplexity result of an experiment."""
+def result_files(experiment, suffix):
+    """Every perplexity result of an experiment: `json`, or `parquet` with the NLL of each window."""
     wanted = config["experiments"][experiment]["perplexity"]
     return [
-        f"results/{experiment}/ppl/{dataset}/{variant}.{stage}.json"
+        f"results/{experiment}/ppl/{dataset}/{variant}.{stage}.{suffix}"
         for dataset in wanted["datasets"]
         for variant in wanted["variants"]
         for stage in stages_of(experiment, variant)

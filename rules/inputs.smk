@@ -40,12 +40,19 @@ def adapter_inputs(wildcards):
     return adapter_files(wildcards.experiment, wildcards.part)
 
 
+def importance_dataset_name(wildcards):
+    name = config["experiments"][wildcards.experiment]["importance"]["dataset"]
+    if name is None:
+        raise WorkflowError(f"experiments.{wildcards.experiment}.importance.dataset: needed to rank the blocks")
+    return name
+
+
 def importance_text_files(wildcards):
-    return files_of_dataset(config["experiments"][wildcards.experiment]["importance"]["dataset"])
+    return files_of_dataset(importance_dataset_name(wildcards))
 
 
 def importance_dataset(wildcards):
-    return config["datasets"][config["experiments"][wildcards.experiment]["importance"]["dataset"]]
+    return config["datasets"][importance_dataset_name(wildcards)]
 
 
 # Distillation: B is trained on A_merged with B restored, C on A_merged and B_merged with C restored.
@@ -58,8 +65,9 @@ def student_dir(wildcards):
 def student_bundle_dirs(wildcards):
     merged = {"A": "", "B": "", "C": "B"}[wildcards.part]
     own = wildcards.part.replace("A", "")
+    layout = LAYOUTS[wildcards.experiment]
     return [
-        *(part_dir(wildcards.experiment, "merged", part) for part in merged),
+        *(part_dir(wildcards.experiment, "merged", part) for part in merged if layout.layers_of(part)),
         *(part_dir(wildcards.experiment, "pruned", part) for part in own),
     ]
 
@@ -71,7 +79,7 @@ def student_files(wildcards):
         "B": {"student_a": ("merged", "A"), "student_b": ("pruned", "B")},
         "C": {"student_a": ("merged", "A"), "student_b": ("merged", "B"), "student_c": ("pruned", "C")},
     }[wildcards.part]
-    return {name: part_files(wildcards.experiment, *which) for name, which in wanted.items()}
+    return {name: parts_files(wildcards.experiment, *which) for name, which in wanted.items()}
 
 
 def train_windows_file(wildcards):
@@ -86,7 +94,8 @@ def teacher_states_file(wildcards):
     return f"results/{wildcards.experiment}/adapters/teacher_states.safetensors"
 
 
-# Perplexity: a segment starts from its parent's boundary activations, the first one from the token ids.
+# Perplexity: a segment starts from its parent's boundary activations, the first one from the token ids. Activations are
+# `ancient`: they may be deleted and made again, and what decides a result stands among its own inputs.
 
 
 def activations_output(path):
@@ -110,14 +119,17 @@ def segment_layers(wildcards):
 
 def segment_source(wildcards):
     parent = segment_named(wildcards).parent
-    return activations_file(wildcards, parent) if parent else []
+    return ancient(activations_file(wildcards, parent)) if parent else []
 
 
 def segment_weights(wildcards):
-    """The files of the segment's own part; the first segment also needs A's embedding."""
-    segment = segment_named(wildcards)
-    parts = {segment.part, *(() if segment.parent else ("A",))}
-    return [file for part in sorted(parts) for file in part_files(wildcards.experiment, wildcards.variant, part)]
+    """The files of every part on the way from the token ids to the segment's end."""
+    tree = {s.name: s for s in segments(wildcards.experiment, wildcards.variant)}
+    segment, parts = tree[wildcards.segment], {"A"}
+    while segment:
+        parts.add(segment.part)
+        segment = tree.get(segment.parent)
+    return parts_files(wildcards.experiment, wildcards.variant, sorted(parts))
 
 
 def segment_weights_dir(wildcards):
@@ -134,7 +146,7 @@ def variant_config(wildcards):
 
 def stage_source(wildcards):
     source, _ = stage_run(segments(wildcards.experiment, wildcards.variant), wildcards.stage)
-    return activations_file(wildcards, source) if source else []
+    return ancient(activations_file(wildcards, source)) if source else []
 
 
 def stage_tail(wildcards):
@@ -144,10 +156,8 @@ def stage_tail(wildcards):
 
 
 def stage_weights(wildcards):
-    """The files of A, for norm and head, and of the part that the tail lies in."""
-    _, tail = stage_run(segments(wildcards.experiment, wildcards.variant), wildcards.stage)
-    parts = {"A", *((tail.part,) if tail else ())}
-    return [file for part in sorted(parts) for file in part_files(wildcards.experiment, wildcards.variant, part)]
+    """The files of all parts of the stage."""
+    return parts_files(wildcards.experiment, wildcards.variant, PARTS_OF_STAGE[wildcards.stage])
 
 
 def stage_weights_dir(wildcards):
@@ -177,4 +187,10 @@ def teacher_hidden_file(wildcards):
     """The dense model's final hidden states where the stages are compared with it."""
     if not compares_with_dense(config["experiments"][wildcards.experiment]["perplexity"]):
         return []
-    return f"results/{wildcards.experiment}/activations/{wildcards.dataset}/dense/final.safetensors"
+    return ancient(f"results/{wildcards.experiment}/activations/{wildcards.dataset}/dense/final.safetensors")
+
+
+def teacher_weights(wildcards):
+    """What the dense model's hidden states are made from, where they are compared with."""
+    wanted = config["experiments"][wildcards.experiment]["perplexity"]
+    return dense_files(wildcards.experiment) if compares_with_dense(wanted) else []

@@ -87,6 +87,7 @@ rule perplexity:
         windows="results/{experiment}/windows/{dataset}.eval.safetensors",
         weights=stage_weights,
         teacher=teacher_hidden_file,
+        dense=teacher_weights,
     output:
         result="results/{experiment}/ppl/{dataset}/{variant}.{stage}.json",
         windows="results/{experiment}/ppl/{dataset}/{variant}.{stage}.parquet",

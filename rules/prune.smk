@@ -58,6 +58,6 @@ rule importance:
         seqlen=setting("importance", "seqlen"),
         windows=setting("importance", "windows"),
         dtype=setting("importance", "dtype"),
-        code=code_digest("importance"),
+        code=code_digest("importance", "windows", "text", "tokenizer"),
     script:
         "../workflow_scripts/importance.py"

@@ -10,7 +10,8 @@ localrules:
 
 rule summary:
     input:
-        [result_files(experiment) for experiment in EXPERIMENTS],
+        results=[result_files(experiment, "json") for experiment in EXPERIMENTS],
+        windows=[result_files(experiment, "parquet") for experiment in EXPERIMENTS],
     output:
         summary="results/summary.csv",
         comparisons="results/comparisons.csv",

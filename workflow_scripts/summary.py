@@ -1,6 +1,5 @@
+from mistral_prune_lora.console import job
 from mistral_prune_lora.summary import write_summary
 
-from mistral_prune_lora.console import job
-
 with job(snakemake.log[0]):
-    write_summary(snakemake.input, snakemake.output.summary, snakemake.output.comparisons)
+    write_summary(snakemake.input.results, snakemake.output.summary, snakemake.output.comparisons)

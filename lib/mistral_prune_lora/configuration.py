@@ -12,7 +12,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
 from mistral_prune_lora.errors import LayoutError, PipelineError
-from mistral_prune_lora.layout import Layout, is_model_dir, layout_from_manifest, read_manifest
+from mistral_prune_lora.layout import Layout, is_model_dir, layout_from_manifest, read_manifest, weight_files
 
 
 class ConfigError(PipelineError):
@@ -94,33 +94,58 @@ def _lines(error: ValidationError) -> Iterator[str]:
 
 def _broken_references(config: Mapping) -> Iterator[str]:
     """A line for every name that refers to nothing and every layer choice that cannot be."""
+    for name, model in config["models"].items():
+        if "path" in model:
+            yield from _model_faults(f"models.{name}.path", model["path"])
     for name, experiment in config["experiments"].items():
         path = f"experiments.{name}"
-        for key, section, wanted in (
+        for key, section, values in (
             ("model", "models", [experiment["model"]]),
             ("perplexity.datasets", "datasets", experiment["perplexity"]["datasets"]),
-            ("distill.dataset", "datasets", [experiment["distill"]["dataset"]] if trained_parts(experiment) else []),
+            ("distill.dataset", "datasets", [experiment["distill"]["dataset"]]),
             ("importance.dataset", "datasets", [experiment["importance"]["dataset"]]),
         ):
-            for value in wanted:
+            for value in values:
                 if value is not None and value not in config[section]:
                     yield f"{path}.{key}: {value!r} is not one of {section}: {', '.join(sorted(config[section]))}"
-        if trained_parts(experiment) and experiment["distill"]["dataset"] is None:
-            yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained_parts(experiment))}"
         if experiment["model"] in config["models"]:
-            try:
-                layout = experiment_layout(config, name)
-            except LayoutError as error:
-                yield f"{path}.{'pruned' if 'pruned' in experiment else 'layers'}: {error}"
-            else:
-                total = config["models"][experiment["model"]]["num_layers"]
-                if layout.num_layers != total:
-                    yield f"{path}.pruned: the manifest speaks of {layout.num_layers} layers, the model has {total}"
-    for name, model in config["models"].items():
-        if "path" in model and not is_model_dir(model["path"]):
-            yield f"models.{name}.path: {model['path']} holds no config.json"
+            yield from _layer_faults(config, name, path)
 
 
-def trained_parts(experiment: Mapping) -> list[str]:
-    """The parts of an experiment whose adapters are trained here rather than given."""
-    return [part for part, source in experiment["adapters"].items() if source == "train"]
+def _model_faults(path: str, folder: str) -> Iterator[str]:
+    if not is_model_dir(folder):
+        yield f"{path}: {folder} holds no config.json"
+        return
+    try:
+        weight_files(folder)
+    except LayoutError as error:
+        yield f"{path}: {error}"
+
+
+def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
+    experiment = config["experiments"][name]
+    try:
+        layout = experiment_layout(config, name)
+    except LayoutError as error:
+        yield f"{path}.{'pruned' if 'pruned' in experiment else 'layers'}: {error}"
+        return
+    total = config["models"][experiment["model"]]["num_layers"]
+    if layout.num_layers != total:
+        yield f"{path}.pruned: the manifest speaks of {layout.num_layers} layers, the model has {total}"
+    trained = trained_parts(config, name)
+    if trained and experiment["distill"]["dataset"] is None:
+        yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
+
+
+def merged_parts(config: Mapping, experiment: str) -> list[str]:
+    """The parts whose adapters are merged: those that hold layers, if merged stages are measured at all."""
+    if "merged" not in config["experiments"][experiment]["perplexity"]["variants"]:
+        return []
+    layout = experiment_layout(config, experiment)
+    return [part for part in "ABC" if layout.layers_of(part)]
+
+
+def trained_parts(config: Mapping, experiment: str) -> list[str]:
+    """The merged parts whose adapters are trained here rather than given."""
+    adapters = config["experiments"][experiment]["adapters"]
+    return [part for part in merged_parts(config, experiment) if adapters[part] == "train"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256
-from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
+from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import load_model
 from mistral_prune_lora.safetensors_file import (
@@ -33,7 +34,7 @@ from mistral_prune_lora.safetensors_file import (
     read_header,
     tensor_bytes,
 )
-from mistral_prune_lora.transaction import atomic_directory, atomic_file
+from mistral_prune_lora.transaction import atomic_directory, atomic_file, refuse_foreign
 from mistral_prune_lora.windows import Windows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -192,6 +193,7 @@ def train_adapter(
         LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
         DataError: the teacher's states belong to other windows or another teacher.
     """
+    refuse_foreign(output_dir)
     device = resolve_device(device)
     torch.manual_seed(seed)
     checkpoint = open_checkpoint(student_dir)
@@ -243,7 +245,20 @@ def _check_restored(stage: str, layout: Layout, bundles: Sequence[str | Path]) -
 
 
 def _with_adapter(student: PreTrainedModel, layers: Sequence[int], lora: LoraSettings) -> PeftModel:
-    """The student with a fresh adapter on some layers; nothing else can be trained."""
+    """The student with a fresh adapter on some layers; nothing else can be trained.
+
+    Raises:
+        AdapterError: a target module is not a projection of the layers, which PEFT would pass over in silence.
+    """
+    modules = student.model.layers[layers[0]].named_modules()
+    known = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
+    unknown = sorted(set(lora.target_modules) - known)
+    if unknown:
+        raise AdapterError(
+            f"there are no modules {', '.join(unknown)} in the layers",
+            where="target_modules",
+            mend=f"use some of {', '.join(sorted(known))}",
+        )
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

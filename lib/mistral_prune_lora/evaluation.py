@@ -74,7 +74,7 @@ def run_segment(
         source: the parent segment's activations; None starts from the token ids.
         output: safetensors with "hidden_states", shape (windows, seqlen, hidden), in the compute dtype.
         dtype: "bf16", "fp16" or "fp32", of weights and activations.
-        device: as for `model.resolve_device`.
+        device: as for `device.resolve_device`.
         batch_size: windows that go through a layer together.
         max_memory: bytes to use on the device; None means a share of what is free.
 

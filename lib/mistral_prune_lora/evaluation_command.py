@@ -14,7 +14,7 @@ from pathlib import Path
 from mistral_prune_lora.activations import require_space
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.errors import AdapterError, LayoutError
+from mistral_prune_lora.errors import AdapterError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation import StageResult, Teacher, boundary_bytes, evaluate_stages, hidden_bytes, stages_of
 from mistral_prune_lora.evaluation_adapters import open_adapters
 from mistral_prune_lora.evaluation_inputs import Inputs, sort_inputs
@@ -39,6 +39,7 @@ from mistral_prune_lora.tokenizer import load_tokenizer
 from mistral_prune_lora.windows import Windows, make_windows
 
 _WEEK = 7 * 24 * 3600.0
+_AGAIN = "Run the command again with another file; what is finished is not computed again"
 
 
 def run(args: argparse.Namespace) -> list[StageResult]:
@@ -78,21 +79,32 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     subjects.sort(key=lambda subject: not subject.is_dense)
     for subject in subjects:
         _stages_of(subject, stages)
+    outputs = [(path, write) for path, write in ((args.json, write_json), (args.csv, write_csv)) if path]
+    for path, _ in outputs:
+        _check_writable(Path(path))
     text = load_text(args.dataset, split=args.split, mirror=args.mirror, text_files=args.text_file, column=args.column)
     evaluation = _Evaluation(args, inputs, compute, text, stages)
     for number, subject in enumerate(subjects, 1):
         evaluation.evaluate(subject, number, len(subjects))
-    evaluation.clean()
     records = [result.record for result in evaluation.results]
     print(summary(records) + "\n\n" + details(records))
     pairs = differences(evaluation.results)
     if pairs:
         print("\n" + differences_table(pairs))
-    if args.json:
-        write_json(args.json, evaluation.results)
-    if args.csv:
-        write_csv(args.csv, evaluation.results)
+    for path, write in outputs:
+        try:
+            write(path, evaluation.results)
+        except OSError as error:
+            raise PipelineError(f"cannot be written: {error.strerror}", where=path, mend=_AGAIN) from error
+    evaluation.clean()
     return evaluation.results
+
+
+def _check_writable(path: Path) -> None:
+    """Raise a PipelineError where a file could not be written, before hours are spent on what should go there."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise PipelineError("cannot be written", where=path, mend="Name a file in a directory that you may write to")
 
 
 def default_work_dir(args: argparse.Namespace) -> Path:

@@ -12,6 +12,7 @@ from mistral_prune_lora.layout import (
     Layout,
     bundle_layers,
     is_bundle_dir,
+    layer_files,
     layout_from_manifest,
     read_manifest,
 )
@@ -71,7 +72,10 @@ def sort_inputs(
         if not there:
             raise CheckpointError("holds neither B nor C", where=bundles_dir, mend="Give the directory that holds both")
         for part in there:
-            named[part].append(_bundle(Path(bundles_dir) / part, "--bundles_dir"))
+            folder = Path(bundles_dir) / part
+            # A part that was given no layers has a directory that says so, and nothing to restore.
+            if layer_files(folder) or not (folder / "bundle_meta.json").is_file():
+                named[part].append(_bundle(folder, "--bundles_dir"))
     for part, found in named.items():
         if len(found) > 1:
             raise LayoutError(

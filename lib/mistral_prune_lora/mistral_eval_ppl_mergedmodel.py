@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mistral_prune_lora.argument_types import positive
 from mistral_prune_lora.errors import reports_errors
 
 _EPILOG = """\
@@ -67,18 +68,18 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--mirror", metavar="PATH", help="a local copy of the dataset's repository (default: the Hub)")
     text.add_argument("--text_file", action="append", default=[], metavar="FILE",
         help="a UTF-8 text file instead of a dataset; may be given several times (default: none)")  # fmt: skip
-    text.add_argument("--seqlen", type=_positive, default=2048, help="token ids in a window (default: %(default)s)")
-    text.add_argument("--nsamples", type=_positive, default=256,
+    text.add_argument("--seqlen", type=positive, default=2048, help="token ids in a window (default: %(default)s)")
+    text.add_argument("--nsamples", type=positive, default=256,
         help="windows at most; WikiText-2 has 163 with Mistral's tokenizer (default: %(default)s)")  # fmt: skip
     text.add_argument("--seed", type=int, default=0,
         help="which windows are taken where there are more than --nsamples: 0 takes the first ones, as published "
         "numbers do; any other seeds a random choice (default: %(default)s)")  # fmt: skip
-    text.add_argument("--max_batches", type=_positive, metavar="N", help="stop after N batches (default: all)")
+    text.add_argument("--max_batches", type=positive, metavar="N", help="stop after N batches (default: all)")
     how = p.add_argument_group("how")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda:0 ... (default: auto = cuda:0 if there is one)")
     how.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16",
         help="of weights and activations; the loss is always float32 (default: %(default)s)")  # fmt: skip
-    how.add_argument("--batch_size", type=_positive, default=1, help="windows at once (default: %(default)s)")
+    how.add_argument("--batch_size", type=positive, default=1, help="windows at once (default: %(default)s)")
     how.add_argument("--max_memory", type=_size, metavar="SIZE",
         help="memory for weights and activations on the device, e.g. 5GB (default: a quarter of "
         "what is free, half on a GPU)")  # fmt: skip
@@ -103,13 +104,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def _size(text: str) -> int:

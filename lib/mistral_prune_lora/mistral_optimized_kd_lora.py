@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mistral_prune_lora.argument_types import not_negative, positive
 from mistral_prune_lora.errors import reports_errors
 
 EXAMPLES = """examples, in the order they must be run (merge each adapter before the next part is trained):
@@ -44,10 +45,10 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, ptb, pydoc or a path (default: wikitext2)")
     text.add_argument("--mirror", metavar="DIR", help="a local copy of the dataset (default: the Hub)")
     text.add_argument("--text_file", action="append", default=[], metavar="FILE", help="train on text files instead")
-    text.add_argument("--seqlen", type=int, default=2048, help="tokens in a window (default: %(default)s)")
-    text.add_argument("--nsamples", type=int, help="windows, from the start of the text (default: all)")
+    text.add_argument("--seqlen", type=positive, default=2048, help="tokens in a window (default: %(default)s)")
+    text.add_argument("--nsamples", type=positive, help="windows, from the start of the text (default: all)")
     lora = p.add_argument_group("adapter")
-    lora.add_argument("--rank", type=int, default=16, help="(default: %(default)s)")
+    lora.add_argument("--rank", type=positive, default=16, help="(default: %(default)s)")
     lora.add_argument("--alpha", type=float, default=32, help="(default: %(default)s)")
     lora.add_argument("--dropout", type=float, default=0.0, help="(default: %(default)s)")
     lora.add_argument("--target_modules", default=MODULES, help="separated by commas (default: %(default)s)")
@@ -56,11 +57,11 @@ def parser() -> argparse.ArgumentParser:
     fit = p.add_argument_group("training")
     fit.add_argument("--kd_alpha", type=float, default=0.9, help="weight of the KL part (default: %(default)s)")
     fit.add_argument("--temperature", type=float, default=2.0, help="T (default: %(default)s)")
-    fit.add_argument("--steps", type=int, default=1000, help="updates (default: %(default)s)")
-    fit.add_argument("--batch_size", type=int, default=1, help="windows in a forward pass (default: %(default)s)")
-    fit.add_argument("--gradient_accumulation", type=int, default=8, help="passes in an update (default: %(default)s)")
+    fit.add_argument("--steps", type=positive, default=1000, help="updates (default: %(default)s)")
+    fit.add_argument("--batch_size", type=positive, default=1, help="windows in a forward pass (default: %(default)s)")
+    fit.add_argument("--gradient_accumulation", type=positive, default=8, help="passes in one (default: %(default)s)")
     fit.add_argument("--learning_rate", type=float, default=2e-4, help="its peak (default: %(default)s)")
-    fit.add_argument("--warmup_steps", type=int, default=50, help="updates until the peak (default: %(default)s)")
+    fit.add_argument("--warmup_steps", type=not_negative, default=50, help="until the peak (default: %(default)s)")
     fit.add_argument("--weight_decay", type=float, default=0.0, help="(default: %(default)s)")
     fit.add_argument("--max_grad_norm", type=float, default=1.0, help="(default: %(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             given.rank,
             given.alpha,
             given.dropout,
-            tuple(given.target_modules.split(",")),
+            tuple(name.strip() for name in given.target_modules.split(",")),
             given.use_rslora,
             given.use_dora,
         ),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint
 from mistral_prune_lora.console import progress
-from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout import SINGLE_FILE, Layout, layer_file_name, make_manifest
 from mistral_prune_lora.safetensors_file import TensorSpec, write_file
 from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files
@@ -73,6 +73,7 @@ def prune_model(
     model_dir = Path(os.path.abspath(model_dir))
     dense = _open_dense(model_dir, layout)
     save_dir, removed = Path(save_dir), Path(save_removed_dir)
+    _refuse_overlap(model_dir, save_dir, removed)
     for target in (save_dir, removed / "B", removed / "C"):
         refuse_foreign(target)
     manifest = make_manifest(
@@ -102,6 +103,19 @@ def prune_model(
             _write_json(fresh / "layers_map.json", _layers_map(layout))
             _write_json(fresh / "prune_log.json", _prune_log(model_dir, layout, selection, log))
             _copy_settings(model_dir, fresh)
+
+
+def _refuse_overlap(model_dir: Path, save_dir: Path, removed: Path) -> None:
+    """Raise a PipelineError if one of the directories would be written into or over another."""
+    a, dense = Path(os.path.realpath(save_dir)), Path(os.path.realpath(model_dir))
+    for bundle in (Path(os.path.realpath(removed / part)) for part in "BC"):
+        for first, second in ((a, bundle), (a, dense), (bundle, dense)):
+            if first == second or first in second.parents or second in first.parents:
+                raise PipelineError(
+                    f"{first} and {second} lie in one another",
+                    where="--save_dir, --save_removed_dir",
+                    mend="give the A model and the bundles directories of their own, outside of the dense model",
+                )
 
 
 def _open_dense(model_dir: Path, layout: Layout) -> Checkpoint:

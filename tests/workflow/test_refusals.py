@@ -1,4 +1,6 @@
-"""Mistakes of a user, as snakemake reports them."""
+"""Mistakes of a user, as snakemake reports them; and failures, which must not be forgotten."""
+
+import fcntl
 
 
 def test_every_mistake_in_the_configuration_is_named_before_anything_runs(project):
@@ -35,3 +37,24 @@ def test_a_wrong_number_of_layers_is_found_when_the_model_is_cut(project):
     project.config["models"]["dense"]["num_layers"] = 9
     printed = project.snakemake("results/tiny/pruning/A/config.json", succeeds=False)
     assert "set num_layers to 8" in printed
+
+
+def test_windows_that_could_not_be_made_are_asked_for_again(finished):
+    finished.config["experiments"]["tiny"]["perplexity"]["seqlen"] = 100_000
+    assert "less than one window" in finished.snakemake(succeeds=False)
+    planned = finished.planned()
+    assert planned["eval_windows"] == 1 and planned["perplexity"] == 6
+
+
+def test_a_segment_that_failed_is_not_passed_over(finished):
+    """The new C was merged, its segment failed: the old result is older than what it should have been made from."""
+    finished.replace_adapter("C", by="other_C")
+    folder = finished.path("activations/corpus/merged")
+    with open(folder / ".C005-006_FULL.safetensors.journal", "a") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finished.snakemake(succeeds=False)
+    assert finished.planned() == {"segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
+
+
+def test_a_ranking_without_a_text_is_refused_by_name(project):
+    assert "experiments.tiny.importance.dataset" in project.snakemake("results/tiny/importance.csv", succeeds=False)

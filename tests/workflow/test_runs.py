@@ -1,6 +1,7 @@
 """What runs, and what does not run again: snakemake on a tiny project, for real."""
 
 import json
+import os
 
 import pandas as pd
 from safetensors import safe_open
@@ -66,6 +67,12 @@ def test_a_changed_setting_reruns_what_uses_it(finished):
     perplexity["compare_with_dense"] = False
     assert finished.planned() == {"perplexity": 6, "summary": 1, "plot_perplexity": 1}
     perplexity["compare_with_dense"] = True
+    tokenizer = finished.folder / "dense/tokenizer.json"
+    times = tokenizer.stat()
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert {"eval_windows", "prune"} <= set(finished.planned())
+    tokenizer.write_text(tokenizer.read_text()[:-1])
+    os.utime(tokenizer, ns=(times.st_atime_ns, times.st_mtime_ns))
     # Another profile value or number of cores is no reason to compute anything again.
     assert finished.planned("--set-resources", "segment:mem_mb=3000", "merge_A:gpu=0") == {}
 
@@ -86,9 +93,10 @@ def test_dropped_activations_are_only_made_again_when_they_are_needed(finished):
     assert finished.planned() == {}
     finished.replace_adapter("C", by="other_C")
     again = finished.planned()
-    # What C starts from is gone, and with it what everything else is compared with.
-    assert again["merge_C"] == 1 and again["segment"] == 3 and again["dense_perplexity"] == 1
-    assert "merge_A" not in again and "prune" not in again
+    # What C starts from is gone, and what the stages are compared with; the other stages' results still hold.
+    assert again == {
+        "merge_C": 1, "segment": 3, "dense_perplexity": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1,
+    }  # fmt: skip
 
 
 def test_two_experiments_with_other_layers_share_one_summary(project):
@@ -150,3 +158,15 @@ def test_the_ranking_of_blocks_is_made_on_request(project):
     table = pd.read_csv(project.path("importance.csv"))
     assert table.start.tolist() == [0, 1, 2, 3, 4] and table.recommended.sum() == 1
     assert "svg" in project.path("importance.svg").read_text()[:200]
+
+
+def test_parts_without_layers_and_variants_that_nobody_wants_are_left_out(project):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["layers"]["C"] = []
+    everything = project.planned()
+    assert everything["merge_B"] == 1 and "merge_C" not in everything
+    assert project.jobs("results/tiny/ppl/corpus/merged.FULL.json")["merge_B"] == 1
+    assert result(project, "merged", "FULL")["active_layers"] == 6
+    experiment["perplexity"]["variants"] = ["pruned"]
+    del experiment["adapters"]  # nothing is merged, so nothing need be trained
+    assert not {"merge_A", "merge_B", "train_adapter"} & set(project.planned())
