@@ -95,7 +95,7 @@ def teacher_states_file(wildcards):
 
 
 # Perplexity: a segment starts from its parent's boundary activations, the first one from the token ids. Activations are
-# `ancient`: they may be deleted and made again, and what decides a result stands among its own inputs.
+# not named in rule all, since they may be deleted; so everything that decides a result stands among its own inputs.
 
 
 def activations_output(path):
@@ -119,7 +119,7 @@ def segment_layers(wildcards):
 
 def segment_source(wildcards):
     parent = segment_named(wildcards).parent
-    return ancient(activations_file(wildcards, parent)) if parent else []
+    return activations_file(wildcards, parent) if parent else []
 
 
 def segment_weights(wildcards):
@@ -146,7 +146,7 @@ def variant_config(wildcards):
 
 def stage_source(wildcards):
     source, _ = stage_run(segments(wildcards.experiment, wildcards.variant), wildcards.stage)
-    return ancient(activations_file(wildcards, source)) if source else []
+    return activations_file(wildcards, source) if source else []
 
 
 def stage_tail(wildcards):
@@ -187,7 +187,7 @@ def teacher_hidden_file(wildcards):
     """The dense model's final hidden states where the stages are compared with it."""
     if not compares_with_dense(config["experiments"][wildcards.experiment]["perplexity"]):
         return []
-    return ancient(f"results/{wildcards.experiment}/activations/{wildcards.dataset}/dense/final.safetensors")
+    return f"results/{wildcards.experiment}/activations/{wildcards.dataset}/dense/final.safetensors"
 
 
 def teacher_weights(wildcards):

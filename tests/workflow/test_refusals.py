@@ -36,7 +36,7 @@ def test_layers_that_the_model_does_not_have(project):
 def test_a_wrong_number_of_layers_is_found_when_the_model_is_cut(project):
     project.config["models"]["dense"]["num_layers"] = 9
     printed = project.snakemake("results/tiny/pruning/A/config.json", succeeds=False)
-    assert "set num_layers to 8" in printed
+    assert "the model has 8 layers, the layout is for 9" in printed
 
 
 def test_windows_that_could_not_be_made_are_asked_for_again(finished):
