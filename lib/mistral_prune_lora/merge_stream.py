@@ -249,7 +249,11 @@ class Factors:
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """One thread for torch, so that results do not depend on how many there are, and no TF32 on a GPU."""
+    """One thread for torch, so that results do not depend on how many there are, and no TF32 on a GPU.
+
+    With two threads MKL was seen to round products of a few small odd shapes otherwise (7 x 11 by 11 x 22), so there
+    PEFT's own bits depend on its threads; at the shapes of real models they did not.
+    """
     threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
