@@ -132,7 +132,7 @@ def merged_files(experiment):
     """Every declared file of the merged parts."""
     return [
         file
-        for part in merged_parts(config, experiment)
+        for part in merged_parts(config["experiments"][experiment], LAYOUTS[experiment])
         for file in (*part_files(experiment, "merged", part), f"{part_dir(experiment, 'merged', part)}/merge.json")
     ]
 
@@ -141,8 +141,9 @@ def made_files(experiment):
     """What merges and measurements are made from, where this workflow makes it."""
     wanted = config["experiments"][experiment]
     made = [f"results/{experiment}/windows/{dataset}.eval.safetensors" for dataset in wanted["perplexity"]["datasets"]]
-    made += [file for part in trained_parts(config, experiment) for file in adapter_files(experiment, part)]
-    if trained_parts(config, experiment):
+    trained = trained_parts(wanted, LAYOUTS[experiment])
+    made += [file for part in trained for file in adapter_files(experiment, part)]
+    if trained:
         made.append(f"results/{experiment}/windows/{wanted['distill']['dataset']}.train.safetensors")
     if "path" not in config["models"][wanted["model"]]:
         made += dense_files(experiment)

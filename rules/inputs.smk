@@ -166,17 +166,14 @@ def stage_weights_dir(wildcards):
     return part_dir(wildcards.experiment, wildcards.variant, tail.part if tail else "A")
 
 
-def stage_names(wildcards):
-    """What a result is called in the summary."""
-    return {"experiment": wildcards.experiment, "dataset": wildcards.dataset, "variant": wildcards.variant}
+def result_names(wildcards):
+    """What a result is called in the summary; the dense model's rule has no wildcard `variant`."""
+    variant = wildcards.get("variant", "dense")
+    return {"experiment": wildcards.experiment, "dataset": wildcards.dataset, "variant": variant}
 
 
 def stage_name(wildcards):
     return wildcards.stage
-
-
-def dense_names(wildcards):
-    return {"experiment": wildcards.experiment, "dataset": wildcards.dataset, "variant": "dense"}
 
 
 def dense_layers(wildcards):

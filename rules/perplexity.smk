@@ -69,7 +69,7 @@ rule dense_perplexity:
         "../envs/torch.yaml"
     params:
         stage="FULL",
-        names=dense_names,
+        names=result_names,
         model_dir=experiment_dense_dir,
         weights_dir=experiment_dense_dir,
         layers=dense_layers,
@@ -101,7 +101,7 @@ rule perplexity:
         "../envs/torch.yaml"
     params:
         stage=stage_name,
-        names=stage_names,
+        names=result_names,
         model_dir=variant_model_dir,
         weights_dir=stage_weights_dir,
         layers=stage_tail,

@@ -28,6 +28,7 @@ from mistral_prune_lora.safetensors_file import (
     read_into,
     tensor_bytes,
 )
+from mistral_prune_lora.transaction import nearest_directory
 
 _TENSOR = "hidden_states"
 _METADATA = "run"
@@ -229,8 +230,7 @@ def _parsed(line: str) -> dict | None:
 
 def require_space(folder: Path, nbytes: int) -> None:
     """Raise a PipelineError if the file system of a folder, which need not exist yet, has not `nbytes` free."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest_directory(folder)).free
     if nbytes > free:
         raise PipelineError(
             f"{nbytes / 1e6:.1f} MB of activations do not fit: {free / 1e6:.1f} MB are free",

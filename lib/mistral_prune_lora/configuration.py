@@ -132,20 +132,18 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     total = config["models"][experiment["model"]]["num_layers"]
     if layout.num_layers != total:
         yield f"{path}.pruned: the manifest speaks of {layout.num_layers} layers, the model has {total}"
-    trained = trained_parts(config, name)
+    trained = trained_parts(experiment, layout)
     if trained and experiment["distill"]["dataset"] is None:
         yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
 
 
-def merged_parts(config: Mapping, experiment: str) -> list[str]:
+def merged_parts(experiment: Mapping, layout: Layout) -> list[str]:
     """The parts whose adapters are merged: those that hold layers, if merged stages are measured at all."""
-    if "merged" not in config["experiments"][experiment]["perplexity"]["variants"]:
+    if "merged" not in experiment["perplexity"]["variants"]:
         return []
-    layout = experiment_layout(config, experiment)
     return [part for part in "ABC" if layout.layers_of(part)]
 
 
-def trained_parts(config: Mapping, experiment: str) -> list[str]:
+def trained_parts(experiment: Mapping, layout: Layout) -> list[str]:
     """The merged parts whose adapters are trained here rather than given."""
-    adapters = config["experiments"][experiment]["adapters"]
-    return [part for part in merged_parts(config, experiment) if adapters[part] == "train"]
+    return [part for part in merged_parts(experiment, layout) if experiment["adapters"][part] == "train"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError, SourceError, reports_errors
+from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.tokenizer import TOKENIZER_FILES, tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
 
@@ -81,7 +81,7 @@ def check_dense(path: str | Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from mistral_prune_lora.checkpoint import open_checkpoint
-    from mistral_prune_lora.model import model_config
+    from mistral_prune_lora.model import head_name, model_config
 
     checkpoint = open_checkpoint(path)
     if checkpoint.kind != "model":
@@ -95,7 +95,7 @@ def check_dense(path: str | Path) -> None:
     config = model_config(checkpoint)
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    if config.tie_word_embeddings and "lm_head.weight" not in checkpoint.entries:
+    if head_name(checkpoint) != "lm_head.weight":
         wanted.pop("lm_head.weight", None)
     there = {name: entry.shape for name, entry in checkpoint.entries.items()}
     missing = [name for name in wanted if name not in there]
@@ -286,7 +286,7 @@ def _write_source(folder: Path, what: dict) -> None:
     packages = ("mistral-prune-lora", "torch", "transformers", "safetensors", "gguf", "huggingface_hub")
     what["versions"] = {name: importlib.metadata.version(name) for name in packages}
     what["files"] = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
-    (folder / SOURCE_FILE).write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / SOURCE_FILE, what)
 
 
 @reports_errors

@@ -24,8 +24,9 @@ from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, LayoutError
+from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
-from mistral_prune_lora.model import load_model
+from mistral_prune_lora.model import head_name, load_model
 from mistral_prune_lora.safetensors_file import (
     DTYPE_NAMES,
     TensorEntry,
@@ -225,7 +226,7 @@ def train_adapter(
     with atomic_directory(output_dir) as fresh:
         model.save_pretrained(fresh)
         curve.to_csv(fresh / "training.csv", index=False)
-        (fresh / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_json(fresh / "training.json", about)
 
 
 def _check_restored(stage: str, layout: Layout, bundles: Sequence[str | Path]) -> None:
@@ -283,8 +284,7 @@ class _Teacher:
             self.head = self._model.lm_head.weight
         else:
             checkpoint = open_checkpoint(teacher_dir)
-            name = "lm_head.weight" if "lm_head.weight" in checkpoint.entries else "model.embed_tokens.weight"
-            self.head = checkpoint.read(name, dtype).to(device)
+            self.head = checkpoint.read(head_name(checkpoint), dtype).to(device)
 
     @torch.no_grad()
     def hidden(self, chosen: Sequence[int]) -> torch.Tensor:

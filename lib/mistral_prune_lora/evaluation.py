@@ -6,7 +6,6 @@ activations as files between them. `evaluate_stages` does all of it in one proce
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -20,6 +19,7 @@ from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, embedding_bytes, run_to_file
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
+from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layers import Compute, LayerSource, resident_groups
 from mistral_prune_lora.layout import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.model import DTYPES, model_config
@@ -46,7 +46,7 @@ class StageResult:
         if window_parquet is not None:
             self.scores.save(window_parquet, self.record["seqlen"] - 1)
         with atomic_file(result_json) as fresh:
-            fresh.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+            write_json(fresh, self.record)
 
 
 def run_segment(
@@ -87,8 +87,7 @@ def run_segment(
     model, holder = open_checkpoint(model_dir), _open_weights(model_dir, weights_dir)
     cut = Windows.load(windows)
     config = model_config(model)
-    nbytes = cut.ids.numel() * config.hidden_size * compute.dtype.itemsize
-    print(f"boundary activations: {nbytes / 1e6:.1f} MB in {output}", file=sys.stderr)
+    print(f"boundary activations: {hidden_bytes(model, cut, compute.dtype) / 1e6:.1f} MB in {output}", file=sys.stderr)
     start = Start(model, cut, compute, source or None)
     run_to_file(start, [LayerSource(i, holder) for i in layers], cut, config, compute, Path(output))
 
@@ -247,7 +246,7 @@ def boundary_bytes(
         reserved += 0 if parent else embedding_bytes(subject.model, compute)
         groups = resident_groups(subject.sources(layers), compute, config, windows.seqlen, reserved)
         extra = max(extra, min(len(groups) - 1, files))
-    return (len(kept) + extra) * hidden_bytes(subject, windows, compute.dtype)
+    return (len(kept) + extra) * hidden_bytes(subject.model, windows, compute.dtype)
 
 
 def _kept(tree: Sequence[Segment], keep_parts: bool, there: Set[str] = frozenset()) -> dict[str, Segment]:
@@ -273,9 +272,9 @@ def _way(tree: Sequence[Segment], kept: Mapping[str, Segment], end: Segment) -> 
     return parent, layers
 
 
-def hidden_bytes(subject: Subject, windows: Windows, dtype: torch.dtype) -> int:
+def hidden_bytes(model: Checkpoint, windows: Windows, dtype: torch.dtype) -> int:
     """The size of all windows' hidden states at one place in the model."""
-    return windows.ids.numel() * model_config(subject.model).hidden_size * dtype.itemsize
+    return windows.ids.numel() * model_config(model).hidden_size * dtype.itemsize
 
 
 def _result(

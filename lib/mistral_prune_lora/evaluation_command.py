@@ -179,7 +179,7 @@ class _Evaluation:
         space = boundary_bytes(
             subject, stages, windows, self._compute, teacher=teacher, keep_parts=bool(self._args.work_dir)
         )
-        space += hidden_bytes(subject, windows, self._compute.dtype) if teaches else 0
+        space += hidden_bytes(subject.model, windows, self._compute.dtype) if teaches else 0
         if space:
             print(f"  Boundary activations: {space / 1e6:.1f} MB at most, in {self._folder}")
             there = sum(file.stat().st_blocks * 512 for file in self._folder.glob("*") if file.is_file())

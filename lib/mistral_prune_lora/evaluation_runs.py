@@ -37,8 +37,8 @@ from mistral_prune_lora.layers import (
     resident_groups,
     stream_batches,
 )
-from mistral_prune_lora.model import model_config
-from mistral_prune_lora.perplexity import Head, head_name, score_batch
+from mistral_prune_lora.model import head_name, model_config
+from mistral_prune_lora.perplexity import Head, score_batch
 from mistral_prune_lora.statistics import WindowScores
 from mistral_prune_lora.windows import Windows
 

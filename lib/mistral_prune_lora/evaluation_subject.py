@@ -19,8 +19,7 @@ from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layers import Compute, LayerSource, UnmergedAdapter
 from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout
-from mistral_prune_lora.model import DTYPES
-from mistral_prune_lora.perplexity import head_name
+from mistral_prune_lora.model import DTYPES, head_name
 from mistral_prune_lora.safetensors_file import TensorEntry
 from mistral_prune_lora.windows import Windows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
@@ -17,12 +16,13 @@ from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import INDEX_FILE, Layout, make_manifest, read_manifest
 from mistral_prune_lora.merge_plan import MergePlan, plan_merge, shard_index
 from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
 from mistral_prune_lora.merge_verify import verify_merge
 from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files
-from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
+from mistral_prune_lora.transaction import atomic_directory, nearest_directory, refuse_foreign
 
 ARITHMETIC = "PEFT merge_and_unload: 16-bit factors cast to float32, delta = (B @ A) * scaling, one rounding an adapter"
 _SETTINGS = ("config.json", "manifest.json", "bundle_meta.json", INDEX_FILE)
@@ -135,7 +135,7 @@ def _settings(plan: MergePlan, tokenizer_path) -> list[Path]:
 
 
 def _require_space(output: Path, nbytes: int) -> None:
-    folder = next(parent for parent in Path(os.path.abspath(output)).parents if parent.is_dir())
+    folder = nearest_directory(output.absolute().parent)
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise PipelineError(
@@ -148,21 +148,21 @@ def _require_space(output: Path, nbytes: int) -> None:
 def _write_descriptions(plan: MergePlan, fresh: Path, small_files: Sequence[Path]) -> None:
     if plan.kind == "bundle":
         meta = {"layer_indices": list(plan.layers), "merged": True, "format": "safetensors", "granularity": "layer"}
-        _write_json(fresh / "bundle_meta.json", meta)
+        write_json(fresh / "bundle_meta.json", meta)
         return
     for file in small_files:
         shutil.copyfile(file, fresh / file.name)
     if plan.skeleton and plan.skeleton.config != read_config(plan.skeleton.path):
         # A skeleton that counts only its kept layers: the restored model counts all of them.
-        _write_json(fresh / "config.json", plan.skeleton.config)
+        write_json(fresh / "config.json", plan.skeleton.config)
     if index := shard_index(plan):
-        _write_json(fresh / INDEX_FILE, index)
+        write_json(fresh / INDEX_FILE, index)
     model = plan.skeleton or plan.base
     manifest = read_manifest(model.path)
     if manifest is not None and plan.skeleton is None:
         shutil.copyfile(model.path / "manifest.json", fresh / "manifest.json")
     elif manifest is not None:
-        _write_json(fresh / "manifest.json", _with_restored(manifest, plan))
+        write_json(fresh / "manifest.json", _with_restored(manifest, plan))
 
 
 def _with_restored(manifest: dict, plan: MergePlan) -> dict:
@@ -205,7 +205,7 @@ def _write_record(
         "outputs": written | others,
         "versions": {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch")},
     }
-    _write_json(fresh / "merge.json", record)
+    write_json(fresh / "merge.json", record)
 
 
 def _tell(plan: MergePlan, report: MergeReport) -> None:
@@ -216,7 +216,3 @@ def _tell(plan: MergePlan, report: MergeReport) -> None:
         f" {report.copied} tensors copied{strangers}{checked}",
         file=sys.stderr,
     )
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -36,6 +36,12 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
+def head_name(checkpoint: Checkpoint) -> str:
+    """The tensor that a model projects with: lm_head.weight, or the embedding where they are tied and it is absent."""
+    tied = model_config(checkpoint).tie_word_embeddings and "lm_head.weight" not in checkpoint.entries
+    return "model.embed_tokens.weight" if tied else "lm_head.weight"
+
+
 def load_model(
     path: str | Path,
     *,
@@ -78,7 +84,7 @@ def load_model(
     for index in checkpoint.layout.dropped if checkpoint.layout else ():
         layers[index] = PassLayer(index)
     wanted = set(model.state_dict())
-    tied = config.tie_word_embeddings and "lm_head.weight" not in checkpoint.entries
+    tied = head_name(checkpoint) != "lm_head.weight"
     state = {name: checkpoint.read(name, dtype).to(device) for name in checkpoint.entries if name in wanted}
     missing = sorted(wanted - set(state) - ({"lm_head.weight"} if tied else set()))
     if missing:

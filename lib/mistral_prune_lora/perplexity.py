@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mistral_prune_lora.checkpoint import Checkpoint
 from mistral_prune_lora.layers import build_norm
-from mistral_prune_lora.model import model_config
+from mistral_prune_lora.model import head_name, model_config
 from mistral_prune_lora.statistics import WindowScores
 
 # In one block: 32 MB of float32. Smaller ones read the projection too often, larger ones leave the cache.
@@ -56,12 +56,6 @@ def head_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Memory that a model's head takes in `dtype`, scoring a block included."""
     vocabulary, hidden = checkpoint.entries[head_name(checkpoint)].shape
     return vocabulary * hidden * dtype.itemsize + 4 * 4 * max(BLOCK_LOGITS, vocabulary)
-
-
-def head_name(checkpoint: Checkpoint) -> str:
-    """The tensor that a model projects with: lm_head.weight, or the embedding where they are tied and it is absent."""
-    tied = model_config(checkpoint).tie_word_embeddings and "lm_head.weight" not in checkpoint.entries
-    return "model.embed_tokens.weight" if tied else "lm_head.weight"
 
 
 def block_slices(tokens: int, vocabulary: int) -> list[slice]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import SINGLE_FILE, Layout, layer_file_name, make_manifest
 from mistral_prune_lora.safetensors_file import TensorSpec, write_file
 from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files
@@ -95,13 +95,13 @@ def prune_model(
             with atomic_directory(removed / part) as fresh:
                 for layer in layers:
                     _copy_tensors(dense, {f"model.layers.{layer}.": ""}, fresh / layer_file_name(layer), bar)
-                _write_json(fresh / "bundle_meta.json", _bundle_meta(part, layers, layout, dense))
+                write_json(fresh / "bundle_meta.json", _bundle_meta(part, layers, layout, dense))
         with atomic_directory(save_dir) as fresh:
             kept = {f"model.layers.{layer}.": f"model.layers.{layer}." for layer in layout.kept}
             _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
-            _write_json(fresh / "manifest.json", manifest)
-            _write_json(fresh / "layers_map.json", _layers_map(layout))
-            _write_json(fresh / "prune_log.json", _prune_log(model_dir, layout, selection, log))
+            write_json(fresh / "manifest.json", manifest)
+            write_json(fresh / "layers_map.json", _layers_map(layout))
+            write_json(fresh / "prune_log.json", _prune_log(model_dir, layout, selection, log))
             _copy_settings(model_dir, fresh)
 
 
@@ -192,8 +192,4 @@ def _copy_settings(model_dir: Path, fresh: Path) -> None:
     if source.is_file():
         shutil.copyfile(source, original / "source.json")
     else:
-        _write_json(original / "source.json", {"path": os.fspath(model_dir)})
-
-
-def _write_json(path: Path, content: Mapping) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(original / "source.json", {"path": os.fspath(model_dir)})

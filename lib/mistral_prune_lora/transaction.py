@@ -126,6 +126,11 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), os.fspath(second))
 
 
+def nearest_directory(path: Path) -> Path:
+    """A path, or the first of its parents, that is a directory: whose file system something new there would be on."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+
+
 def _sweep(target: Path) -> None:
     """Remove what killed runs left beside `target`; what a living process is writing is left alone."""
     leftover = re.compile(re.escape(f".{target.name}.") + r"(new|old)-(\d+)-.*")

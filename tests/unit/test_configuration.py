@@ -76,7 +76,7 @@ def test_defaults_are_not_shared_between_experiments(example):
     config["experiments"]["second"]["distill"]["lora"]["rank"] = 99
     assert config["experiments"]["third"]["distill"]["lora"]["rank"] == 16
     assert experiment_layout(config, "second") == Layout(30, (1,), ())
-    assert trained_parts(config, "second") == []
+    assert trained_parts(config["experiments"]["second"], experiment_layout(config, "second")) == []
 
 
 def test_training_without_a_text_is_refused(example):
