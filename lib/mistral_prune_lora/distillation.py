@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import random
@@ -19,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from mistral_prune_lora.activations import ActivationReader, ActivationWriter
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
@@ -27,15 +27,7 @@ from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, 
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
-from mistral_prune_lora.safetensors_file import (
-    DTYPE_NAMES,
-    TensorEntry,
-    TensorSpec,
-    plan_file,
-    read_header,
-    tensor_bytes,
-)
-from mistral_prune_lora.transaction import atomic_directory, atomic_file, refuse_foreign
+from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
 from mistral_prune_lora.windows import Windows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -131,29 +123,30 @@ def teacher_states(
 ) -> None:
     """Run the dense model over the training windows once and keep its final hidden states (after the norm).
 
+    A killed run is continued from its last finished batch.
+
     Args:
         teacher_dir: the dense model.
         windows: the training windows.
-        output: safetensors with `hidden`, shape (windows, seqlen, hidden), in `dtype`; its metadata name the token ids
-            and the teacher, which are checked when it is read.
+        output: a file of activations, see activations.py, in `dtype`; its record names the token ids and the teacher,
+            which are checked when it is read.
         dtype, device, batch_size: of the teacher's forward pass.
     """
     device = resolve_device(device)
     teacher = load_model(teacher_dir, dtype=dtype, device=device)
     shape = (*windows.ids.shape, teacher.config.hidden_size)
-    about = {"ids_sha256": windows.identity.ids_sha256, "teacher": json.dumps(_weight_digests(teacher_dir))}
-    head, _ = plan_file([TensorSpec("hidden", DTYPE_NAMES[dtype], shape)], about)
+    about = {"ids_sha256": windows.identity.ids_sha256, "teacher": _weight_digests(teacher_dir)}
     with (
-        atomic_file(output) as fresh,
-        open(fresh, "wb") as file,
+        ActivationWriter(output, shape, dtype, batch_size, about) as writer,
         progress(total=windows.ids.numel(), description="teacher", unit="tok") as bar,
         torch.inference_mode(),
     ):
-        file.write(head)
-        for start in range(0, shape[0], batch_size):
+        for batch, start in enumerate(range(0, shape[0], batch_size)):
             ids = windows.ids[start : start + batch_size].long().to(device)
-            file.write(tensor_bytes(teacher.model(ids, use_cache=False).last_hidden_state))
+            if batch not in writer.done:
+                writer.write(batch, teacher.model(ids, use_cache=False).last_hidden_state.cpu())
             bar.update(ids.numel())
+        writer.finish()
 
 
 def train_adapter(
@@ -292,20 +285,16 @@ class _Teacher:
         if self._states is None:
             ids = self._windows.ids[list(chosen)].long().to(self._device)
             return self._model.model(ids, use_cache=False).last_hidden_state
-        return torch.cat([self._states.read(slice(i, i + 1)) for i in chosen]).to(self._device)
+        return torch.cat([self._states.read(i, i + 1) for i in chosen]).to(self._device)
 
 
-def _stored_states(path, windows: Windows, digests: Mapping[str, str]) -> TensorEntry:
-    from safetensors import safe_open
-
-    entry = read_header(path).get("hidden")
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    if entry is None or about.get("ids_sha256") != windows.identity.ids_sha256:
+def _stored_states(path, windows: Windows, digests: Mapping[str, str]) -> ActivationReader:
+    reader = ActivationReader(path)
+    if reader.run.get("ids_sha256") != windows.identity.ids_sha256:
         raise DataError("the teacher's states belong to other windows", where=path, mend="make them again")
-    if json.loads(about["teacher"]) != digests:
+    if reader.run.get("teacher") != digests:
         raise DataError("the teacher's states belong to another teacher", where=path, mend="make them again")
-    return entry
+    return reader
 
 
 def _fit(

@@ -136,6 +136,30 @@ def test_the_same_settings_give_the_same_bytes_with_stored_states_or_without(par
         torch.testing.assert_close(theirs[key], tensor, rtol=1e-2, atol=1e-4)
 
 
+def test_the_teachers_states_go_on_where_a_run_was_stopped(parts, tmp_path, monkeypatch):
+    windows, write, written = random_windows(5, 16), distillation.ActivationWriter.write, []
+
+    def stopping(writer, batch, hidden):
+        if batch == 1:
+            raise KeyboardInterrupt
+        write(writer, batch, hidden)
+
+    def make(name):
+        teacher_states(parts[0], windows, tmp_path / name, dtype=torch.float32, batch_size=2)
+
+    make("undisturbed")
+    monkeypatch.setattr(distillation.ActivationWriter, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make("states")
+    assert not (tmp_path / "states").exists()
+    monkeypatch.setattr(
+        distillation.ActivationWriter, "write", lambda *args: (written.append(args[1]), write(*args))[1]
+    )
+    make("states")
+    assert written == [1, 2]
+    assert (tmp_path / "states").read_bytes() == (tmp_path / "undisturbed").read_bytes()
+
+
 def test_gradient_accumulation_is_the_larger_batch(parts, tmp_path):
     large = train(parts, "A", tmp_path / "large", optimiser=OptimiserSettings(2, 4, 1, 1e-2, 0))
     small = train(parts, "A", tmp_path / "small", optimiser=OptimiserSettings(2, 2, 2, 1e-2, 0))
