@@ -64,6 +64,16 @@ def test_a_bundle_named_outright_is_taken_at_its_word(parts):
         sort_inputs([str(a)], b_bundle=str(a))
 
 
+def test_bundles_dir_may_hold_a_part_that_was_given_no_layers(parts):
+    a, bundles = parts
+    for file in bundles["C"].iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match="is not a bundle"):
+        sort_inputs([str(a)], bundles_dir=str(bundles["B"].parent))
+    (bundles["C"] / "bundle_meta.json").write_text('{"indices": []}')
+    assert sort_inputs([str(a)], bundles_dir=str(bundles["B"].parent)).bundles == {"B": bundles["B"]}
+
+
 def test_bundles_dir_may_hold_one_bundle(parts):
     a, bundles = parts
     shutil.rmtree(bundles["C"])

@@ -123,6 +123,14 @@ def test_what_cannot_be_pruned_is_refused(dense, tmp_path):
         prune_model(dense, LAYOUT, save_dir=tmp_path / "mine", save_removed_dir=tmp_path / "b")
 
 
+@pytest.mark.parametrize(("a", "removed"), [("y", "y"), ("y/B", "y"), ("B/A", "."), ("dense/A", "z"), ("z", "dense")])
+def test_directories_that_lie_in_one_another_are_refused_before_anything_is_written(dense, tmp_path, a, removed):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(PipelineError, match="lie in one another"):
+        prune_model(dense, LAYOUT, save_dir=tmp_path / a, save_removed_dir=tmp_path / removed)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("size", "options", "b"),
     [
