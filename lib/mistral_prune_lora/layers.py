@@ -20,13 +20,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mistral_prune_lora.checkpoint import Checkpoint
-from mistral_prune_lora.errors import CheckpointError, DataError, PipelineError
+from mistral_prune_lora.errors import DataError, PipelineError
+from mistral_prune_lora.families import check_family
 from mistral_prune_lora.model import build_layer
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.safetensors_file import DTYPES as STORED_DTYPES
 
-# Their embedding goes into the first layer and their last layer into norm and head without further scaling.
-ARCHITECTURES = ("mistral", "llama")
 # Of what is free; the rest is for whoever else is on the machine, and for the page cache that weights are read through.
 # A CPU gains nothing from more layers at once but fewer trips of the hidden states to disk, so it takes less.
 _SHARE_OF_FREE_MEMORY = {"cuda": 0.5, "cpu": 0.25}
@@ -164,12 +163,7 @@ class Backbone:
         Raises:
             CheckpointError: an architecture that does more around its layers than Mistral's and Llama's.
         """
-        if config.model_type not in ARCHITECTURES:
-            raise CheckpointError(
-                f"model_type {config.model_type} is not one that can be streamed",
-                where="config.json",
-                mend=f"Use a model of one of {', '.join(ARCHITECTURES)}",
-            )
+        check_family(config.to_dict(), "config.json")
         self.compute, self._config = compute, config
         self._model = _one_layer_model(config)
         self._model.config = config
