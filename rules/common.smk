@@ -133,8 +133,14 @@ def merged_files(experiment):
     return [
         file
         for part in merged_parts(config["experiments"][experiment], LAYOUTS[experiment])
-        for file in (*part_files(experiment, "merged", part), f"{part_dir(experiment, 'merged', part)}/merge.json")
-    ]
+        for file in part_files(experiment, "merged", part)
+    ] + list(merge_records(experiment).values())
+
+
+def merge_records(experiment):
+    """The merge.json of each merged part."""
+    parts = merged_parts(config["experiments"][experiment], LAYOUTS[experiment])
+    return {part: f"{part_dir(experiment, 'merged', part)}/merge.json" for part in parts}
 
 
 def made_files(experiment):

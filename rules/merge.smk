@@ -23,6 +23,7 @@ rule merge_A:
     params:
         base_dir=pruned_part_dir,
         adapter_dir=adapter_source_dir,
+        adapter_indices=setting("adapter_indices"),
         code=code_digest("merge"),
     script:
         "../workflow_scripts/merge.py"

@@ -163,7 +163,7 @@ SPOILT = {
     "embedding": (with_tensor("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 96)), "embed_tok"),
     "unknown module": (
         set_tensors(lambda t: t.update({f"base_model.model.score.lora_{x}.weight": torch.ones(4, 4) for x in "AB"})),
-        "has an update for score, which this model does not have",
+        "has an update for score, which is neither a decoder layer nor the head",
     ),
     "nothing matches": (only_other_layers, "matches nothing"),
     "lora_bias": (set_config(lora_bias=True), "sets lora_bias"),

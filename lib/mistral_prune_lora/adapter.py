@@ -1,12 +1,12 @@
 """A PEFT LoRA adapter on disk: what it says, whether we can merge it, and which tensor goes where.
 
 PEFT drops tensors that match nothing without a word, and merges a random delta where one is missing. Here every tensor
-is accounted for before anything is written.
+is accounted for before anything is written. Trainers that know a model's layers under several names save each tensor
+once a name; such aliases count as one tensor if they are equal bit for bit.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,12 +18,15 @@ import torch
 
 from mistral_prune_lora.checkpoint import LAYER_PREFIX
 from mistral_prune_lora.errors import AdapterError
+from mistral_prune_lora.json_file import read_json
 from mistral_prune_lora.safetensors_file import TensorEntry, read_header
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\.(?P<role>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
 )
+_LAYER = re.compile(r"(?:model\.){0,2}(?:_canonical_)?layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+_HEAD = re.compile(r"(?:model\.){0,2}lm_head")
 _ELSEWHERE = "merge it with PEFT's merge_and_unload, and prune the result"
 # What changes the arithmetic or the set of tensors; each is refused by name unless it is off.
 _UNSUPPORTED = (
@@ -73,6 +76,12 @@ class Update:
         """The shape of the weight that it is for: (out, in)."""
         return self.b.shape[0], self.a.shape[1]
 
+    @property
+    def layer(self) -> int | None:
+        """The decoder layer that it is for; None for the head."""
+        match = LAYER_PREFIX.match(self.module)
+        return int(match[1]) if match else None
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -81,12 +90,16 @@ class Adapter:
     Attributes:
         path: the directory, absolute.
         config: the parsed adapter_config.json.
-        updates: by module name.
+        updates: by module name, under original layer indices.
+        aliases: tensors that repeat another one under another name.
+        compact: where the adapter's own layer i is the i-th kept layer: those layers; None for original indices.
     """
 
     path: Path
     config: dict
     updates: Mapping[str, Update]
+    aliases: int = 0
+    compact: tuple[int, ...] | None = None
 
     @property
     def base_model(self) -> str | None:
@@ -95,7 +108,19 @@ class Adapter:
 
     def targets(self, module: str) -> bool:
         """Whether its configuration speaks of a module, by PEFT's rules for target_modules and layers_to_transform."""
-        return _targets(self.config, module)
+        return _targets(self.config, self.own_name(module))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers that it has tensors for, ascending."""
+        return tuple(sorted({u.layer for u in self.updates.values() if u.layer is not None}))
+
+    def own_name(self, module: str) -> str:
+        """A module's name as the adapter's own configuration counts layers."""
+        match = LAYER_PREFIX.match(module)
+        if self.compact is None or not match:
+            return module
+        return f"model.layers.{self.compact.index(int(match[1]))}.{module[match.end() :]}"
 
 
 def open_adapter(path: str | Path) -> Adapter:
@@ -103,29 +128,27 @@ def open_adapter(path: str | Path) -> Adapter:
 
     Raises:
         AdapterError: not an adapter, pickled weights, a kind or setting that is not merged here, a tensor that belongs
-            to no LoRA module, a missing half, a rank that is not the configured one.
+            to no LoRA module of a decoder layer or the head, two different tensors for one, a missing half, a rank
+            that is not the configured one.
         CheckpointError: the weights file is malformed.
     """
     path = Path(os.path.abspath(path))
     config = _read_config(path)
     _refuse_unsupported(config, path)
-    entries = _read_entries(path)
     modules: dict[str, dict[str, TensorEntry]] = {}
-    for key, entry in entries.items():
-        match = _KEY.fullmatch(key)
-        if not match:
-            raise AdapterError(
-                f"tensor {key} belongs to no LoRA module that is merged here",
-                where=path / WEIGHTS_FILE,
-                mend=_ELSEWHERE,
-            )
-        roles = modules.setdefault(_canonical(match["module"]), {})
-        if match["role"] in roles:
-            raise AdapterError(f"{match['module']} has two tensors {match['role']}", where=path / WEIGHTS_FILE)
-        roles[match["role"]] = entry
+    aliases = 0
+    for key, entry in _read_entries(path).items():
+        module, role = _place(key, path)
+        roles = modules.setdefault(module, {})
+        if role in roles:
+            _check_alias(roles[role], entry)
+            aliases += 1
+        else:
+            roles[role] = entry
     if not modules:
         raise AdapterError("there are no tensors", where=path / WEIGHTS_FILE, mend="train or copy the adapter again")
-    return Adapter(path, config, {name: _update(name, roles, config, path) for name, roles in modules.items()})
+    updates = {name: _update(name, roles, config, path) for name, roles in modules.items()}
+    return Adapter(path, config, updates, aliases)
 
 
 def check_values(updates: Collection[Update]) -> None:
@@ -139,17 +162,11 @@ def check_values(updates: Collection[Update]) -> None:
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except OSError:
+    if not (path / CONFIG_FILE).exists():
         raise AdapterError(
             f"there is no {CONFIG_FILE}", where=path, mend="give the directory that PEFT's save_pretrained wrote"
-        ) from None
-    except ValueError as error:
-        raise AdapterError(f"cannot be read as JSON: {error}", where=path / CONFIG_FILE) from None
-    return config
+        )
+    return read_json(path / CONFIG_FILE, AdapterError)
 
 
 def _refuse_unsupported(config: Mapping, path: Path) -> None:
@@ -200,10 +217,33 @@ def _read_entries(path: Path) -> dict[str, TensorEntry]:
     raise AdapterError(f"there is no {WEIGHTS_FILE}", where=path, mend="train or copy the adapter again")
 
 
-def _canonical(module: str) -> str:
-    """`model.layers.21.mlp.up_proj` of a module name with more or fewer leading `model.`."""
-    found = re.search(r"(?:^|\.)layers\.\d+\..+", module)
-    return f"model.{found[0].lstrip('.')}" if found else module
+def _place(key: str, path: Path) -> tuple[str, str]:
+    """(canonical module name, role) of an adapter tensor: "model.layers.21.mlp.up_proj", "lora_A"."""
+    match = _KEY.fullmatch(key)
+    if not match:
+        raise AdapterError(
+            f"tensor {key} belongs to no LoRA module that is merged here", where=path / WEIGHTS_FILE, mend=_ELSEWHERE
+        )
+    if layer := _LAYER.fullmatch(match["module"]):
+        return f"model.layers.{layer['layer']}.{layer['rest']}", match["role"]
+    if _HEAD.fullmatch(match["module"]):
+        return "lm_head", match["role"]
+    raise AdapterError(
+        f"has an update for {match['module']}, which is neither a decoder layer nor the head of a language model",
+        where=path / WEIGHTS_FILE,
+        mend="use an adapter that was trained for this model",
+    )
+
+
+def _check_alias(first: TensorEntry, second: TensorEntry) -> None:
+    """Raise an AdapterError unless two tensors that stand for one are equal, bit for bit."""
+    same = (first.dtype, first.shape) == (second.dtype, second.shape)
+    if not same or not torch.equal(*(entry.read().flatten().view(torch.uint8) for entry in (first, second))):
+        raise AdapterError(
+            f"tensors {first.stored_name} and {second.stored_name} are of one module, and differ",
+            where=first.file,
+            mend="save the adapter again from the model that was trained",
+        )
 
 
 def _update(module: str, roles: Mapping[str, TensorEntry], config: Mapping, path: Path) -> Update:

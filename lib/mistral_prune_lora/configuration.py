@@ -135,6 +135,8 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     trained = trained_parts(experiment, layout)
     if trained and experiment["distill"]["dataset"] is None:
         yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
+    if experiment["adapter_indices"] == "compact" and "A" in trained:
+        yield f"{path}.adapter_indices: A's adapter is trained here, under original indices; compact is for a given one"
 
 
 def merged_parts(experiment: Mapping, layout: Layout) -> list[str]:

@@ -16,7 +16,7 @@ from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import AdapterError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation import StageResult, Teacher, boundary_bytes, evaluate_stages, hidden_bytes, stages_of
-from mistral_prune_lora.evaluation_adapters import open_adapters
+from mistral_prune_lora.evaluation_adapters import open_peft_adapters
 from mistral_prune_lora.evaluation_inputs import Inputs, sort_inputs
 from mistral_prune_lora.evaluation_report import (
     box,
@@ -72,9 +72,7 @@ def run(args: argparse.Namespace) -> list[StageResult]:
         )
     )
     subjects = [
-        subject
-        for name, folder in _labelled(inputs.models)
-        for subject in _subjects(name, folder, inputs, args.lora_paths)
+        subject for name, folder in _labelled(inputs.models) for subject in _subjects(name, folder, inputs, args)
     ]
     subjects.sort(key=lambda subject: not subject.is_dense)
     for subject in subjects:
@@ -144,6 +142,9 @@ class _Evaluation:
         adapters = "".join(f" + {a.path}" for part in subject.adapters.values() for a in part)
         print(model_heading(number, count, written + adapters))
         windows = self._windows(subject)
+        for adapter in (a for part in subject.adapters.values() for a in part):
+            if adapter.out_of_scope:
+                print(f"  {adapter.name}: on the layers of {adapter.part}; {adapter.out_of_scope} tensors out of scope")
         wanted = _stages_of(subject, self._stages)
         kept = subject.layout.kept
         model_type = subject.model.config["model_type"]
@@ -209,14 +210,15 @@ def _labelled(models: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
     return [(name, folder) for name, (_, folder) in zip(unique, models, strict=True)]
 
 
-def _subjects(name: str, folder: Path, inputs: Inputs, lora_paths: Sequence[str]) -> list[Subject]:
+def _subjects(name: str, folder: Path, inputs: Inputs, args: argparse.Namespace) -> list[Subject]:
     """The model as it is, and once more with the adapters beside it if there are any."""
     model = open_checkpoint(folder)
     bundles = {} if model.layout is None else {part: open_checkpoint(path) for part, path in inputs.bundles.items()}
     plain = Subject(model, bundles, name=name)
-    if not lora_paths:
+    if not args.lora_paths:
         return [plain]
-    adapters = open_adapters(lora_paths, plain.layout)
+    bases = [model.path, *(bundle.path for bundle in bundles.values())]
+    adapters = open_peft_adapters(args.lora_paths, plain.layout, bases, args.adapter_indices)
     return [plain, Subject(model, bundles, adapters, name=plain.name)]
 
 

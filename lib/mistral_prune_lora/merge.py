@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_prune_lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from mistral_prune_lora.adapter_scope import merged_before
 from mistral_prune_lora.checkpoint import read_config
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
@@ -60,6 +61,7 @@ def merge_adapters(
     save_bundle_only: bool = False,
     save_full_model: bool = False,
     max_shard_size: int | None = None,
+    adapter_indices: str = "original",
 ) -> MergeReport:
     """Merge adapters into an A model (a full model is written) or a bundle (layer files are written).
 
@@ -77,6 +79,7 @@ def merge_adapters(
         save_bundle_only: write a model's kept layers as layer files.
         save_full_model: write skeleton and bundle as one model.
         max_shard_size: bytes in a weight file of a full model; None writes one file.
+        adapter_indices: how the adapters count layers: "original", or "compact", from 0 over the layers that A keeps.
 
     Raises:
         PipelineError and its kinds: see `merge_plan.plan_merge`; no space; no tokenizer; the check failed. Nothing is
@@ -91,6 +94,7 @@ def merge_adapters(
         save_bundle_only=save_bundle_only,
         save_full_model=save_full_model,
         max_shard_size=max_shard_size,
+        adapter_indices=adapter_indices,
     )
     refuse_foreign(output_dir)
     small_files = _settings(plan, tokenizer_path) if plan.kind == "model" else []
@@ -197,10 +201,13 @@ def _write_record(
                 "settings": {key: adapter.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")},
                 "patterns": {key: adapter.config.get(key) for key in ("rank_pattern", "alpha_pattern")},
                 "base_model_name_or_path": adapter.base_model,
+                "indices": "original" if adapter.compact is None else "compact",
+                "aliased_tensors": adapter.aliases,
                 "out_of_scope": plan.out_of_scope.get(os.fspath(adapter.path), []),
             }
             for adapter in plan.adapters
         ],
+        "merged_before": list(merged_before(plan.base.path).values()),
         "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged)},
         "outputs": written | others,
         "versions": {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch")},

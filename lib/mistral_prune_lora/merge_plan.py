@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mistral_prune_lora.adapter import Adapter, Update, check_values, open_adapter
+from mistral_prune_lora.adapter import Adapter, Update, check_values
+from mistral_prune_lora.adapter_scope import check_for_a, from_compact, open_adapters
 from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint, read_config
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout import (
@@ -77,6 +78,7 @@ def plan_merge(
     save_bundle_only: bool = False,
     save_full_model: bool = False,
     max_shard_size: int | None = None,
+    adapter_indices: str = "original",
 ) -> MergePlan:
     """Decide what to write and match every adapter tensor to a weight, or list it as out of scope.
 
@@ -84,7 +86,8 @@ def plan_merge(
 
     Raises:
         PipelineError: output and an input are one directory; contradicting flags; no adapter.
-        AdapterError: an adapter that cannot be merged, matches nothing here, or was trained for another model.
+        AdapterError: an adapter that cannot be merged, matches nothing here, was trained for another model or other
+            layers, or comes twice.
         CheckpointError, LayoutError: base or skeleton cannot be read or contradict each other.
     """
     if not adapter_paths:
@@ -92,7 +95,7 @@ def plan_merge(
     if save_bundle_only and save_full_model:
         raise PipelineError("a bundle only and a full model exclude each other", mend="give one of the two flags")
     base = open_checkpoint(base_model)
-    adapters = tuple(open_adapter(path) for path in adapter_paths)
+    adapters = tuple(open_adapters(adapter_paths, [base.path]))
     bundle = save_bundle_only or (base.kind == "bundle" and not save_full_model)
     frame = None
     if base.kind == "bundle":
@@ -105,7 +108,12 @@ def plan_merge(
         if layout and not skeleton and not save_full_model and not set(base.layers) & set(layout.dropped):
             layout = None  # an adapter's base that has these layers itself says nothing about the bundle
     scope = _scope(base, layout, frame)
+    if adapter_indices == "compact":
+        adapters = _from_compact(adapters, base, layout)
     _refuse_other_model(adapters, layout, num_layers)
+    if base.kind == "model" and layout:
+        for adapter in adapters:
+            check_for_a(adapter, layout)
     updates, out_of_scope = _match(base, adapters, scope, whole=not bundle)
     sources = {name: entry for name, entry in base.entries.items() if _belongs(name, scope, bundle)}
     opened = None
@@ -119,6 +127,17 @@ def plan_merge(
     files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
     return MergePlan("bundle" if bundle else "model", base, opened, adapters, files, layers, layout, out_of_scope)
+
+
+def _from_compact(adapters: Sequence[Adapter], base: Checkpoint, layout: Layout | None) -> tuple[Adapter, ...]:
+    """Adapters that count A's kept layers from 0, under original indices."""
+    if base.kind != "model" or layout is None:
+        raise AdapterError(
+            "compact indices count the layers that a pruned A keeps, and the base is no such model",
+            where=base.path,
+            mend="leave --adapter_indices compact out (adapter_indices in the configuration)",
+        )
+    return tuple(from_compact(adapter, layout) for adapter in adapters)
 
 
 def _refuse_same_directory(output_dir, *inputs) -> None:

@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--lora_paths", nargs="+", default=[], metavar="DIR",
         help="LoRA adapters: each model is evaluated a second time with them left unmerged, every adapter on the "
         "layers of its part only (default: none)")  # fmt: skip
+    what.add_argument("--adapter_indices", choices=("original", "compact"), default="original",
+        help="how the adapters of --lora_paths for A count layers: by the dense model's indices, or from 0 over the "
+        "layers that A keeps (default: %(default)s)")  # fmt: skip
     what.add_argument("--tokenizer_path", metavar="PATH",
         help="tokenizer directory or Hub id (default: the first that is found in the model, its original_config, its "
         "adapter's or its manifest's base model)")  # fmt: skip

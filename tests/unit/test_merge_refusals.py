@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_oracle import edit_json, edit_tensors, random_adapter, save_base
+from merge_oracle import LAYOUT, edit_json, edit_tensors, random_adapter, save_base
 from merge_spoilers import LORA, SPOILT, WEIGHTS
 
 from mistral_prune_lora.errors import PipelineError
@@ -21,7 +21,7 @@ from mistral_prune_lora.pruning.mistral_merge_adapter import main
 def originals(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
     dense, _ = save_base(folder, torch.bfloat16)
-    random_adapter(folder / "adapter", dense, LORA)
+    random_adapter(folder / "adapter", dense, LORA, layers=LAYOUT.kept)
     random_adapter(folder / "dora", dense, {**LORA, "use_dora": True})
     return folder
 

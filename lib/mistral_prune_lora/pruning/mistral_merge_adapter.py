@@ -58,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
         help="the A model a bundle belongs to (default: what the adapter names as its base)",
     )
     p.add_argument(
+        "--adapter_indices",
+        default="original",
+        choices=("original", "compact"),
+        help="how the adapters count layers: by the dense model's indices, or from 0 over the layers that A keeps"
+        " (default: %(default)s)",
+    )
+    p.add_argument(
         "--max_shard_size", type=_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
     )
     return p
@@ -80,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         save_bundle_only=given.save_bundle_only,
         save_full_model=given.save_full_model,
         max_shard_size=given.max_shard_size,
+        adapter_indices=given.adapter_indices,
     )
 
 
