@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from mistral_prune_lora.adapter import Adapter, check_values
+from mistral_prune_lora.adapter import Adapter, Update, check_values
 from mistral_prune_lora.adapter_scope import check_for_a, from_compact, is_compact, open_adapters, part_of_adapter
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.layout import Layout
@@ -53,9 +54,9 @@ class PeftAdapter:
         check_values(inside)
 
     def digest(self, index: int) -> str:
-        """The sha256 of the configuration and of the weights for one layer."""
-        told = {key: value for key, value in self._config().to_dict().items() if "path" not in key}
-        digest = hashlib.sha256(repr(sorted((k, repr(v)) for k, v in told.items())).encode())
+        """The sha256 of scalings, settings and weights for one layer."""
+        told = [(u.module, u.scaling, self._adapter.config.use_dora) for u in self._inside(index)]
+        digest = hashlib.sha256(repr(sorted(told)).encode())
         for name, tensor in sorted(self._state(index).items()):
             digest.update(name.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
@@ -68,14 +69,14 @@ class PeftAdapter:
         """
         if index not in self._layers:
             return
-        config, state = self._config(), self._state(index)
+        state = self._state(index)
         self._check_targets(layer, index)
         if not state:
             return
-        # PEFT resolves targets, ranks and scales by the module's name in the whole model, as the adapter counts layers.
-        holder, own = nn.Module(), self._own_index(index)
+        # PEFT resolves names in the whole model.
+        config, holder = self._config(index), nn.Module()
         holder.model = nn.Module()
-        holder.model.layers = nn.ModuleList([*(PassLayer(i) for i in range(own)), layer])
+        holder.model.layers = nn.ModuleList([*(PassLayer(i) for i in range(index)), layer])
         try:
             inject_adapter_in_model(config, holder, adapter_name=self._id)
             holder.peft_config = {self._id: config}
@@ -110,27 +111,37 @@ class PeftAdapter:
                     mend="train or copy the adapter again",
                 )
 
-    def _config(self) -> LoraConfig:
-        config = LoraConfig.from_peft_type(**LoraConfig.check_kwargs(**self._adapter.config))
-        config.inference_mode = True
-        return config
+    def _inside(self, index: int) -> list[Update]:
+        """What it does to one layer."""
+        if index not in self._layers:
+            return []
+        return [update for update in self._adapter.updates.values() if update.layer == index]
+
+    def _config(self, index: int) -> LoraConfig:
+        """A configuration for one layer that names every module: no pattern of the file's own is left to PEFT."""
+        inside = {update.module: update for update in self._inside(index)}
+        settings = self._adapter.config
+        return LoraConfig(
+            r=1,
+            lora_alpha=1,
+            target_modules=list(inside),
+            rank_pattern={re.escape(name): update.a.shape[0] for name, update in inside.items()},
+            alpha_pattern={re.escape(name): update.alpha for name, update in inside.items()},
+            use_rslora=bool(settings.get("use_rslora")),
+            use_dora=settings.use_dora,
+            inference_mode=True,
+        )
 
     def _state(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors for one layer under the adapter's own names; 16-bit ones in float32, as PEFT loads them."""
+        """The tensors for one layer by PEFT's names; 16-bit ones in float32, as PEFT loads them."""
         state = {}
-        for module, update in self._adapter.updates.items():
-            if update.layer != index or index not in self._layers:
-                continue
+        for update in self._inside(index):
             for role, suffix in _ROLES.items():
-                entry = getattr(update, role)
-                if entry is not None:
+                if (entry := getattr(update, role)) is not None:
                     tensor = entry.read()
                     half = tensor.dtype in (torch.bfloat16, torch.float16)
-                    state[f"{self._adapter.own_name(module)}.{suffix}"] = tensor.float() if half else tensor
+                    state[f"{update.module}.{suffix}"] = tensor.float() if half else tensor
         return state
-
-    def _own_index(self, index: int) -> int:
-        return index if self._adapter.compact is None else self._adapter.compact.index(index)
 
     @property
     def _id(self) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_prune_lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from mistral_prune_lora.adapter import WEIGHTS_FILE
+from mistral_prune_lora.adapter_config import CONFIG_FILE
 from mistral_prune_lora.adapter_scope import merged_before
 from mistral_prune_lora.checkpoint import read_config
 from mistral_prune_lora.console import progress
