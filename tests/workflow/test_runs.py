@@ -64,7 +64,7 @@ def test_adapters_as_other_trainers_save_them_give_the_same_numbers(finished):
     with_aliases(finished.folder / "adapters/B")
     assert "adapter_indices: compact" in finished.snakemake(succeeds=False)
     finished.config["experiments"]["tiny"]["adapter_indices"] = "compact"
-    assert {"merge_A", "merge_B", "perplexity"} <= set(finished.jobs())
+    assert {"merge_A", "perplexity"} <= set(finished.jobs())  # B may have been merged before A failed
     assert {stage: result(finished, "merged", stage)["ppl"] for stage in STAGES} == before
     table = pd.read_csv(finished.folder / "results/summary.csv")
     assert table[table.variant == "merged"].adapter_tensors_out_of_scope.tolist() == [0, 0, 0]
