@@ -12,7 +12,7 @@ from transformers import MistralForCausalLM
 
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
-from mistral_prune_lora.layout import layout_from_manifest, read_manifest
+from mistral_prune_lora.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.pruning.layeronly_drop import main
 
 
@@ -91,7 +91,7 @@ def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, c
     layout = layout_from_manifest(manifest)
     assert layout.dropped == tuple(range(best["start"], best["start"] + 3)) and len(layout.b) == 2
     assert log == json.loads((tmp_path / "A/prune_log.json").read_text())
-    assert log["settings"]["seed"] == 3 and log["settings"]["max_batches"] == 4
+    assert log["seed"] == 3 and log["settings"]["max_batches"] == 4
     assert f"B holds {list(layout.b)}" in capsys.readouterr().out
 
 
