@@ -190,5 +190,5 @@ SPOILT = {
     "no base weights": (remove("A/model.safetensors"), "there is no model.safetensors"),
     "no manifest": (remove("A/manifest.json"), r"no weights of layers \[1, 2, 3\], and no manifest.json"),
     "no tokenizer": (remove("A/tokenizer.json"), "no tokenizer found"),
-    "base config is no JSON": (broken_json("A/config.json"), "is not a model configuration"),
+    "base config is no JSON": (broken_json("A/config.json"), "cannot be read as JSON"),
 }

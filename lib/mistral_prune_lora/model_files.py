@@ -142,8 +142,7 @@ def read_config(path: str | Path) -> dict:
     """
     config_path = Path(path) / "config.json"
     config = read_json(config_path, CheckpointError)
-    try:
-        int(config["num_hidden_layers"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError("is not a model configuration with num_hidden_layers", where=config_path) from None
+    count = config.get("num_hidden_layers")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise CheckpointError("is not a model configuration with num_hidden_layers", where=config_path)
     return config

@@ -71,13 +71,13 @@ def shard(model):
     assert len(weight_files(model)) > 2
 
 
-@pytest.mark.parametrize("name", ["simdrop", "top level", "split, no A"])
+@pytest.mark.parametrize("name", ["simdrop", "split, no A"])
 def test_an_old_manifest_gives_the_numbers_of_a_new_one(there, name):
     bundles = ("--b_bundle", "bundles/B", "--c_bundle", "bundles/C")
     expected = nll(there, "--model_path", "A", *bundles)
-    alone = nll(there, "--model_path", "A")
+    alone = nll(there, "--model_path", "A", "--lora_paths", "adapters/A")
     forget(there / "A", name)
-    assert nll(there, "--model_path", "A") == alone
+    assert nll(there, "--model_path", "A", "--lora_paths", "adapters/A") == alone
     assert nll(there, "--model_path", "A", *bundles) == expected
     assert nll(there, "--model_path", "A", "--bundles_dir", "bundles", "--stages", "AB,FULL") == {
         label: value for label, value in expected.items() if label != "A[A]"
@@ -190,11 +190,11 @@ def test_shards_are_read_wherever_a_model_is(there):
 
 def test_of_a_single_file_and_an_index_transformers_and_this_pipeline_take_the_single_file(there):
     save_dense(there / "other", seed=1, vocab_size=259)
-    wanted = open_checkpoint("dense").read("model.norm.weight"), open_checkpoint("other").read("lm_head.weight")
+    single, indexed = (open_checkpoint(model).read("lm_head.weight") for model in ("other", "dense"))
     shard(there / "dense")
     shutil.copy("other/model.safetensors", "dense/model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained("dense", dtype=torch.bfloat16)
-    assert torch.equal(loaded.lm_head.weight, wanted[1])
+    assert torch.equal(loaded.lm_head.weight, single) and not torch.equal(single, indexed)
     assert weight_files("dense") == ("model.safetensors",)
     assert torch.equal(open_checkpoint("dense").read("lm_head.weight"), loaded.lm_head.weight)
 
