@@ -10,7 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from mistral_prune_lora.layout import Layout, layer_file_name, make_manifest
+from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.model_files import layer_file_name
 from mistral_prune_lora.safetensors_file import TensorSpec, write_file
 
 _DEVIATION = 0.02

@@ -16,6 +16,8 @@ with job(snakemake.log[0]):
         dtype=DTYPES[params.dtype],
         device=granted_device(snakemake.resources.get("gpu", 1)),
     )
-    table = angular_distances(states, params.drop, keep_last_layer=params.keep_last_layer)
+    table = angular_distances(
+        states, params.drop, keep_last_layer=params.keep_last_layer, all_blocks=params.candidates == "all"
+    )
     write_importance(table, snakemake.output.table)
     plot_importance(table, snakemake.output.plot)

@@ -84,7 +84,8 @@ def part_of_adapter(adapter: Adapter, layout: Layout) -> str:
     layers = set(adapter.layers)
     if not layers & set(range(layout.num_layers)):
         raise AdapterError(f"has weights for none of the model's {layout.num_layers} layers", where=adapter.path)
-    inside = [part for part in "ABC" if layers <= set(layout.layers_of(part))]
+    known = "A" if layout.unassigned else "ABC"
+    inside = [part for part in known if layers <= set(layout.layers_of(part))]
     if inside:
         return inside[0]
     if is_compact(adapter, layout):

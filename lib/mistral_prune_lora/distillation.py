@@ -27,6 +27,7 @@ from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, 
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
+from mistral_prune_lora.model_files import bundle_layers
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
 from mistral_prune_lora.windows import Windows
 
@@ -178,7 +179,7 @@ def train_adapter(
         teacher_dir: the dense model.
         windows: training windows; their order is drawn anew for every pass over them.
         output_dir: the adapter's directory, written whole or not at all.
-        bundles: what to restore into the student: for B its bundle; for C the merged B and C's bundle.
+        bundles: what to restore into the student: for B its bundle; for C the merged B and then C's bundle.
         states: what `teacher_states` wrote for the same windows; without it the teacher's layers run along.
         lora, loss, optimiser, dtype, device, seed: settings.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -193,8 +194,9 @@ def train_adapter(
     checkpoint = open_checkpoint(student_dir)
     if checkpoint.layout is None:
         raise CheckpointError("there is no manifest.json", where=student_dir, mend="give an A model or a merged A")
-    layers = stage_layers(stage, checkpoint.layout)
-    _check_restored(stage, checkpoint.layout, bundles)
+    layout = _told_by_bundles(checkpoint.layout, stage, bundles)
+    layers = stage_layers(stage, layout)
+    _check_restored(stage, layout, bundles)
     started = time.monotonic()
     student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
     model = _with_adapter(student, layers, lora)
@@ -220,6 +222,16 @@ def train_adapter(
         model.save_pretrained(fresh)
         curve.to_csv(fresh / "training.csv", index=False)
         write_json(fresh / "training.json", about)
+
+
+def _told_by_bundles(layout: Layout, stage: str, bundles: Sequence[str | Path]) -> Layout:
+    """The layout, with B and C told by the bundles that are restored where the manifest leaves them open: B, then C."""
+    if not layout.unassigned:
+        return layout
+    # From the end: C's student has one bundle where B holds no layers.
+    parts = reversed("BC"[: "ABC".index(stage)])
+    held = {part: bundle_layers(bundle) for part, bundle in zip(parts, reversed(bundles), strict=False)}
+    return layout.assigned(held, where="--bundle")
 
 
 def _check_restored(stage: str, layout: Layout, bundles: Sequence[str | Path]) -> None:

@@ -67,7 +67,9 @@ def last_token_states(
     return torch.stack([torch.stack(states) for states in seen], dim=1)
 
 
-def angular_distances(states: torch.Tensor, block: int, *, keep_last_layer: bool = True) -> pd.DataFrame:
+def angular_distances(
+    states: torch.Tensor, block: int, *, keep_last_layer: bool = True, all_blocks: bool = True
+) -> pd.DataFrame:
     """The angular distance between what enters and what leaves every legal block of consecutive layers.
 
     distance = arccos(mean over windows of the cosine) / pi, at the last token, after Gromov et al. 2024
@@ -77,6 +79,9 @@ def angular_distances(states: torch.Tensor, block: int, *, keep_last_layer: bool
         states: as `last_token_states` gives them.
         block: layers in a block.
         keep_last_layer: leave out blocks that hold the last layer.
+        all_blocks: of L layers, block starts are 0 to L - block, and to L - block - 1 with `keep_last_layer`. False
+            leaves the last of them out: the original scripts measure what leaves a block as the input of the layer
+            after it, which the last block has not, and take one more from the end with `keep_last_layer`.
 
     Returns:
         One row a block, by start: start, end (inclusive), angular_distance, rank (1 is the smallest), recommended,
@@ -86,7 +91,7 @@ def angular_distances(states: torch.Tensor, block: int, *, keep_last_layer: bool
         LayoutError: no block of that size is legal.
     """
     count = len(states) - 1
-    starts = range(count - block + (0 if keep_last_layer else 1))
+    starts = range(count - block + 1 - keep_last_layer - (not all_blocks))
     if block < 1 or not starts:
         raise LayoutError(
             f"no block of {block} layers can be dropped from {count}", mend="drop fewer layers, at least one"

@@ -10,16 +10,11 @@ from pathlib import Path
 
 from mistral_prune_lora.adapter import Adapter, Update, check_values
 from mistral_prune_lora.adapter_scope import check_for_a, from_compact, open_adapters
-from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint, read_config
+from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.layout import (
-    SINGLE_FILE,
-    Layout,
-    is_model_dir,
-    layer_file_name,
-    layout_from_manifest,
-    read_manifest,
-)
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.manifest import read_layout
+from mistral_prune_lora.model_files import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name, read_config
 from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -47,6 +42,7 @@ class MergePlan:
         layers: layers whose weights are written.
         layout: the parts as the manifest says them; None without one.
         out_of_scope: adapter tensors that belong to no layer of this target, by adapter directory.
+        frame: the A model that a bundle belongs to; None for a model, or where nothing names it.
     """
 
     kind: str
@@ -57,6 +53,7 @@ class MergePlan:
     layers: tuple[int, ...]
     layout: Layout | None
     out_of_scope: dict[str, list[str]] = field(default_factory=dict)
+    frame: Path | None = None
 
     @property
     def items(self) -> list[Item]:
@@ -126,7 +123,8 @@ def plan_merge(
     renamed = base.kind == "bundle"
     files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
-    return MergePlan("bundle" if bundle else "model", base, opened, adapters, files, layers, layout, out_of_scope)
+    kind = "bundle" if bundle else "model"
+    return MergePlan(kind, base, opened, adapters, files, layers, layout, out_of_scope, frame)
 
 
 def _from_compact(adapters: Sequence[Adapter], base: Checkpoint, layout: Layout | None) -> tuple[Adapter, ...]:
@@ -168,8 +166,7 @@ def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Pat
 
 def _layout_of(model: str | Path) -> tuple[Layout | None, int]:
     """(the layout by a model directory's manifest, the dense model's layer count); reads no weights."""
-    manifest, num_layers = read_manifest(model), read_config(model)["num_hidden_layers"]
-    layout = layout_from_manifest(manifest, num_layers) if manifest else None
+    layout, num_layers = read_layout(model), read_config(model)["num_hidden_layers"]
     return layout, layout.num_layers if layout else num_layers
 
 
@@ -185,6 +182,8 @@ def _scope(base: Checkpoint, layout: Layout | None, frame: Path | None) -> froze
                 mend="use the A directory that pruning wrote, with its manifest.json",
             )
         return frozenset(base.layers) - frozenset(dropped)
+    if not base.layers:
+        raise LayoutError("this bundle holds no layers", where=base.path, mend="there is nothing to merge into it")
     strays = sorted(set(base.layers) - set(layout.dropped)) if layout else []
     if strays:
         raise LayoutError(

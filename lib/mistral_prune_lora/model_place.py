@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, SourceError
-from mistral_prune_lora.layout import is_model_dir
+from mistral_prune_lora.model_files import is_model_dir
 
 
 def model_directory(path: str) -> Path:

@@ -12,8 +12,8 @@ from transformers import MistralForCausalLM
 
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
-from mistral_prune_lora.layout import layout_from_manifest, read_manifest
-from mistral_prune_lora.pruning.layeronly_drop import main
+from mistral_prune_lora.manifest import layout_from_manifest, read_manifest
+from mistral_prune_lora.pruning.layeronly_drop import main, parse
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,65 @@ def test_the_last_layer_is_a_candidate_only_if_it_may_go(states):
     for block in (0, 8):
         with pytest.raises(LayoutError, match="no block"):
             angular_distances(states, block)
+
+
+def original_starts(layers, block, keep_last_layer):
+    """Where the original script lets a block begin: it wants the input of the layer after the block."""
+    end = layers - block - (1 if keep_last_layer else 0)
+    return [start for start in range(end) if start + block < layers]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("block", [1, 3, 6])
+def test_candidates_are_all_blocks_or_those_of_the_original_script(states, block, keep):
+    every = angular_distances(states, block, keep_last_layer=keep)
+    assert every.start.tolist() == list(range(8 - block if keep else 8 - block + 1))
+    original = angular_distances(states, block, keep_last_layer=keep, all_blocks=False)
+    assert original.start.tolist() == original_starts(8, block, keep)
+    assert original.angular_distance.tolist() == every.angular_distance.tolist()[:-1]
+
+
+def test_a_block_that_leaves_no_candidate_is_refused(states):
+    with pytest.raises(LayoutError, match="no block of 7 layers"):
+        angular_distances(states, 7, all_blocks=False)
+
+
+def test_a_block_of_one_layer_is_cs(states):
+    table = angular_distances(states, 1)
+    assert set(table.B) == {""} and table.C[4] == "4"
+
+
+REQUIRED = ["--model", "dense", "--save_dir", "A", "--save_removed_dir", "bundles"]
+
+
+def test_the_preset_searches_as_the_original_script_and_flags_go_before_it():
+    wanted = {
+        "dataset": "c4",
+        "nsamples": 64,
+        "seqlen": 1024,
+        "dtype": "fp16",
+        "drop_frac": 0.3,
+        "keep_last_layer": False,
+    }
+    wanted |= {"candidates": "original", "split_policy": "half", "split_ratio": 0.5, "seed": 0}
+    given = vars(parse([*REQUIRED, "--preset", "original"]))
+    assert {key: given[key] for key in wanted} == wanted
+    flags = ["--drop_frac", "0.25", "--seqlen", "2048", "--dataset", "wikitext2"]
+    for words in ([*flags, "--preset", "original"], ["--preset", "original", *flags]):
+        given = vars(parse([*REQUIRED, *words]))
+        changed = {"drop_frac": 0.25, "seqlen": 2048, "dataset": "wikitext2"}
+        assert {key: given[key] for key in wanted} == wanted | changed
+    ours = vars(parse(REQUIRED))
+    assert ours["candidates"] == "all" and ours["dtype"] == "bf16" and ours["nsamples"] == 128
+
+
+def test_the_preset_as_a_command(dense, tmp_path):
+    flags = ("--preset", "original", "--drop_frac", "0.4")
+    assert main(arguments(dense, tmp_path, *flags)) == 0
+    log = json.loads((tmp_path / "A/prune_log.json").read_text())
+    assert log["settings"]["preset"] == log["settings"]["candidates"] == "original" and log["drop_frac"] == 0.4
+    assert [block["start"] for block in log["blocks"]] == original_starts(8, 3, False)
+    assert log["split"]["B"] == log["selected_block"]["indices"][:1]
 
 
 def test_max_batches_limits_what_is_looked_at(dense):
@@ -91,7 +150,7 @@ def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, c
     layout = layout_from_manifest(manifest)
     assert layout.dropped == tuple(range(best["start"], best["start"] + 3)) and len(layout.b) == 2
     assert log == json.loads((tmp_path / "A/prune_log.json").read_text())
-    assert log["settings"]["seed"] == 3 and log["settings"]["max_batches"] == 4
+    assert log["seed"] == 3 and log["settings"]["max_batches"] == 4
     assert f"B holds {list(layout.b)}" in capsys.readouterr().out
 
 

@@ -63,9 +63,11 @@ def test_a_model_gives_a_full_model(there):
     assert sorted(os.listdir(out)) == [
         "config.json",
         "generation_config.json",
+        "layers_map.json",
         "manifest.json",
         "merge.json",
         "model.safetensors",
+        "prune_log.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
