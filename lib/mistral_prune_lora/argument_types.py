@@ -1,22 +1,82 @@
-"""Kinds of numbers on a command line, for argparse's `type`."""
+"""Kinds of numbers on a command line, for argparse's `type`. Nothing that is not a finite number passes."""
 
 from __future__ import annotations
 
 import argparse
+import math
+
+
+class LeftOut(int):
+    """A default, told from the same number where somebody gave it."""
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    return _at_least(text, 1)
+    return _whole(text, 1)
 
 
 def not_negative(text: str) -> int:
     """A whole number of at least 0."""
-    return _at_least(text, 0)
+    return _whole(text, 0)
 
 
-def _at_least(text: str, least: int) -> int:
-    number = int(text)
+def seed(text: str) -> int:
+    """What a random generator can be started with: a whole number from 0 to 2^63 - 1."""
+    return _whole(text, 0, 2**63 - 1)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    number = _finite(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return _between(_finite(text), text, 0, 1)
+
+
+def dropout(text: str) -> float:
+    """A share that leaves something: from 0 to less than 1."""
+    number = share(text)
+    if number == 1:
+        raise argparse.ArgumentTypeError(f"{text} would drop everything")
+    return number
+
+
+def learning_rate(text: str) -> float:
+    """A number above 0 and at most 1."""
+    return _between(positive_number(text), text, 0, 1)
+
+
+def temperature(text: str) -> float:
+    """A number from 0.01 to 100: beyond, logits divided by it are all alike or overflow."""
+    return _between(_finite(text), text, 0.01, 100)
+
+
+def _whole(text: str, least: int, most: int | None = None) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    return _between(number, text, least, most)
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
+def _between(number, text: str, least: float, most: float | None):
     if number < least:
         raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    if most is not None and number > most:
+        raise argparse.ArgumentTypeError(f"{text} is more than {most}")
     return number

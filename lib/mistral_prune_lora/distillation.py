@@ -23,7 +23,7 @@ from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256
-from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, LayoutError
+from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, LayoutError, PipelineError
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
@@ -79,25 +79,28 @@ class OptimiserSettings:
 
 
 def distillation_loss(
-    student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, settings: LossSettings
+    student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor, settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of Hinton et al. 2015 (https://arxiv.org/abs/1503.02531, section 2) summed over tokens, in float32.
 
     The factor temperature^2 keeps the gradient of the soft part as large as that of the hard part.
 
     Args:
-        student, teacher: logits, shape (tokens, vocabulary).
+        student, teacher: logits, shape (tokens, vocabulary). Without a teacher there is no KL (it is NaN), and the
+            loss is the cross-entropy's part.
         targets: the true next tokens, int64, shape (tokens,).
         settings: weights of the two parts.
 
     Returns:
         Loss, KL(teacher || student) at the temperature, cross-entropy; each summed over tokens, scalar float32.
     """
-    student, teacher, t = student.float(), teacher.float(), settings.temperature
-    kl = functional.kl_div(
-        (student / t).log_softmax(-1), (teacher / t).log_softmax(-1), log_target=True, reduction="sum"
-    )
+    student, t = student.float(), settings.temperature
     ce = functional.cross_entropy(student, targets, reduction="sum")
+    if teacher is None:
+        return (1 - settings.kd_alpha) * ce, torch.full_like(ce, math.nan), ce
+    kl = functional.kl_div(
+        (student / t).log_softmax(-1), (teacher.float() / t).log_softmax(-1), log_target=True, reduction="sum"
+    )
     return settings.kd_alpha * t**2 * kl + (1 - settings.kd_alpha) * ce, kl, ce
 
 
@@ -154,7 +157,7 @@ def train_adapter(
     stage: str,
     *,
     student_dir: str | Path,
-    teacher_dir: str | Path,
+    teacher_dir: str | Path | None,
     windows: Windows,
     output_dir: str | Path,
     bundles: Sequence[str | Path] = (),
@@ -176,7 +179,7 @@ def train_adapter(
     Args:
         stage: "A" (adapts kept layers), "B" or "C" (adapts that bundle's layers).
         student_dir: the A model for stage A, else the merged A.
-        teacher_dir: the dense model.
+        teacher_dir: the dense model; None trains on cross-entropy alone (kd_alpha 0), and no KL is measured.
         windows: training windows; their order is drawn anew for every pass over them.
         output_dir: the adapter's directory, written whole or not at all.
         bundles: what to restore into the student: for B its bundle; for C the merged B and then C's bundle.
@@ -187,7 +190,10 @@ def train_adapter(
     Raises:
         LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
         DataError: the teacher's states belong to other windows or another teacher.
+        PipelineError: there is no teacher, and kd_alpha or states ask for one.
     """
+    if teacher_dir is None and (loss.kd_alpha or states):
+        raise PipelineError("there is no teacher to learn from", where="teacher_dir", mend="name the dense model")
     refuse_foreign(output_dir)
     device = resolve_device(device)
     torch.manual_seed(seed)
@@ -203,14 +209,14 @@ def train_adapter(
     if gradient_checkpointing:
         # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
         student.activation_checkpointing_enable({"use_reentrant": False})
-    teacher = _Teacher(teacher_dir, windows, states, dtype, device)
+    teacher = None if teacher_dir is None else _Teacher(teacher_dir, windows, states, dtype, device)
     curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
     about = {
         "stage": stage,
         "layers": list(layers),
         "student": {"dir": os.fspath(student_dir), "weights": _weight_digests(student_dir)},
         "bundles": {os.fspath(b): _weight_digests(b) for b in bundles},
-        "teacher": {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
+        "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
         "windows": asdict(windows.identity),
         "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -311,7 +317,7 @@ def _stored_states(path, windows: Windows, digests: Mapping[str, str]) -> Activa
 
 def _fit(
     model: PeftModel,
-    teacher: _Teacher,
+    teacher: _Teacher | None,
     windows: Windows,
     loss: LossSettings,
     settings: OptimiserSettings,
@@ -333,7 +339,7 @@ def _fit(
             total = sum(len(batch) for batch in chosen) * (windows.seqlen - 1)
             for batch in chosen:
                 ids = windows.ids[batch].long().to(device)
-                sums += _backward(model, teacher, ids, teacher.hidden(batch), loss, total)
+                sums += _backward(model, teacher, ids, teacher and teacher.hidden(batch), loss, total)
                 tokens += ids.numel()
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
             updater.step()
@@ -345,7 +351,7 @@ def _fit(
     return pd.DataFrame(rows, columns=["step", "loss", "kl", "ce", "learning_rate", "grad_norm", "tokens"])
 
 
-def _backward(model, teacher: _Teacher, ids, taught, loss: LossSettings, total: int) -> torch.Tensor:
+def _backward(model, teacher: _Teacher | None, ids, taught, loss: LossSettings, total: int) -> torch.Tensor:
     """Add the gradients of one batch; returns loss, KL and cross-entropy summed over its tokens, float64.
 
     The head and the loss go in blocks of tokens. Each block's gradient stops at the final hidden states; one backward
@@ -353,14 +359,16 @@ def _backward(model, teacher: _Teacher, ids, taught, loss: LossSettings, total: 
     """
     decoder, head = model.get_base_model().model, model.get_base_model().lm_head
     hidden = decoder(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    targets, taught = ids[:, 1:].flatten(), taught[:, :-1].flatten(0, 1)
+    targets, expected = ids[:, 1:].flatten(), None
+    taught = teacher and taught[:, :-1].flatten(0, 1)
     cut = hidden.detach().requires_grad_(True)
     sums = torch.zeros(3, dtype=torch.float64)
     block = max(1, _BLOCK_LOGITS // head.weight.shape[0])
     for start in range(0, len(targets), block):
         part = slice(start, start + block)
-        with torch.no_grad():
-            expected = functional.linear(taught[part], teacher.head)
+        if teacher:
+            with torch.no_grad():
+                expected = functional.linear(taught[part], teacher.head)
         parts = distillation_loss(head(cut[part]), expected, targets[part], loss)
         (parts[0] / total).backward()
         sums += torch.stack([p.detach().double().cpu() for p in parts])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_prune_lora.activations import require_space
+from mistral_prune_lora.argument_types import LeftOut
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import AdapterError, LayoutError, PipelineError
@@ -27,6 +28,7 @@ from mistral_prune_lora.evaluation_report import (
     model_lines,
     opening,
     summary,
+    windows_line,
     write_csv,
     write_json,
 )
@@ -149,6 +151,7 @@ class _Evaluation:
         kept = subject.layout.kept
         model_type = subject.model.config["model_type"]
         print(model_lines(model_type, subject.layout, len(kept), subject.parameters(kept), self._compute.device))
+        print(windows_line(windows.identity, self._limits(), self._args.seed))
         teaches = subject.is_dense and not subject.adapters and self._teacher is None and number < count
         teacher = self._teacher[0] if self._teacher and self._teacher[1] == windows.identity.ids_sha256 else None
         self._announce_space(subject, wanted, windows, teacher, teaches)
@@ -196,8 +199,21 @@ class _Evaluation:
         args = self._args
         adapter = args.lora_paths[0] if args.lora_paths else None
         tokenizer = load_tokenizer(subject.model.path, tokenizer_path=args.tokenizer_path, adapter_path=adapter)
-        limit = args.nsamples if args.max_batches is None else min(args.nsamples, args.max_batches * args.batch_size)
+        limit = min(count for count, _ in self._limits())
         return make_windows(self._text, tokenizer, seqlen=args.seqlen, max_windows=limit, seed=args.seed)
+
+    def _limits(self) -> list[tuple[int, str]]:
+        """What bounds the number of windows, and in whose name; first what the user cannot raise."""
+        args, limits = self._args, []
+        if self._text.max_windows is not None:
+            limits.append((self._text.max_windows, f"all that the protocol of {self._text.name} looks at"))
+        if args.max_batches is not None:
+            limits.append((args.max_batches * args.batch_size, "--max_batches"))
+        default = isinstance(args.nsamples, LeftOut)
+        limits.append(
+            (args.nsamples, "the default of --nsamples: give --nsamples for more" if default else "--nsamples")
+        )
+        return limits
 
     def _hidden_file(self, windows: Windows) -> Path:
         return self._folder / f"dense-{windows.identity.ids_sha256[:16]}-{self._args.dtype}.safetensors"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mistral_prune_lora.argument_types import positive
+from mistral_prune_lora.argument_types import LeftOut, positive, seed
 from mistral_prune_lora.errors import reports_errors
 
 _EPILOG = """\
@@ -72,9 +72,10 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--text_file", action="append", default=[], metavar="FILE",
         help="a UTF-8 text file instead of a dataset; may be given several times (default: none)")  # fmt: skip
     text.add_argument("--seqlen", type=positive, default=2048, help="token ids in a window (default: %(default)s)")
-    text.add_argument("--nsamples", type=positive, default=256,
-        help="windows at most; WikiText-2 has 163 with Mistral's tokenizer (default: %(default)s)")  # fmt: skip
-    text.add_argument("--seed", type=int, default=0,
+    text.add_argument("--nsamples", type=positive, default=LeftOut(256),
+        help="windows at most; WikiText-2 has 163 with Mistral's tokenizer. What this cuts off is said "
+        "(default: %(default)s)")  # fmt: skip
+    text.add_argument("--seed", type=seed, default=0,
         help="which windows are taken where there are more than --nsamples: 0 takes the first ones, as published "
         "numbers do; any other seeds a random choice (default: %(default)s)")  # fmt: skip
     text.add_argument("--max_batches", type=positive, metavar="N", help="stop after N batches (default: all)")

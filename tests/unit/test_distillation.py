@@ -18,7 +18,7 @@ from mistral_prune_lora.distillation import (
     teacher_states,
     train_adapter,
 )
-from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
+from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, PipelineError
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import load_model
 
@@ -175,6 +175,16 @@ def test_states_of_other_windows_or_another_teacher_are_refused(parts, tmp_path)
     teacher_states(stranger, random_windows(6, 16), tmp_path / "states", dtype=torch.float32)
     with pytest.raises(DataError, match="another teacher"):
         train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_without_a_teacher_the_loss_is_cross_entropy_and_nothing_else_can_be_asked_for(parts, tmp_path):
+    student, targets = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)), torch.arange(7)
+    loss, kl, ce = distillation_loss(student, None, targets, LossSettings(0.0, 2.0))
+    assert loss == ce == torch.nn.functional.cross_entropy(student, targets, reduction="sum") and kl.isnan()
+    for asked in ({"loss": LossSettings(0.1, 2.0)}, {"loss": LossSettings(0.0), "states": tmp_path / "states"}):
+        with pytest.raises(PipelineError, match="no teacher to learn from"):
+            train(parts, "A", tmp_path / "adapter", teacher_dir=None, **asked)
     assert not (tmp_path / "adapter").exists()
 
 

@@ -15,6 +15,7 @@ from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
+from mistral_prune_lora.version import package_line
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def refused(capsys, output: Path, words: list, what: str) -> str:
     before = sorted(output.parent.iterdir())
     assert main([str(word) for word in words]) == 1
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if "Loading weights" not in line and "Writing model" not in line]
-    assert len(lines) == 1
+    who, *lines = [line for line in err.splitlines() if "Loading weights" not in line and "Writing model" not in line]
+    assert who == package_line() and len(lines) == 1
     assert lines[0].startswith("error: ")
     assert out == ""
     assert sorted(output.parent.iterdir()) == before

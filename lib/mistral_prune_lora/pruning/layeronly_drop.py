@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from mistral_prune_lora.argument_types import positive
+from mistral_prune_lora.argument_types import positive, seed, share
 from mistral_prune_lora.errors import LayoutError, PipelineError, reports_errors
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import PRUNE_LOG, read_layout
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto, cpu or cuda:N, for the search (default: %(default)s)")
     p.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="for the search (default: bf16)")
     p.add_argument(
-        "--drop_frac", type=float, default=0.25, help="share of the layers to drop, rounded (default: %(default)s)"
+        "--drop_frac", type=share, default=0.25, help="share of the layers to drop, rounded (default: %(default)s)"
     )
     p.add_argument("--keep_last_layer", action="store_true", help="never drop the last layer (default: it may go)")
     p.add_argument(
@@ -68,13 +68,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mirror", metavar="DIR", help="a local copy of the dataset (default: the Hub)")
     p.add_argument("--text_file", action="append", default=[], metavar="FILE", help="calibrate on text files instead")
     p.add_argument("--nsamples", type=positive, default=128, help="calibration windows (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="draws the windows (default: %(default)s)")
+    p.add_argument("--seed", type=seed, default=0, help="draws the windows (default: %(default)s)")
     p.add_argument("--seqlen", type=positive, default=2048, help="tokens in a window (default: %(default)s)")
     p.add_argument("--max_batches", type=positive, help="look at so many windows at most (default: all)")
     p.add_argument("--save_dir", required=True, metavar="DIR", help="where A goes")
     p.add_argument("--save_removed_dir", required=True, metavar="DIR", help="where B/ and C/ go")
     p.add_argument("--split_policy", default="half", choices=("half", "ratio"), help="B and C (default: %(default)s)")
-    p.add_argument("--split_ratio", type=float, default=0.5, help="B's share with 'ratio' (default: %(default)s)")
+    p.add_argument("--split_ratio", type=share, default=0.5, help="B's share with 'ratio' (default: %(default)s)")
     p.add_argument(
         "--prune_log",
         metavar="FILE",
