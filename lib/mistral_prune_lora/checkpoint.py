@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.families import read_config, spread_layer_kinds
 from mistral_prune_lora.layout import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -89,7 +90,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Reads headers only; no tensor is loaded.
 
     Raises:
-        CheckpointError: neither; files missing, malformed or outside the directory; pickled weights only.
+        CheckpointError: neither; files missing, malformed or outside the directory; pickled weights only; a model of a
+            family that is not taken.
         LayoutError: the manifest or bundle_meta.json is malformed.
     """
     path = Path(os.path.abspath(path))
@@ -106,23 +108,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def read_config(path: str | Path) -> dict:
-    """The parsed config.json of a model directory.
-
-    Raises:
-        CheckpointError: missing, or not a JSON object with num_hidden_layers.
-    """
-    config_path = Path(path) / "config.json"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        int(config["num_hidden_layers"])
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=config_path) from None
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError("is not a model configuration with num_hidden_layers", where=config_path) from None
-    return config
-
-
 def _open_model(path: Path) -> Checkpoint:
     config = read_config(path)
     manifest = read_manifest(path)
@@ -132,7 +117,7 @@ def _open_model(path: Path) -> Checkpoint:
     if layout and len(original) == len(layout.kept) < layout.num_layers:
         # A compact A numbers its kept layers 0..n-1; everything else here speaks of original indices.
         original = layout.kept
-        config = {**config, "num_hidden_layers": layout.num_layers}
+        config = spread_layer_kinds(config, layout.num_layers, path / "config.json")
     entries = {}
     for name, entry in stored.items():
         match = _STORED_LAYER_PREFIX.match(name)

@@ -12,6 +12,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
 from mistral_prune_lora.errors import LayoutError, PipelineError
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout import Layout, is_model_dir, layout_from_manifest, read_manifest, weight_files
 
 
@@ -117,17 +118,21 @@ def _model_faults(path: str, folder: str) -> Iterator[str]:
         yield f"{path}: {folder} holds no config.json"
         return
     try:
+        read_config(folder)
         weight_files(folder)
-    except LayoutError as error:
+    except PipelineError as error:
         yield f"{path}: {error}"
 
 
 def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     experiment = config["experiments"][name]
+    given = experiment.get("pruned")
     try:
         layout = experiment_layout(config, name)
-    except LayoutError as error:
-        yield f"{path}.{'pruned' if 'pruned' in experiment else 'layers'}: {error}"
+        if given and is_model_dir(given["A"]):
+            read_config(given["A"])
+    except PipelineError as error:
+        yield f"{path}.{'pruned' if given else 'layers'}: {error}"
         return
     total = config["models"][experiment["model"]]["num_layers"]
     if layout.num_layers != total:

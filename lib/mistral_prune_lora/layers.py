@@ -17,11 +17,11 @@ from typing import Protocol
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from mistral_prune_lora.architecture import empty_decoder
 from mistral_prune_lora.checkpoint import Checkpoint
 from mistral_prune_lora.errors import DataError, PipelineError
-from mistral_prune_lora.families import check_family
 from mistral_prune_lora.model import build_layer
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.safetensors_file import DTYPES as STORED_DTYPES
@@ -158,18 +158,11 @@ class Backbone:
     """The model's own decoder without embedding and norm, in which layers come and go."""
 
     def __init__(self, config: PreTrainedConfig, compute: Compute) -> None:
-        """Make it, with a PassLayer everywhere.
-
-        Raises:
-            CheckpointError: an architecture that does more around its layers than Mistral's and Llama's.
-        """
-        check_family(config.to_dict(), "config.json")
+        """Make it, with a PassLayer everywhere."""
         self.compute, self._config = compute, config
-        self._model = _one_layer_model(config)
-        self._model.config = config
+        self._model = empty_decoder(config, compute.device)
         self._model.layers = nn.ModuleList(PassLayer(i) for i in range(config.num_hidden_layers))
         self._model.norm = nn.Identity()
-        self._model.rotary_emb = type(self._model.rotary_emb)(config).to(compute.device)
         self._model.eval()
 
     def resident(self, groups: Sequence[Sequence[LayerSource]]) -> Iterator[Sequence[LayerSource]]:
@@ -229,7 +222,7 @@ class Backbone:
 
 def build_norm(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The norm between a model's last layer and its head, with its weights, in eval mode."""
-    norm = _one_layer_model(config).norm
+    norm = empty_decoder(config).norm
     norm.load_state_dict({"weight": checkpoint.read("model.norm.weight", dtype).to(device)}, assign=True)
     return norm.eval().requires_grad_(False)
 
@@ -325,10 +318,3 @@ class DelayedStore:
             arrived.synchronize()
             self._pending = None
             self._sink(batch, host)
-
-
-def _one_layer_model(config: PreTrainedConfig) -> nn.Module:
-    """The architecture's decoder without weights; one layer is enough to ask it for its parts."""
-    single = type(config)(**{**config.to_dict(), "num_hidden_layers": 1})
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(single).model

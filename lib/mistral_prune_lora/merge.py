@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_prune_lora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from mistral_prune_lora.checkpoint import read_config
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import INDEX_FILE, Layout, make_manifest, read_manifest
 from mistral_prune_lora.merge_plan import MergePlan, plan_merge, shard_index

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_prune_lora.adapter import Adapter, Update, check_values, open_adapter
-from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint, read_config
+from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout import (
     SINGLE_FILE,
     Layout,

@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     from pathlib import Path
 
     from mistral_prune_lora import distillation
+    from mistral_prune_lora.families import read_config
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.model_place import model_directory
     from mistral_prune_lora.text import load_text
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.windows import make_windows
 
     device, dtype, teacher = given.device, DTYPES[given.dtype], model_directory(given.teacher)
+    read_config(given.student)  # refused before the text is fetched
     text = load_text(given.dataset, split="train", mirror=given.mirror, text_files=given.text_file)
     windows = make_windows(text, load_tokenizer(teacher), seqlen=given.seqlen, max_windows=given.nsamples)
     if given.teacher_states and not Path(given.teacher_states).exists():

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     named, given.model = given.model, model_directory(given.model)
     if given.b_layers or given.c_layers:
-        from mistral_prune_lora.checkpoint import read_config
+        from mistral_prune_lora.families import read_config
 
         count = read_config(given.model)["num_hidden_layers"]
         layout = Layout(count, tuple(given.b_layers or ()), tuple(given.c_layers or ()))
@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
-    from mistral_prune_lora.checkpoint import read_config
     from mistral_prune_lora.device import resolve_device
+    from mistral_prune_lora.families import read_config
     from mistral_prune_lora.importance import angular_distances, last_token_states
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.prune import split_block
