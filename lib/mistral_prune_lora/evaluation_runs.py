@@ -87,6 +87,19 @@ def embedding_bytes(model: Checkpoint, compute: Compute) -> int:
     return 0 if compute.device.type == "cuda" else model.entries["model.embed_tokens.weight"].nbytes
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What is kept at the end of a run, where that is not the hidden states that leave its last layer.
+
+    Attributes:
+        apply: makes what is kept of a batch of them; same shape and dtype.
+        record: kept with it instead of the run's own.
+    """
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    record: Mapping
+
+
 def run_to_file(
     start: Start,
     sources: Sequence[LayerSource],
@@ -94,6 +107,7 @@ def run_to_file(
     config: PreTrainedConfig,
     compute: Compute,
     output: Path,
+    ending: Ending | None = None,
 ) -> None:
     """Run layers and keep the activations at their end; those that do not fit into memory at once go through files."""
     shape, scratch, remaining = (*windows.ids.shape, config.hidden_size), None, sources
@@ -109,8 +123,9 @@ def run_to_file(
     groups = resident_groups(remaining, compute, config, windows.seqlen, reserved)
     backbone = Backbone(config, compute)
     for group in backbone.resident(groups):
+        last = ending if group is groups[-1] else None
         target = output if group is groups[-1] else _scratch_file(output, group[-1].index)
-        record = extend_record(record, group, compute)
+        record = last.record if last else extend_record(record, group, compute)
         with (
             ActivationWriter(target, shape, compute.dtype, compute.batch_size, record) as writer,
             _bar(f"layers {group[0].index}-{group[-1].index}", windows, compute, writer.done) as bar,
@@ -118,7 +133,8 @@ def run_to_file(
             store = DelayedStore(writer.write, compute)
             missing = [b for b in range(_batches(windows, compute)) if b not in writer.done]
             for batch, hidden in stream_batches(read, missing, len(windows), compute):
-                store.put(batch, backbone(hidden))
+                hidden = backbone(hidden)
+                store.put(batch, last.apply(hidden) if last else hidden)
                 bar.update(hidden.shape[0] * hidden.shape[1])
             store.flush()
             writer.finish()

@@ -6,11 +6,10 @@ positions, rotary embedding and attention mask are made by the code that makes t
 
 from __future__ import annotations
 
-import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,11 +24,11 @@ from mistral_prune_lora.errors import DataError, PipelineError
 from mistral_prune_lora.model import build_layer
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.safetensors_file import DTYPES as STORED_DTYPES
+from mistral_prune_lora.sizes import size_text
 
 # Of what is free; the rest is for whoever else is on the machine, and for the page cache that weights are read through.
 # A CPU gains nothing from more layers at once but fewer trips of the hidden states to disk, so it takes less.
 _SHARE_OF_FREE_MEMORY = {"cuda": 0.5, "cpu": 0.25}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -89,24 +88,6 @@ class LayerSource:
         """Bytes of the layer's weights in `dtype`."""
         entries = self.checkpoint.layer(self.index).values()
         return sum(e.nbytes // STORED_DTYPES[e.dtype].itemsize * dtype.itemsize for e in entries)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "6GB", "500 MB" or "8000000000" (powers of 1000).
-
-    Raises:
-        ValueError: it is not a size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is not a size such as 6GB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
-def size_text(nbytes: int) -> str:
-    """A size as `parse_size` reads it, rounded up to two decimals, so that it is never too small: "1.33GB"."""
-    power = next((p for p in (3, 2, 1) if nbytes >= 1000**p), 0)
-    return f"{math.ceil(nbytes / 1000**power * 100) / 100:g}{('', 'K', 'M', 'G')[power]}B"
 
 
 def resident_groups(
@@ -215,9 +196,25 @@ class Backbone:
             slots[source.index] = layer
 
     @torch.inference_mode()
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run a batch, shape (n, seqlen, hidden), through the resident layers; positions start at 0."""
-        return self._model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    def __call__(self, hidden: torch.Tensor, watch: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+        """Run a batch, shape (n, seqlen, hidden), through the resident layers; positions start at 0.
+
+        Args:
+            hidden: what enters the first of them.
+            watch: called after each of them with its index and the hidden states that leave it.
+        """
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self._model.layers if watch else ()):
+                if not isinstance(layer, PassLayer):
+                    hooks.callback(layer.register_forward_hook(_watching(watch, index)).remove)
+            return self._model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+
+def _watching(watch: Callable[[int, torch.Tensor], None], index: int) -> Callable[..., None]:
+    def hook(layer, inputs, hidden) -> None:
+        watch(index, hidden)
+
+    return hook
 
 
 def build_norm(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.families import read_config
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.model_place import model_directory
+    from mistral_prune_lora.teacher_states import teacher_states
     from mistral_prune_lora.text import load_text
     from mistral_prune_lora.tokenizer import load_tokenizer
     from mistral_prune_lora.windows import make_windows
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     text = load_text(given.dataset, split="train", mirror=given.mirror, text_files=given.text_file)
     windows = make_windows(text, load_tokenizer(teacher), seqlen=given.seqlen, max_windows=given.nsamples)
     if given.teacher_states and not Path(given.teacher_states).exists():
-        distillation.teacher_states(teacher, windows, given.teacher_states, dtype=dtype, device=device)
+        teacher_states(teacher, windows, given.teacher_states, dtype=dtype, device=device)
     distillation.train_adapter(
         given.stage,
         student_dir=given.student,

@@ -26,8 +26,10 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a model checkpoint, with the dense model's layer count.
 
     Raises:
-        CheckpointError: transformers cannot use it.
+        CheckpointError: a bundle; or transformers cannot use it.
     """
+    if checkpoint.kind != "model":
+        raise CheckpointError("is a bundle, not a model", where=checkpoint.path, mend="give the A model's directory")
     settings = dict(checkpoint.config)
     try:
         config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
@@ -74,8 +76,6 @@ def load_model(
         LayoutError: a bundle's layer is not one that the model dropped.
     """
     checkpoint = open_checkpoint(path)
-    if checkpoint.kind != "model":
-        raise CheckpointError("is a bundle, not a model", where=path, mend="give the A model's directory")
     config = model_config(checkpoint)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -14,7 +14,6 @@ from tiny import save_adapter, save_tokenizer, tiny_config
 from transformers import Gemma2Config, LlavaConfig, MixtralConfig, Phi3Config
 
 from mistral_prune_lora.configuration import ConfigError, check_config
-from mistral_prune_lora.distillation import teacher_states
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation import run_segment
 from mistral_prune_lora.families import FAMILIES, check_family, read_config
@@ -26,6 +25,7 @@ from mistral_prune_lora.model import load_model
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
 from mistral_prune_lora.stage_manager import DynamicStageManager
+from mistral_prune_lora.teacher_states import teacher_states
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -154,7 +154,7 @@ def test_the_library_refuses_where_it_opens_a_model(project):
     calls = [
         lambda: load_model("A", dtype=torch.float32),
         lambda: DynamicStageManager("A", {}, dtype=torch.float32),
-        lambda: last_token_states("dense", windows.ids, dtype=torch.float32),
+        lambda: last_token_states("dense", windows.ids, beside="states.csv", dtype=torch.float32),
         lambda: teacher_states("dense", windows, "states.safetensors", dtype=torch.float32),
         lambda: run_segment(
             model_dir="A",

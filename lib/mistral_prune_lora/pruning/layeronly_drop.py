@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from mistral_prune_lora.argument_types import positive
+from mistral_prune_lora.argument_types import positive, size_in_bytes
 from mistral_prune_lora.errors import LayoutError, reports_errors
 from mistral_prune_lora.layout import Layout, layout_from_manifest, read_manifest
 from mistral_prune_lora.transaction import atomic_file
@@ -47,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--nsamples", type=positive, default=128, help="calibration windows (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="draws the windows (default: %(default)s)")
     p.add_argument("--seqlen", type=positive, default=2048, help="tokens in a window (default: %(default)s)")
+    p.add_argument("--batch_size", type=positive, default=1, help="windows at once (default: %(default)s)")
+    p.add_argument(
+        "--max_memory",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="e.g. 8GB, for the search (default: a share of what is free)",
+    )
     p.add_argument("--max_batches", type=positive, help="look at so many windows at most (default: all)")
     p.add_argument("--save_dir", required=True, metavar="DIR", help="where A goes")
     p.add_argument("--save_removed_dir", required=True, metavar="DIR", help="where B/ and C/ go")
@@ -92,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
+    import torch
+
     from mistral_prune_lora.device import resolve_device
     from mistral_prune_lora.families import read_config
     from mistral_prune_lora.importance import angular_distances, last_token_states
@@ -121,10 +130,12 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
     )
     states = last_token_states(
         given.model,
-        [ids for ids, _ in loader],
+        torch.cat([ids for ids, _ in loader[: given.max_batches]]),
+        beside=given.save_dir,
         dtype=DTYPES[given.dtype],
         device=given.device,
-        max_batches=given.max_batches,
+        batch_size=given.batch_size,
+        max_memory=given.max_memory,
     )
     table = angular_distances(states, size, keep_last_layer=given.keep_last_layer)
     best = table[table.recommended].iloc[0]
