@@ -11,8 +11,9 @@ import torch
 import yaml
 from cut_model import cut, random_windows, save_dense
 from tiny import save_adapter, save_tokenizer, tiny_config
-from transformers import Gemma2Config, LlavaConfig, MixtralConfig, Phi3Config
+from transformers import AutoConfig, Gemma2Config, LlavaConfig, MixtralConfig, Phi3Config
 
+from mistral_prune_lora.checkpoint import Checkpoint
 from mistral_prune_lora.configuration import ConfigError, check_config
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation import run_segment
@@ -21,7 +22,7 @@ from mistral_prune_lora.importance import last_token_states
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main as evaluate
 from mistral_prune_lora.mistral_optimized_kd_lora import main as train
-from mistral_prune_lora.model import load_model
+from mistral_prune_lora.model import load_model, model_config
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
 from mistral_prune_lora.stage_manager import DynamicStageManager
@@ -62,6 +63,29 @@ def test_what_transformers_writes_for_the_families_is_taken(family):
 )
 def test_settings_that_the_families_know_are_taken(family, changes):
     check_family(tiny_config(family).to_dict() | changes, "config.json")
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        {"model_type": "mistral", "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "bfloat16"},
+        {
+            "model_type": "llama", "rope_theta": 500000.0, "pretraining_tp": 1, "max_position_embeddings": 131072,
+            "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}, "torch_dtype": "bfloat16",
+        },
+        {
+            "model_type": "qwen2", "rope_theta": 1000000.0, "max_window_layers": 28, "sliding_window": 131072,
+            "use_sliding_window": False, "use_mrope": False, "torch_dtype": "bfloat16",
+        },
+        {"model_type": "qwen3", "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "head_dim": 128},
+    ],
+)  # fmt: skip
+def test_the_keys_that_published_configurations_have_are_read_as_transformers_reads_them(tmp_path, published):
+    """Older than the present ones: rope_theta and rope_scaling for rope_parameters, torch_dtype for dtype."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 4, **published}))
+    config = model_config(Checkpoint(tmp_path, "model", {}, read_config(tmp_path)))
+    expected = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert config.to_dict() == expected | {"_name_or_path": ""}
 
 
 @pytest.mark.parametrize(
