@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.families import read_config, spread_layer_kinds
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -117,7 +117,7 @@ def _open_model(path: Path) -> Checkpoint:
     if layout and len(original) == len(layout.kept) < layout.num_layers:
         # A compact A numbers its kept layers 0..n-1; everything else here speaks of original indices.
         original = layout.kept
-        config = spread_layer_kinds(config, layout.num_layers, path / "config.json")
+        config = _dense_config(config, layout.num_layers, path)
     entries = {}
     for name, entry in stored.items():
         match = _STORED_LAYER_PREFIX.match(name)
@@ -130,6 +130,24 @@ def _open_model(path: Path) -> Checkpoint:
             name = f"model.layers.{original[index]}.{name[match.end() :]}"
         entries[name] = entry
     return Checkpoint(path, "model", entries, config, layout)
+
+
+def _dense_config(config: dict, num_layers: int, path: Path) -> dict:
+    """The configuration of the dense model, from that of a compact A, which may list its kept layers' attention.
+
+    Raises:
+        CheckpointError: the dropped layers may have another kind of attention than the kept ones.
+    """
+    kinds = set(config.get("layer_types") or ())
+    if len(kinds) > 1 or (not kinds and config.get("use_sliding_window")):
+        raise CheckpointError(
+            "counts only the kept layers, whose attention differs from layer to layer, so that of the dropped ones is"
+            " not known",
+            where=path / "config.json",
+            mend="use an A model whose config.json counts the dense model's layers",
+        )
+    spread = {**config, "num_hidden_layers": num_layers}
+    return {**spread, "layer_types": [*kinds] * num_layers} if kinds else spread
 
 
 def _model_files(path: Path) -> Iterator[dict[str, TensorEntry]]:

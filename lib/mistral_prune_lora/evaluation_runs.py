@@ -34,6 +34,7 @@ from mistral_prune_lora.layers import (
     DelayedStore,
     Embedding,
     LayerSource,
+    embedding_bytes,
     resident_groups,
     stream_batches,
 )
@@ -82,11 +83,6 @@ class Start:
         return self._embedding(self._windows.ids[first:last])
 
 
-def embedding_bytes(model: Checkpoint, compute: Compute) -> int:
-    """Memory on the compute device that the embedding takes: it stays on the CPU, in its stored dtype."""
-    return 0 if compute.device.type == "cuda" else model.entries["model.embed_tokens.weight"].nbytes
-
-
 @dataclass(frozen=True)
 class Ending:
     """What is kept at the end of a run, where that is not the hidden states that leave its last layer.
@@ -109,7 +105,15 @@ def run_to_file(
     output: Path,
     ending: Ending | None = None,
 ) -> None:
-    """Run layers and keep the activations at their end; those that do not fit into memory at once go through files."""
+    """Run layers and keep the activations at their end; those that do not fit into memory at once go through files.
+
+    Args:
+        start: where they start from.
+        sources: the layers, in order.
+        windows, config, compute: what goes through them, and how.
+        output: a file of activations.
+        ending: what is kept in it; None means the hidden states that leave the last layer, with the run's record.
+    """
     shape, scratch, remaining = (*windows.ids.shape, config.hidden_size), None, sources
     record, read, reserved = start.record, start.read, start.nbytes
     # A killed run may have come some groups far, whatever memory it had.

@@ -75,29 +75,6 @@ def check_family(config: Mapping, where: str | Path) -> None:
         )
 
 
-def spread_layer_kinds(config: Mapping, num_layers: int, where: str | Path) -> dict:
-    """The configuration of the dense model, from one that counts only the kept layers and their kinds of attention.
-
-    Args:
-        config: of a model whose kept layers are numbered 0, 1, 2 ...
-        num_layers: of the dense model.
-        where: the file, for the error.
-
-    Raises:
-        CheckpointError: the dropped layers may have another kind of attention than the kept ones.
-    """
-    kinds = set(config.get("layer_types") or ())
-    if len(kinds) > 1 or (not kinds and config.get("use_sliding_window")):
-        raise CheckpointError(
-            "counts only the kept layers, whose attention differs from layer to layer, so that of the dropped ones is"
-            " not known",
-            where=where,
-            mend="Use an A model whose config.json counts the dense model's layers",
-        )
-    spread = {**config, "num_hidden_layers": num_layers}
-    return {**spread, "layer_types": [*kinds] * num_layers} if kinds else spread
-
-
 def _kind_fault(config: Mapping) -> str | None:
     """What makes a model one of another kind, in words."""
     family = config.get("model_type")

@@ -22,13 +22,13 @@ from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.evaluation_runs import embedding_bytes
 from mistral_prune_lora.layers import (
     Backbone,
     Compute,
     DelayedStore,
     Embedding,
     LayerSource,
+    embedding_bytes,
     resident_groups,
     stream_batches,
 )

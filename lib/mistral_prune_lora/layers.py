@@ -244,6 +244,11 @@ class Embedding:
         return self._table[ids.long()].to(self._dtype)
 
 
+def embedding_bytes(model: Checkpoint, compute: Compute) -> int:
+    """Memory on the compute device that the embedding takes: it stays on the CPU, in its stored dtype."""
+    return 0 if compute.device.type == "cuda" else model.entries["model.embed_tokens.weight"].nbytes
+
+
 def stream_batches(
     read: Callable[[int, int], torch.Tensor], batches: Sequence[int], windows: int, compute: Compute
 ) -> Iterator[tuple[int, torch.Tensor]]:

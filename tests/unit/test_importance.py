@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM
 from mistral_prune_lora import importance
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import LayoutError, PipelineError
-from mistral_prune_lora.evaluation_runs import embedding_bytes
 from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
-from mistral_prune_lora.layers import Compute, LayerSource, working_bytes
+from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, working_bytes
 from mistral_prune_lora.layout import layout_from_manifest, read_manifest
 from mistral_prune_lora.model import model_config
 from mistral_prune_lora.pruning.identity import PassLayer
