@@ -13,11 +13,12 @@ from cut_model import cut, save_dense
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
-from transformers import MistralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.layout import Layout
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_OF_ALL = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}
 LAYOUT = Layout(5, (1, 2), (3,))
 
 
@@ -45,7 +46,7 @@ def random_adapter(
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = MistralForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         get_peft_model(model, LoraConfig(**settings)).save_pretrained(folder, save_embedding_layers=False)
     config = json.loads((folder / "adapter_config.json").read_text())
     # PEFT corrects this flag before it saves it; a config that still has it set must do no harm.
@@ -72,7 +73,7 @@ def zero_outside(adapter: Path, layers: Iterable[int], copy: Path | None = None)
 
 def peft_merged(base: Path, adapters: list[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights after PEFT's merge_and_unload, adapter after adapter, with PEFT's defaults."""
-    model = MistralForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for adapter in adapters:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from mistral_prune_lora.sizes import parse_size
+
 
 class LeftOut(int):
     """A default, told from the same number where somebody gave it."""
@@ -54,6 +56,14 @@ def learning_rate(text: str) -> float:
 def temperature(text: str) -> float:
     """A number from 0.01 to 100: beyond, logits divided by it are all alike or overflow."""
     return _between(_finite(text), text, 0.01, 100)
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size such as 8GB."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _whole(text: str, least: int, most: int | None = None) -> int:

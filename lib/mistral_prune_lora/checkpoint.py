@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.json_file import read_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, read_layout, read_manifest, tells_depth
@@ -22,7 +23,6 @@ from mistral_prune_lora.model_files import (
     is_bundle_dir,
     is_model_dir,
     layer_files,
-    read_config,
     weight_files,
 )
 from mistral_prune_lora.safetensors_file import TensorEntry, read_header
@@ -89,7 +89,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Reads headers only; no tensor is loaded.
 
     Raises:
-        CheckpointError: neither; files missing, malformed or outside the directory; pickled weights only.
+        CheckpointError: neither; files missing, malformed or outside the directory; pickled weights only; a model of a
+            family that is not taken.
         LayoutError: the manifest or bundle_meta.json is malformed, or contradicts itself or the files.
     """
     path = Path(os.path.abspath(path))
@@ -113,7 +114,7 @@ def _open_model(path: Path) -> Checkpoint:
     if layout and len(original) == len(layout.kept) < layout.num_layers:
         # A compact A numbers its kept layers 0..n-1; everything else here speaks of original indices.
         original = layout.kept
-        config = {**config, "num_hidden_layers": layout.num_layers}
+        config = _dense_config(config, layout.num_layers, path)
     entries = {}
     for name, entry in stored.items():
         match = _STORED_LAYER_PREFIX.match(name)
@@ -142,6 +143,24 @@ def _refuse_unknown_depth(model: Checkpoint) -> None:
             where=model.path / MANIFEST,
             mend="write the dense model's number of layers into the manifest, as counts.L_full",
         )
+
+
+def _dense_config(config: dict, num_layers: int, path: Path) -> dict:
+    """The configuration of the dense model, from that of a compact A, which may list its kept layers' attention.
+
+    Raises:
+        CheckpointError: the dropped layers may have another kind of attention than the kept ones.
+    """
+    kinds = set(config.get("layer_types") or ())
+    if len(kinds) > 1 or (not kinds and config.get("use_sliding_window")):
+        raise CheckpointError(
+            "counts only the kept layers, whose attention differs from layer to layer, so that of the dropped ones is"
+            " not known",
+            where=path / "config.json",
+            mend="use an A model whose config.json counts the dense model's layers",
+        )
+    spread = {**config, "num_hidden_layers": num_layers}
+    return {**spread, "layer_types": [*kinds] * num_layers} if kinds else spread
 
 
 def _model_files(path: Path) -> Iterator[dict[str, TensorEntry]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
-from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.errors import LayoutError, PipelineError
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, weight_files
@@ -126,18 +127,22 @@ def _model_faults(path: str, folder: str) -> Iterator[str]:
         yield f"{path}: {folder} holds no config.json"
         return
     try:
+        read_config(folder)
         weight_files(folder)
-    except LayoutError as error:
+    except PipelineError as error:
         yield f"{path}: {error}"
 
 
 def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     experiment = config["experiments"][name]
+    given = experiment.get("pruned")
     try:
         layout = experiment_layout(config, name)
         _check_bundles(experiment, layout)
-    except (LayoutError, CheckpointError) as error:
-        yield f"{path}.{'pruned' if 'pruned' in experiment else 'layers'}: {error}"
+        if given and is_model_dir(given["A"]):
+            read_config(given["A"])
+    except PipelineError as error:
+        yield f"{path}.{'pruned' if given else 'layers'}: {error}"
         return
     total = config["models"][experiment["model"]]["num_layers"]
     if layout.num_layers != total:

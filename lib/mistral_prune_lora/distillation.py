@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,16 +18,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from mistral_prune_lora.activations import ActivationReader, ActivationWriter
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.digest import file_sha256
-from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, LayoutError, PipelineError
+from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
 from mistral_prune_lora.model_files import bundle_layers
+from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
 from mistral_prune_lora.windows import Windows
 
@@ -116,43 +115,6 @@ def stage_layers(stage: str, layout: Layout) -> tuple[int, ...]:
     return layers
 
 
-def teacher_states(
-    teacher_dir: str | Path,
-    windows: Windows,
-    output: str | Path,
-    *,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    batch_size: int = 1,
-) -> None:
-    """Run the dense model over the training windows once and keep its final hidden states (after the norm).
-
-    A killed run is continued from its last finished batch.
-
-    Args:
-        teacher_dir: the dense model.
-        windows: the training windows.
-        output: a file of activations, see activations.py, in `dtype`; its record names the token ids and the teacher,
-            which are checked when it is read.
-        dtype, device, batch_size: of the teacher's forward pass.
-    """
-    device = resolve_device(device)
-    teacher = load_model(teacher_dir, dtype=dtype, device=device)
-    shape = (*windows.ids.shape, teacher.config.hidden_size)
-    about = {"ids_sha256": windows.identity.ids_sha256, "teacher": _weight_digests(teacher_dir)}
-    with (
-        ActivationWriter(output, shape, dtype, batch_size, about) as writer,
-        progress(total=windows.ids.numel(), description="teacher", unit="tok") as bar,
-        torch.inference_mode(),
-    ):
-        for batch, start in enumerate(range(0, shape[0], batch_size)):
-            ids = windows.ids[start : start + batch_size].long().to(device)
-            if batch not in writer.done:
-                writer.write(batch, teacher.model(ids, use_cache=False).last_hidden_state.cpu())
-            bar.update(ids.numel())
-        writer.finish()
-
-
 def train_adapter(
     stage: str,
     *,
@@ -214,8 +176,8 @@ def train_adapter(
     about = {
         "stage": stage,
         "layers": list(layers),
-        "student": {"dir": os.fspath(student_dir), "weights": _weight_digests(student_dir)},
-        "bundles": {os.fspath(b): _weight_digests(b) for b in bundles},
+        "student": {"dir": os.fspath(student_dir), "weights": weight_digests(student_dir)},
+        "bundles": {os.fspath(b): weight_digests(b) for b in bundles},
         "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
         "windows": asdict(windows.identity),
         "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
@@ -288,8 +250,8 @@ class _Teacher:
     """The dense model's logits: its head applied to stored states, or the whole model where there are none."""
 
     def __init__(self, teacher_dir, windows: Windows, states, dtype: torch.dtype, device) -> None:
-        self.digests, self._device, self._windows = _weight_digests(teacher_dir), device, windows
-        self._states = _stored_states(states, windows, self.digests) if states else None
+        self.digests, self._device, self._windows = weight_digests(teacher_dir), device, windows
+        self._states = open_teacher_states(states, windows, self.digests) if states else None
         if self._states is None:
             self._model = load_model(teacher_dir, dtype=dtype, device=device).requires_grad_(False)
             self.head = self._model.lm_head.weight
@@ -304,15 +266,6 @@ class _Teacher:
             ids = self._windows.ids[list(chosen)].long().to(self._device)
             return self._model.model(ids, use_cache=False).last_hidden_state
         return torch.cat([self._states.read(i, i + 1) for i in chosen]).to(self._device)
-
-
-def _stored_states(path, windows: Windows, digests: Mapping[str, str]) -> ActivationReader:
-    reader = ActivationReader(path)
-    if reader.run.get("ids_sha256") != windows.identity.ids_sha256:
-        raise DataError("the teacher's states belong to other windows", where=path, mend="make them again")
-    if reader.run.get("teacher") != digests:
-        raise DataError("the teacher's states belong to another teacher", where=path, mend="make them again")
-    return reader
 
 
 def _fit(
@@ -394,7 +347,3 @@ def _schedule(step: int, settings: OptimiserSettings) -> float:
         return (step + 1) / (settings.warmup_steps + 1)
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _weight_digests(path: str | Path) -> dict[str, str]:
-    return {file.name: file_sha256(file) for file in open_checkpoint(path).files}

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.json_file import read_json
 from mistral_prune_lora.layout import Layout
-from mistral_prune_lora.model_files import is_layer_list, is_model_dir, read_config
+from mistral_prune_lora.model_files import is_layer_list, is_model_dir
 
 MANIFEST, PRUNE_LOG = "manifest.json", "prune_log.json"
 _KEPT, _B, _C = "stages.A.kept_layers", "stages.B.removed_layers", "stages.C.removed_layers"

@@ -12,9 +12,10 @@ from mistral_prune_lora.adapter import Adapter, Update, check_values
 from mistral_prune_lora.adapter_scope import check_for_a, from_compact, open_adapters
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import read_layout
-from mistral_prune_lora.model_files import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name, read_config
+from mistral_prune_lora.model_files import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name
 from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
 
 _FLOATS = ("F32", "F16", "BF16")

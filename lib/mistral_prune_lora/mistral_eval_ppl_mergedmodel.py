@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mistral_prune_lora.argument_types import LeftOut, positive, seed
+from mistral_prune_lora.argument_types import LeftOut, positive, seed, size_in_bytes
 from mistral_prune_lora.errors import reports_errors
 
 _EPILOG = """\
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16",
         help="of weights and activations; the loss is always float32 (default: %(default)s)")  # fmt: skip
     how.add_argument("--batch_size", type=positive, default=1, help="windows at once (default: %(default)s)")
-    how.add_argument("--max_memory", type=_size, metavar="SIZE",
+    how.add_argument("--max_memory", type=size_in_bytes, metavar="SIZE",
         help="memory for weights and activations on the device, e.g. 5GB (default: a quarter of "
         "what is free, half on a GPU)")  # fmt: skip
     how.add_argument("--work_dir", metavar="DIR",
@@ -108,15 +108,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _size(text: str) -> int:
-    from mistral_prune_lora.layers import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

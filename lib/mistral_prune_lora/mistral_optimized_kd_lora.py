@@ -157,8 +157,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     request = training_request(vars(parser().parse_args(argv)))
     from mistral_prune_lora import distillation
+    from mistral_prune_lora.families import read_config
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.model_place import model_directory
+    from mistral_prune_lora.teacher_states import teacher_states
     from mistral_prune_lora.text import load_text
     from mistral_prune_lora.tokenizer import load_tokenizer
     from mistral_prune_lora.windows import make_windows
@@ -168,12 +170,13 @@ def main(argv: list[str] | None = None) -> None:
     teacher = model_directory(request.teacher) if request.teacher else None
     if teacher:
         _check_vocabularies(request.student, teacher)
+    read_config(request.student)  # refused before the text is fetched
     text = load_text(given["dataset"], split="train", mirror=given.get("mirror"), text_files=given.get("text_file", ()))
     tokenizer = load_tokenizer(teacher or request.student)
     windows = make_windows(text, tokenizer, seqlen=given["seqlen"], max_windows=given["nsamples"])
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
     if states and not Path(states).exists():
-        distillation.teacher_states(teacher, windows, states, dtype=dtype, device=device)
+        teacher_states(teacher, windows, states, dtype=dtype, device=device)
     distillation.train_adapter(
         request.part,
         student_dir=request.student,
@@ -195,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _check_vocabularies(student: str, teacher: Path) -> None:
     """Raise a CheckpointError where the two models' logits are not of the same tokens."""
-    from mistral_prune_lora.checkpoint import read_config
+    from mistral_prune_lora.families import read_config
 
     sizes = [read_config(folder).get("vocab_size") for folder in (student, teacher)]
     if sizes[0] != sizes[1]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.json_file import read_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -132,17 +132,3 @@ def weight_files(path: str | Path) -> tuple[str, ...]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise LayoutError(f"the index names {shard!r}, which is not a file beside it", where=index)
     return tuple(sorted(set(weight_map.values())))
-
-
-def read_config(path: str | Path) -> dict:
-    """The parsed config.json of a model directory.
-
-    Raises:
-        CheckpointError: missing, or not a JSON object with num_hidden_layers.
-    """
-    config_path = Path(path) / "config.json"
-    config = read_json(config_path, CheckpointError)
-    count = config.get("num_hidden_layers")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise CheckpointError("is not a model configuration with num_hidden_layers", where=config_path)
-    return config

@@ -7,7 +7,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.layout import bundle_layers, is_bundle_dir, layout_from_manifest, read_manifest
+from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.manifest import read_layout
+from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir
 
 PARTS = {"A": "A", "B": "B", "C": "C", "1": "A", "2": "B", "3": "C"}  # by what --stage says
 DEFAULTS = {
@@ -318,7 +319,7 @@ def _check_merged(bundle: Path) -> None:
         raise CheckpointError("is not a bundle", where=bundle, mend="give the directory that merging B wrote")
     bundle_layers(bundle)  # words the error of a malformed bundle_meta.json
     meta = bundle / "bundle_meta.json"
-    if meta.is_file() and json.loads(meta.read_text(encoding="utf-8")).get("merged") is not True:
+    if meta.is_file() and read_json(meta, LayoutError).get("merged") is not True:
         raise LayoutError(
             "this bundle is not a merged one, and C would be trained on a B without its adapter",
             where=bundle,
@@ -331,10 +332,9 @@ def _check_same_pruning(student: str, folder: Path) -> None:
     found = {part: folder / part for part in "BC" if is_bundle_dir(folder / part)}
     if not found:
         raise LayoutError("holds neither B nor C", where=folder, mend="give the directory that pruning wrote them to")
-    manifest = read_manifest(student)
-    if manifest is None:
-        return  # training refuses such a student
-    layout = layout_from_manifest(manifest)
+    layout = read_layout(student)
+    if layout is None or layout.unassigned:
+        return  # training refuses a student without parts; of one that does not tell B from C nothing can be said
     for part, bundle in found.items():
         held = bundle_layers(bundle)
         if held != layout.layers_of(part):

@@ -85,6 +85,24 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         _own.discard(fresh)
 
 
+@contextmanager
+def scratch_directory(target: str | Path) -> Iterator[Path]:
+    """A directory beside `target` for work on the way to it, removed with all that it holds when the block ends.
+
+    What a killed run left is removed by the next one, and whenever `target` itself is written.
+    """
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-{os.getpid()}-", dir=target.parent))
+    _own.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _own.discard(folder)
+
+
 def refuse_foreign(target: str | Path, also: Collection[str] = ()) -> None:
     """Raise a PipelineError if `target` cannot be replaced by a result without losing somebody's files.
 

@@ -15,12 +15,12 @@ from mistral_prune_lora.distillation import (
     LossSettings,
     OptimiserSettings,
     distillation_loss,
-    teacher_states,
     train_adapter,
 )
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, PipelineError
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import load_model
+from mistral_prune_lora.teacher_states import teacher_states
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 QUICK = OptimiserSettings(steps=3, batch_size=2, gradient_accumulation=1, learning_rate=1e-2, warmup_steps=1)
@@ -134,30 +134,6 @@ def test_the_same_settings_give_the_same_bytes_with_stored_states_or_without(par
     mine, theirs = load_file(first / name), load_file(stored / name)
     for key, tensor in mine.items():  # batches are cut otherwise, so the teacher's states differ in rounding
         torch.testing.assert_close(theirs[key], tensor, rtol=1e-2, atol=1e-4)
-
-
-def test_the_teachers_states_go_on_where_a_run_was_stopped(parts, tmp_path, monkeypatch):
-    windows, write, written = random_windows(5, 16), distillation.ActivationWriter.write, []
-
-    def stopping(writer, batch, hidden):
-        if batch == 1:
-            raise KeyboardInterrupt
-        write(writer, batch, hidden)
-
-    def make(name):
-        teacher_states(parts[0], windows, tmp_path / name, dtype=torch.float32, batch_size=2)
-
-    make("undisturbed")
-    monkeypatch.setattr(distillation.ActivationWriter, "write", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        make("states")
-    assert not (tmp_path / "states").exists()
-    monkeypatch.setattr(
-        distillation.ActivationWriter, "write", lambda *args: (written.append(args[1]), write(*args))[1]
-    )
-    make("states")
-    assert written == [1, 2]
-    assert (tmp_path / "states").read_bytes() == (tmp_path / "undisturbed").read_bytes()
 
 
 def test_gradient_accumulation_is_the_larger_batch(parts, tmp_path):

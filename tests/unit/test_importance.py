@@ -8,11 +8,16 @@ import pytest
 import torch
 from cut_model import random_windows, save_dense
 from tiny import save_tokenizer
-from transformers import MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralForCausalLM
 
-from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora import importance
+from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.errors import LayoutError, PipelineError
 from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
+from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, working_bytes
 from mistral_prune_lora.manifest import layout_from_manifest, read_manifest
+from mistral_prune_lora.model import model_config
+from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.pruning.layeronly_drop import main, parse
 
 
@@ -25,7 +30,62 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def states(dense):
-    return last_token_states(dense, list(random_windows(5, 24).ids.long().unsqueeze(1)), dtype=torch.float32)
+    ids = random_windows(5, 24).ids
+    return last_token_states(dense, ids, beside=dense.parent / "importance.csv", dtype=torch.float32)
+
+
+@torch.inference_mode()
+def plain_states(dense, ids, dtype, batch_size=1):
+    """What transformers hands out of the whole model, a batch at a time; after the last layer before the norm."""
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
+    after_last, batches = [], []
+    model.model.norm.register_forward_pre_hook(lambda norm, inputs: after_last.append(inputs[0][:, -1]))
+    for batch in ids.long().split(batch_size):
+        hidden = model(batch, output_hidden_states=True).hidden_states[:-1]
+        batches.append(torch.stack([*(state[:, -1] for state in hidden), after_last.pop()]))
+    return torch.cat(batches, 1).float()
+
+
+@pytest.mark.parametrize("config", [{}, {"family": "qwen3", "use_sliding_window": True, "sliding_window": 9}])
+@pytest.mark.parametrize(("dtype", "batch_size"), [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 2)])
+def test_streamed_states_have_the_bits_of_the_whole_model_s(tmp_path, config, dtype, batch_size):
+    dense, ids = save_dense(tmp_path / "dense", max_window_layers=4, **config), random_windows(5, 24).ids
+    given = {"beside": tmp_path / "out/importance.csv", "dtype": dtype, "batch_size": batch_size}
+    expected = plain_states(dense, ids, dtype, batch_size)
+    assert torch.equal(last_token_states(dense, ids, **given), expected)
+    # Three layers at a time, their hidden states in files between two groups.
+    layer = LayerSource(0, open_checkpoint(dense)).nbytes(dtype)
+    compute = Compute(torch.device("cpu"), dtype, batch_size)
+    config, model = model_config(open_checkpoint(dense)), open_checkpoint(dense)
+    small = working_bytes(compute, config, 24) + embedding_bytes(model, compute) + 3 * layer
+    assert torch.equal(last_token_states(dense, ids, **given, max_memory=small), expected)
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(PipelineError, match="one layer, its hidden states"):
+        last_token_states(dense, ids, **given, max_memory=small - 2 * layer - 1)
+
+
+def test_no_more_layers_are_in_memory_than_fit_and_files_are_gone_when_they_were_read(dense, tmp_path, monkeypatch):
+    seen, resident = [], importance.Backbone.resident
+
+    def watching(self, groups):
+        for group in resident(self, groups):
+            files = [file for file in tmp_path.rglob("*.safetensors")]
+            seen.append((len(group), sum(not isinstance(layer, PassLayer) for layer in self._model.layers), len(files)))
+            yield group
+
+    monkeypatch.setattr(importance.Backbone, "resident", watching)
+    monkeypatch.setattr(importance, "resident_groups", lambda layers, *_: [layers[:3], layers[3:6], layers[6:]])
+    last_token_states(dense, random_windows(3, 16).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
+    assert seen == [(3, 3, 0), (3, 3, 1), (2, 2, 1)]
+
+
+def test_what_a_killed_ranking_left_is_removed_by_the_next(dense, tmp_path):
+    """A process id that is not in use: those of 64-bit Linux end at 2^22."""
+    left = tmp_path / f".importance.csv.new-{1 << 22}-x"
+    left.mkdir()
+    (left / "2.safetensors").write_text("half")
+    last_token_states(dense, random_windows(1, 8).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
+    assert not left.exists()
 
 
 def test_distances_are_those_of_the_models_own_hidden_states(dense, states):
@@ -110,11 +170,6 @@ def test_the_preset_as_a_command(dense, tmp_path):
     assert log["split"]["B"] == log["selected_block"]["indices"][:1]
 
 
-def test_max_batches_limits_what_is_looked_at(dense):
-    ids = list(random_windows(5, 24).ids.long().unsqueeze(1))
-    assert last_token_states(dense, ids, dtype=torch.float32, max_batches=2).shape == (9, 2, 64)
-
-
 def test_the_ranking_as_files(states, tmp_path):
     table = angular_distances(states, 4)
     write_importance(table, tmp_path / "importance.csv")
@@ -136,8 +191,13 @@ def arguments(dense, folder, *more):
     ]  # fmt: skip
 
 
-def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, capsys):
+def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, capsys, monkeypatch):
+    looked_at, measure = [], importance.last_token_states
+    monkeypatch.setattr(
+        importance, "last_token_states", lambda *a, **k: (looked_at.append((len(a[1]), k)), measure(*a, **k))[1]
+    )
     flags = ("--drop_frac", "0.4", "--keep_last_layer", "--max_batches", "4", "--prune_log", str(tmp_path / "log.json"))
+    flags = (*flags, "--batch_size", "3", "--max_memory", "1GB")
     assert main(arguments(dense, tmp_path, *flags, "--split_policy", "ratio", "--split_ratio", "0.7")) == 0
     manifest, log = read_manifest(tmp_path / "A"), json.loads((tmp_path / "log.json").read_text())
     blocks = {b["start"]: b for b in log["blocks"]}
@@ -151,6 +211,8 @@ def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, c
     assert layout.dropped == tuple(range(best["start"], best["start"] + 3)) and len(layout.b) == 2
     assert log == json.loads((tmp_path / "A/prune_log.json").read_text())
     assert log["seed"] == 3 and log["settings"]["max_batches"] == 4
+    (count, how), *_ = looked_at
+    assert (count, how["batch_size"], how["max_memory"]) == (4, 3, 10**9)
     assert f"B holds {list(layout.b)}" in capsys.readouterr().out
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_oracle import LAYOUT, PROJECTIONS, peft_merged, random_adapter, read_result, save_base, zero_outside
+from merge_oracle import (
+    LAYOUT,
+    LORA_OF_ALL,
+    peft_merged,
+    random_adapter,
+    read_result,
+    save_base,
+    zero_outside,
+)
 from safetensors.torch import load_file, save_file
 
 from mistral_prune_lora import merge_stream
@@ -15,7 +23,7 @@ from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 
-LORA = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}
+LORA = LORA_OF_ALL
 KINDS = {
     "lora": LORA,
     "odd scaling": {**LORA, "r": 3, "lora_alpha": 7},

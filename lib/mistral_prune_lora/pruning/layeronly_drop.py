@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from mistral_prune_lora.argument_types import positive, seed, share
+from mistral_prune_lora.argument_types import positive, seed, share, size_in_bytes
 from mistral_prune_lora.errors import LayoutError, PipelineError, reports_errors
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import PRUNE_LOG, read_layout
@@ -70,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--nsamples", type=positive, default=128, help="calibration windows (default: %(default)s)")
     p.add_argument("--seed", type=seed, default=0, help="draws the windows (default: %(default)s)")
     p.add_argument("--seqlen", type=positive, default=2048, help="tokens in a window (default: %(default)s)")
+    p.add_argument("--batch_size", type=positive, default=1, help="windows at once (default: %(default)s)")
+    p.add_argument(
+        "--max_memory",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="e.g. 8GB, for the search (default: a share of what is free)",
+    )
     p.add_argument("--max_batches", type=positive, help="look at so many windows at most (default: all)")
     p.add_argument("--save_dir", required=True, metavar="DIR", help="where A goes")
     p.add_argument("--save_removed_dir", required=True, metavar="DIR", help="where B/ and C/ go")
@@ -103,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
 
     named, given.model = given.model, model_directory(given.model)
     if given.b_layers or given.c_layers:
-        from mistral_prune_lora.checkpoint import read_config
+        from mistral_prune_lora.families import read_config
 
         count = read_config(given.model)["num_hidden_layers"]
         layout = Layout(count, tuple(given.b_layers or ()), tuple(given.c_layers or ()))
@@ -166,8 +173,10 @@ def _copy_log(written: Path, file: Path) -> None:
 
 
 def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
-    from mistral_prune_lora.checkpoint import read_config
+    import torch
+
     from mistral_prune_lora.device import resolve_device
+    from mistral_prune_lora.families import read_config
     from mistral_prune_lora.importance import angular_distances, last_token_states
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.prune import split_block
@@ -195,10 +204,12 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
     )
     states = last_token_states(
         given.model,
-        [ids for ids, _ in loader],
+        torch.cat([ids for ids, _ in loader[: given.max_batches]]),
+        beside=given.save_dir,
         dtype=DTYPES[given.dtype],
         device=given.device,
-        max_batches=given.max_batches,
+        batch_size=given.batch_size,
+        max_memory=given.max_memory,
     )
     table = angular_distances(states, size, keep_last_layer=given.keep_last_layer, all_blocks=given.candidates == "all")
     best = table[table.recommended].iloc[0]
