@@ -95,7 +95,10 @@ def check_dense(path: str | Path) -> None:
         )
     config = model_config(checkpoint)
     with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        wanted = {
+            name: tuple(t.shape)
+            for name, t in AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().items()
+        }
     if head_name(checkpoint) != "lm_head.weight":
         wanted.pop("lm_head.weight", None)
     there = {name: entry.shape for name, entry in checkpoint.entries.items()}

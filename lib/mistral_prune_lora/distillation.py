@@ -7,8 +7,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -21,60 +21,20 @@ from transformers import PreTrainedModel
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.distillation_settings import LoraSettings, LossSettings, OptimiserSettings
+from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
+from mistral_prune_lora.finite import all_finite
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
 from mistral_prune_lora.model_files import bundle_layers
 from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
+from mistral_prune_lora.window_warnings import warn_of
 from mistral_prune_lora.windows import Windows
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CALMER = "Use a smaller learning rate, or bf16 or fp32 instead of fp16; nothing was written"
 _BLOCK_LOGITS = 1 << 25  # logits of one block of tokens: 128 MB of float32, once each for student and teacher
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """The adapter's shape, in PEFT's terms."""
-
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = PROJECTIONS
-    use_rslora: bool = False
-    use_dora: bool = False
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """loss = kd_alpha * temperature^2 * KL(teacher || student) + (1 - kd_alpha) * cross-entropy."""
-
-    kd_alpha: float = 0.9
-    temperature: float = 2.0
-
-
-@dataclass(frozen=True)
-class OptimiserSettings:
-    """AdamW with linear warm-up and cosine decay to zero.
-
-    Attributes:
-        steps: updates of the weights.
-        batch_size: windows in one forward pass.
-        gradient_accumulation: forward passes in one update.
-        learning_rate: its peak.
-        warmup_steps: updates until the peak.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are scaled down to this norm.
-    """
-
-    steps: int = 1000
-    batch_size: int = 1
-    gradient_accumulation: int = 8
-    learning_rate: float = 2e-4
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
 
 
 def distillation_loss(
@@ -100,7 +60,7 @@ def distillation_loss(
     kl = functional.kl_div(
         (student / t).log_softmax(-1), (teacher.float() / t).log_softmax(-1), log_target=True, reduction="sum"
     )
-    return settings.kd_alpha * t**2 * kl + (1 - settings.kd_alpha) * ce, kl, ce
+    return settings.kd_alpha * (t * t) * kl + (1 - settings.kd_alpha) * ce, kl, ce
 
 
 def stage_layers(stage: str, layout: Layout) -> tuple[int, ...]:
@@ -153,6 +113,7 @@ def train_adapter(
         LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
         DataError: the teacher's states belong to other windows or another teacher.
         PipelineError: there is no teacher, and kd_alpha or states ask for one.
+        NumberError: a loss, a gradient or a weight becomes NaN or infinity; nothing is written then.
     """
     if teacher_dir is None and (loss.kd_alpha or states):
         raise PipelineError("there is no teacher to learn from", where="teacher_dir", mend="name the dense model")
@@ -165,6 +126,7 @@ def train_adapter(
     layout = _told_by_bundles(checkpoint.layout, stage, bundles)
     layers = stage_layers(stage, layout)
     _check_restored(stage, layout, bundles)
+    doubts = warn_of(checkpoint, windows)
     started = time.monotonic()
     student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
     model = _with_adapter(student, layers, lora)
@@ -183,6 +145,7 @@ def train_adapter(
         "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
+        "warnings": doubts,
         "seconds": round(time.monotonic() - started, 1),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
@@ -277,7 +240,11 @@ def _fit(
     order: random.Random,
     device,
 ) -> pd.DataFrame:
-    """The training loop; one row a step: step, loss, kl, ce (means over tokens), learning_rate, grad_norm, tokens."""
+    """The training loop; one row a step: step, loss, kl, ce (means over tokens), learning_rate, grad_norm, tokens.
+
+    Raises:
+        NumberError: a loss or the gradient's norm is NaN or infinity, at once; or a weight is, at the end.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     updater = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     batches = _endless_batches(len(windows.ids), settings.batch_size, order)
@@ -297,11 +264,21 @@ def _fit(
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
             updater.step()
             updater.zero_grad(set_to_none=True)
-            mean = (sums / total).tolist()
-            rows.append((step + 1, *mean, rate, float(norm), tokens))
+            mean, length = (sums / total).tolist(), float(norm)
+            told = dict(zip(("loss", "KL", "cross-entropy"), mean, strict=True), gradient=length)
+            _check_step(step + 1, told if teacher else {name: v for name, v in told.items() if name != "KL"})
+            rows.append((step + 1, *mean, rate, length, tokens))
             bar.set_postfix_str(f"loss {mean[0]:.4f}", refresh=False)
             bar.update()
+    if not all(all_finite(weight) for weight in trained):
+        raise NumberError(f"after {settings.steps} steps weights are NaN or infinity", mend=_CALMER)
     return pd.DataFrame(rows, columns=["step", "loss", "kl", "ce", "learning_rate", "grad_norm", "tokens"])
+
+
+def _check_step(step: int, values: Mapping[str, float]) -> None:
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        raise NumberError(f"the {wrong[0]} of step {step} is {values[wrong[0]]}, so training ends here", mend=_CALMER)
 
 
 def _backward(model, teacher: _Teacher | None, ids, taught, loss: LossSettings, total: int) -> torch.Tensor:

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     outputs = [(path, write) for path, write in ((args.json, write_json), (args.csv, write_csv)) if path]
     for path, _ in outputs:
         _check_writable(Path(path))
+    check_work_dir(Path(args.work_dir) if args.work_dir else default_work_dir(args))
     text = load_text(args.dataset, split=args.split, mirror=args.mirror, text_files=args.text_file, column=args.column)
     evaluation = _Evaluation(args, inputs, compute, text, stages)
     for number, subject in enumerate(subjects, 1):
@@ -105,6 +106,22 @@ def _check_writable(path: Path) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise PipelineError("cannot be written", where=path, mend="Name a file in a directory that you may write to")
+
+
+def check_work_dir(folder: Path) -> None:
+    """Raise a PipelineError where no work could be kept: a file, or a place that may not be written to."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    fault = None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else "that is no directory to write to"
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, a link that leads to itself
+        fault = error.strerror
+    if fault:
+        raise PipelineError(
+            f"finished work cannot be kept: {fault}", where=folder, mend="Name another folder with --work_dir"
+        )
 
 
 def default_work_dir(args: argparse.Namespace) -> Path:
