@@ -12,4 +12,5 @@ with job(snakemake.log[0]):
         dtype=DTYPES[snakemake.params.dtype],
         device=granted_device(snakemake.resources.get("gpu", 1)),
         batch_size=4,
+        overwrite=True,
     )

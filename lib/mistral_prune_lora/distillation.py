@@ -27,11 +27,28 @@ from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, 
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
-from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
+from mistral_prune_lora.outputs import Output, Record, claim, listed_files
+from mistral_prune_lora.space import reserved_space
+from mistral_prune_lora.transaction import atomic_directory
 from mistral_prune_lora.windows import Windows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "training.csv", "training.json")
+_SMALL_FILES = 4 << 20  # room for configuration, card and curve beside the weights
 _BLOCK_LOGITS = 1 << 25  # logits of one block of tokens: 128 MB of float32, once each for student and teacher
+
+
+def _recorded(content: dict) -> set[str] | None:
+    """The files of an adapter that was trained here by its record; None if it is no such record."""
+    # A record that was written before records named their command is told by all that it holds.
+    shape = {"stage", "layers", "student", "teacher", "windows", "settings", "versions"}
+    if "command" not in content:
+        return set(_ADAPTER_FILES) if shape <= content.keys() else None
+    ours = content["command"] == "train" and isinstance(content.get("files"), list)
+    return {str(name) for name in content["files"]} if ours else None
+
+
+RECORD = Record("training.json", "training", _recorded)
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,7 @@ def teacher_states(
     dtype: torch.dtype,
     device: str = "cpu",
     batch_size: int = 1,
+    overwrite: bool = False,
 ) -> None:
     """Run the dense model over the training windows once and keep its final hidden states (after the norm).
 
@@ -131,7 +149,12 @@ def teacher_states(
         output: a file of activations, see activations.py, in `dtype`; its record names the token ids and the teacher,
             which are checked when it is read.
         dtype, device, batch_size: of the teacher's forward pass.
+        overwrite: replace what holds no such states, too; never the teacher.
+
+    Raises:
+        PipelineError: the output may not be written, see `outputs.claim`.
     """
+    claim([states_output(output)], [teacher_dir], overwrite=overwrite)
     device = resolve_device(device)
     teacher = load_model(teacher_dir, dtype=dtype, device=device)
     shape = (*windows.ids.shape, teacher.config.hidden_size)
@@ -147,6 +170,19 @@ def teacher_states(
                 writer.write(batch, teacher.model(ids, use_cache=False).last_hidden_state.cpu())
             bar.update(ids.numel())
         writer.finish()
+
+
+def states_output(path: str | Path) -> Output:
+    """The file of the teacher's states as an output of a command."""
+    return Output.file(path, "--teacher_states", holds_states, "the teacher's run")
+
+
+def holds_states(path: str | Path) -> bool:
+    """Whether a file is there and holds a teacher's states, of whatever windows."""
+    try:
+        return "teacher" in ActivationReader(path).run
+    except CheckpointError:
+        return False
 
 
 def train_adapter(
@@ -165,6 +201,7 @@ def train_adapter(
     device: str = "cpu",
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Train the adapter of one part and write it as a stock PEFT directory with training.csv and training.json.
 
@@ -177,17 +214,20 @@ def train_adapter(
         student_dir: the A model for stage A, else the merged A.
         teacher_dir: the dense model.
         windows: training windows; their order is drawn anew for every pass over them.
-        output_dir: the adapter's directory, written whole or not at all.
+        output_dir: the adapter's directory, written whole or not at all; that it can be is known before training.
         bundles: what to restore into the student: for B its bundle; for C the merged B and C's bundle.
         states: what `teacher_states` wrote for the same windows; without it the teacher's layers run along.
         lora, loss, optimiser, dtype, device, seed: settings.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        overwrite: replace what is no adapter that was trained here, too; never an input.
 
     Raises:
+        PipelineError: the output may not or cannot be written, see `outputs.claim` and `transaction.atomic_directory`.
         LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
         DataError: the teacher's states belong to other windows or another teacher.
     """
-    refuse_foreign(output_dir)
+    read = [student_dir, teacher_dir, *bundles, states]
+    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     device = resolve_device(device)
     torch.manual_seed(seed)
     checkpoint = open_checkpoint(student_dir)
@@ -196,30 +236,40 @@ def train_adapter(
     layers = stage_layers(stage, checkpoint.layout)
     _check_restored(stage, checkpoint.layout, bundles)
     started = time.monotonic()
-    student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
-    model = _with_adapter(student, layers, lora)
-    if gradient_checkpointing:
-        # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
-        student.activation_checkpointing_enable({"use_reentrant": False})
-    teacher = _Teacher(teacher_dir, windows, states, dtype, device)
-    curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
-    about = {
-        "stage": stage,
-        "layers": list(layers),
-        "student": {"dir": os.fspath(student_dir), "weights": _weight_digests(student_dir)},
-        "bundles": {os.fspath(b): _weight_digests(b) for b in bundles},
-        "teacher": {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
-        "windows": asdict(windows.identity),
-        "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": seed,
-        "seconds": round(time.monotonic() - started, 1),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
-    }
-    with atomic_directory(output_dir) as fresh:
+    # Entered before the training, which would be lost if its result could not be written.
+    with atomic_directory(output_dir, check=check) as fresh:
+        student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
+        model = _with_adapter(student, layers, lora)
+        if gradient_checkpointing:
+            # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the
+            # adapter.
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        teacher = _Teacher(teacher_dir, windows, states, dtype, device)
+        with reserved_space(fresh, _adapter_bytes(model), where=output_dir):
+            curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
         model.save_pretrained(fresh)
         curve.to_csv(fresh / "training.csv", index=False)
-        write_json(fresh / "training.json", about)
+        about = {
+            "command": "train",
+            "stage": stage,
+            "layers": list(layers),
+            "student": {"dir": os.fspath(student_dir), "weights": _weight_digests(student_dir)},
+            "bundles": {os.fspath(b): _weight_digests(b) for b in bundles},
+            "teacher": {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
+            "windows": asdict(windows.identity),
+            "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
+            "dtype": str(dtype).removeprefix("torch."),
+            "seed": seed,
+            "seconds": round(time.monotonic() - started, 1),
+            "files": [*listed_files(fresh), RECORD.name],
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        }
+        write_json(fresh / RECORD.name, about)
+
+
+def _adapter_bytes(model: PeftModel) -> int:
+    """The size of an adapter's directory, at most."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + _SMALL_FILES
 
 
 def _check_restored(stage: str, layout: Layout, bundles: Sequence[str | Path]) -> None:

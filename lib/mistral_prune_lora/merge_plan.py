@@ -71,7 +71,6 @@ class MergePlan:
 def plan_merge(
     base_model: str | Path,
     adapter_paths: Sequence[str | Path],
-    output_dir: str | Path,
     *,
     skeleton: str | Path | None = None,
     save_bundle_only: bool = False,
@@ -83,7 +82,7 @@ def plan_merge(
     Args: as for `merge.merge_adapters`.
 
     Raises:
-        PipelineError: output and an input are one directory; contradicting flags; no adapter.
+        PipelineError: contradicting flags; no adapter.
         AdapterError: an adapter that cannot be merged, matches nothing here, or was trained for another model.
         CheckpointError, LayoutError: base or skeleton cannot be read or contradict each other.
     """
@@ -97,7 +96,6 @@ def plan_merge(
     frame = None
     if base.kind == "bundle":
         frame = _find_skeleton(skeleton, adapters, required=save_full_model)
-    _refuse_same_directory(output_dir, base_model, *adapter_paths, *([frame] if frame else []))
     if base.kind == "model":
         layout, num_layers = base.layout, base.config["num_hidden_layers"]
     else:
@@ -119,18 +117,6 @@ def plan_merge(
     files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
     return MergePlan("bundle" if bundle else "model", base, opened, adapters, files, layers, layout, out_of_scope)
-
-
-def _refuse_same_directory(output_dir, *inputs) -> None:
-    output = Path(os.path.realpath(output_dir))
-    for path in inputs:
-        source = Path(os.path.realpath(path))
-        if output == source or output in source.parents:
-            raise PipelineError(
-                f"the output directory is or holds an input, {path}",
-                where=output_dir,
-                mend="choose another --output_dir",
-            )
 
 
 def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Path | None:

@@ -39,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--teacher", required=True, metavar="MODEL", help="the dense model: a directory or a Hub id")
     p.add_argument("--student", required=True, metavar="DIR", help="the pruned A for stage A, else the merged A")
     p.add_argument("--bundle", action="append", default=[], metavar="DIR", help="a bundle to restore; may be repeated")
-    p.add_argument("--output_dir", required=True, metavar="DIR", help="the adapter's directory")
+    p.add_argument(
+        "--output_dir", required=True, metavar="DIR", help="the adapter's directory; a former one is replaced"
+    )
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace what is there even if it is no such adapter; never an input"
+    )
     p.add_argument("--teacher_states", metavar="FILE", help="reuse the teacher's states; made here if not there yet")
     text = p.add_argument_group("text")
     text.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, ptb, pydoc or a path (default: wikitext2)")
@@ -75,19 +80,25 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parser().parse_args(argv)
-    from pathlib import Path
-
     from mistral_prune_lora import distillation
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.model_place import model_directory
+    from mistral_prune_lora.outputs import Output, claim
     from mistral_prune_lora.text import load_text
     from mistral_prune_lora.tokenizer import load_tokenizer
+    from mistral_prune_lora.transaction import check_place
     from mistral_prune_lora.windows import make_windows
 
+    read = [given.teacher, given.student, *given.bundle, *given.text_file, given.dataset, given.mirror]
+    states = [given.teacher_states] if given.teacher_states else []
+    outputs = [Output.directory(given.output_dir, "--output_dir", distillation.RECORD)]
+    claim([*outputs, *map(distillation.states_output, states)], read, overwrite=given.overwrite)
+    check_place(given.output_dir)
+    check_place(*states, directory=False)
     device, dtype, teacher = given.device, DTYPES[given.dtype], model_directory(given.teacher)
     text = load_text(given.dataset, split="train", mirror=given.mirror, text_files=given.text_file)
     windows = make_windows(text, load_tokenizer(teacher), seqlen=given.seqlen, max_windows=given.nsamples)
-    if given.teacher_states and not Path(given.teacher_states).exists():
+    if states and not distillation.holds_states(given.teacher_states):
         distillation.teacher_states(teacher, windows, given.teacher_states, dtype=dtype, device=device)
     distillation.train_adapter(
         given.stage,
@@ -119,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         device=device,
         seed=given.seed,
         gradient_checkpointing=given.gradient_checkpointing,
+        overwrite=given.overwrite,
     )
     print(f"adapter of {given.stage}: {given.output_dir}")
 

@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from mistral_prune_lora.argument_types import positive
 from mistral_prune_lora.errors import LayoutError, reports_errors
 from mistral_prune_lora.layout import Layout, layout_from_manifest, read_manifest
-from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.transaction import atomic_file, check_place
 
 EXAMPLES = """examples:
   drop a quarter of Mistral-7B's layers, those that change their input least:
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--split_policy", default="half", choices=("half", "ratio"), help="B and C (default: %(default)s)")
     p.add_argument("--split_ratio", type=float, default=0.5, help="B's share with 'ratio' (default: %(default)s)")
     p.add_argument("--prune_log", metavar="FILE", help="also write the search's record here (always in A's directory)")
+    p.add_argument("--overwrite", action="store_true", help="replace what no pruning has written, too; never an input")
     p.add_argument("--b_layers", type=int, nargs="+", metavar="N", help="fix B's layers; no search")
     p.add_argument("--c_layers", type=int, nargs="+", metavar="N", help="fix C's layers; no search")
     return p
@@ -65,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.model_place import model_directory
     from mistral_prune_lora.prune import FIXED_LAYERS, prune_model
 
+    keep_log = _claim(given)
     named, given.model = given.model, model_directory(given.model)
     if given.b_layers or given.c_layers:
         from mistral_prune_lora.checkpoint import read_config
@@ -82,13 +85,30 @@ def main(argv: list[str] | None = None) -> None:
         selection=selection,
         log=log,
         base_model=None if os.path.exists(named) else named,
+        overwrite=given.overwrite,
     )
-    if given.prune_log:
-        with atomic_file(given.prune_log) as fresh:
+    if keep_log:
+        with atomic_file(given.prune_log, check=keep_log) as fresh:
             fresh.write_bytes((Path(given.save_dir) / "prune_log.json").read_bytes())
     written = layout_from_manifest(read_manifest(given.save_dir))
     print(f"A keeps {len(written.kept)} of {written.num_layers} layers: {os.path.abspath(given.save_dir)}")
     print(f"B holds {list(written.b)}, C holds {list(written.c)}: {os.path.abspath(given.save_removed_dir)}")
+
+
+def _claim(given: argparse.Namespace) -> Callable[[], None] | None:
+    """Raise a PipelineError unless everything may and can be written; returns the check for --prune_log, if any."""
+    from mistral_prune_lora.outputs import claim
+    from mistral_prune_lora.prune import prune_log_output, prune_outputs
+
+    read = [given.model, *given.text_file, given.dataset, given.mirror]
+    parts = prune_outputs(given.save_dir, given.save_removed_dir)
+    # A's own record of the search needs no copy.
+    inside = given.prune_log and os.path.abspath(given.prune_log) == os.path.abspath(f"{given.save_dir}/prune_log.json")
+    logs = [prune_log_output(given.prune_log)] if given.prune_log and not inside else []
+    claim([*parts, *logs], read, overwrite=given.overwrite)
+    check_place(*(part.path for part in parts))
+    check_place(*(log.path for log in logs), directory=False)
+    return claim(logs, read, overwrite=given.overwrite) if logs else None
 
 
 def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:

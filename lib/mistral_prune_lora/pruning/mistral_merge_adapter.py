@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     chosen = p.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--adapter_path", metavar="DIR", help="the adapter")
     chosen.add_argument("--adapter_paths", nargs="+", metavar="DIR", help="several adapters, merged in this order")
-    p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former one is replaced whole")
+    p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former merge is replaced whole")
     p.add_argument(
         "--device", default="auto", help="auto, cpu or cuda:N (default: auto, the first GPU if there is one)"
     )
@@ -59,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--max_shard_size", type=_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
+    )
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is there even if it is no merge; never an input",
     )
     return p
 
@@ -80,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         save_bundle_only=given.save_bundle_only,
         save_full_model=given.save_full_model,
         max_shard_size=given.max_shard_size,
+        overwrite=given.overwrite,
     )
 
 
