@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,19 +147,21 @@ class _Input:
         return found
 
     def _look_into(self, folder: str | Path, depth: int) -> None:
-        if not depth or not os.path.isdir(folder) or not os.access(folder, os.R_OK | os.X_OK):
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    # In a Hub cache every file of a model is a link.
-                    if os.path.exists(entry.path):
-                        itself, *parents = _chain(Path(entry.path))
-                        self.behind.add(itself)
-                        self.above.update(parents)
-                    continue
-                self.own.add(_identity(entry.path))
-                self._look_into(entry.path, depth - 1)
+        try:
+            there = [entry.path for entry in os.scandir(folder)] if depth else []
+        except OSError:
+            return  # a file, or what may not be read
+        for path in there:
+            if not os.path.exists(path):
+                continue  # a link to nothing, or another run's scratch folder that is gone already
+            if os.path.islink(path):
+                # In a Hub cache every file of a model is a link.
+                itself, *parents = _chain(Path(path))
+                self.behind.add(itself)
+                self.above.update(parents)
+            else:
+                self.own.update(_identities([path]))
+                self._look_into(path, depth - 1)
 
 
 def _refuse_kind(output: Output) -> None:
@@ -201,14 +204,14 @@ def _refuse_each_other(first: Output, second: Output) -> None:
 
 
 def _holds(outer: Path, inner: Path) -> bool:
-    return outer in inner.parents or (os.path.exists(outer) and _identity(outer) in _chain(inner))
+    return outer in inner.parents or any(itself in _chain(inner) for itself in _identities([outer]))
 
 
 def _refuse_place(output: Output) -> None:
     """Raise if replacing a directory would take away the one that the user is in, or the user's home."""
     if not (output.is_directory and output.replaced and os.path.exists(output.path)):
         return
-    itself = _identity(output.path)
+    itself = _chain(output.path)[0]
     for place, name in ((".", "the directory that you are in"), (os.path.expanduser("~"), "your home directory")):
         if itself in _chain(Path(place)):
             raise PipelineError(f"is or holds {name}", where=_where(output), mend="choose another place")
@@ -253,9 +256,14 @@ def _where(output: Output) -> str:
 def _chain(path: Path) -> list[Identity]:
     """The identities of a path, if it is there, and of its parents, from the inside out; through links."""
     real = Path(os.path.realpath(path))
-    return [_identity(place) for place in (real, *real.parents) if os.path.exists(place)]
+    return _identities((real, *real.parents))
 
 
-def _identity(path: str | Path) -> Identity:
-    told = os.stat(path)
-    return told.st_dev, told.st_ino
+def _identities(paths: Iterable[str | Path]) -> list[Identity]:
+    """Of those that are there and can be asked."""
+    found = []
+    for path in paths:
+        with suppress(OSError):
+            told = os.stat(path)
+            found.append((told.st_dev, told.st_ino))
+    return found

@@ -102,8 +102,9 @@ class Scratch:
         """Remove the folder and all in it, and the parents that were made for it if they are empty; let go of it."""
         if not self._kept:
             shutil.rmtree(self.folder, ignore_errors=True)
-        _remove_empty(self._parents)
         self.release()
+        # The folder once more: NFS lets go of a file that was open, the lock, when it is closed.
+        _remove_empty((*self._parents, self.folder))
 
     def release(self) -> None:
         """Let go of the folder and leave it where it is."""

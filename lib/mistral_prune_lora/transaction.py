@@ -111,17 +111,17 @@ class _Move:
     Attributes:
         scratch: where it was written.
         new: inode of the new result.
-        was: inode of what it replaces; None if there was nothing.
+        was: inode and time of the last change of what it replaces; None if there was nothing.
     """
 
     scratch: Scratch
     new: int
-    was: int | None
+    was: list[int] | None
 
     @classmethod
     def planned(cls, scratch: Scratch) -> _Move:
         """The move that is about to be made."""
-        return cls(scratch, scratch.new.stat().st_ino, _inode(scratch.target))
+        return cls(scratch, scratch.new.stat().st_ino, _state(scratch.target))
 
     def make(self) -> None:
         """Rename the new result to its target; a former directory then lies at `scratch.new` or `scratch.old`."""
@@ -145,14 +145,14 @@ class _Move:
             os.rename(old, target)
 
     def finish(self) -> None:
-        """Make the move if it was not made and is still the one that was planned."""
-        if _inode(self.scratch.new) == self.new and _inode(self.scratch.target) in (None, self.was):
+        """Make the move if it was not made, and nobody has put anything else or anything more at the target since."""
+        if (_state(self.scratch.new) or [None])[0] == self.new and _state(self.scratch.target) in (None, self.was):
             self.make()
 
     @property
     def made(self) -> bool:
         """Whether the new result is in its place."""
-        return _inode(self.scratch.target) == self.new
+        return (_state(self.scratch.target) or [None])[0] == self.new
 
 
 def _put_all(scratches: Sequence[Scratch], check: Callable[[], None] | None) -> None:
@@ -281,11 +281,13 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), os.fspath(second))
 
 
-def _inode(path: Path) -> int | None:
+def _state(path: Path) -> list[int] | None:
+    """Inode and time of the last change of what is at a path; a list, as JSON gives it back."""
     try:
-        return os.lstat(path).st_ino
+        told = os.lstat(path)
     except OSError:
         return None
+    return [told.st_ino, told.st_mtime_ns]
 
 
 def _sync(path: Path) -> None:

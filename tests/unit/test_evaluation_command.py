@@ -202,7 +202,7 @@ def test_models_of_one_name_are_told_apart(folder):
         (["--model_path", "wikitext", *SMALL], "neither a model"),
         (["--model_path", A, "--bundles_dir", "wikitext", *SMALL], "holds neither B nor C"),
         (["--model_path", A, "--c_bundle", "wikitext", *SMALL], "is not a bundle"),
-        (["--model_path", A, "--csv", ".", *SMALL], "cannot be written"),
+        (["--model_path", A, "--csv", ".", *SMALL], "is a directory, not a file"),
         (["--model_path", A, "--device", "cuda:5", *SMALL], "cuda:5 is not there"),
         (["--model_path", A, "--max_memory", "20MB", *SMALL], "do not fit into 20MB"),
         (["--model_path", A, "--tokenizer_path", "large", *SMALL], "token id 300, and the model has 259 embeddings"),

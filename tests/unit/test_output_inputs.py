@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from merge_oracle import edit_json
 from output_project import COMMANDS, INPUTS, error_line, snapshot
 
 from mistral_prune_lora.dense import fetch_dense
@@ -88,6 +89,17 @@ def test_what_links_in_an_input_lead_to_is_an_input(user_folder, tmp_path, capsy
     assert COMMANDS["evaluate a mirror"].run(*words, json=store / "config.json") == 1
     assert "is an input" in error_line(capsys)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("named", ["", ".", "somebody/model", "no/such/folder"])
+def test_what_an_adapter_names_without_its_being_a_model_here_is_no_input(named, user_folder, tmp_path):
+    shutil.copytree(INPUTS["A_lora"], tmp_path / "A_lora")
+    edit_json(tmp_path / "A_lora/adapter_config.json", base_model_name_or_path=named)
+    words = ("--adapter_path", tmp_path / "A_lora")
+    try:
+        assert COMMANDS["merge A"].run(*words, output_dir="merged") == 0
+    finally:
+        shutil.rmtree("merged", ignore_errors=True)
 
 
 def test_neither_home_nor_the_working_directory_is_replaced(user_folder, tmp_path, capsys, monkeypatch):

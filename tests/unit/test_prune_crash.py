@@ -165,11 +165,13 @@ def test_what_a_user_has_put_there_meanwhile_is_left_alone(dense, tmp_path, monk
     killed_after_the_first(dense, tmp_path, monkeypatch)
     os.rename(tmp_path / "A", tmp_path / "mine")
     (tmp_path / "A").mkdir()
-    (tmp_path / "A/thesis.txt").write_text("years of work")
+    for place in ("A", "bundles/C"):
+        (tmp_path / place / "thesis.txt").write_text("years of work")
     mend(tmp_path)
-    assert os.listdir(tmp_path / "A") == ["thesis.txt"]
-    assert parts(tmp_path)[:2] == results[1][:2]
+    assert os.listdir(tmp_path / "A") == ["thesis.txt"] and (tmp_path / "bundles/C/thesis.txt").exists()
+    assert parts(tmp_path)[0] == results[1][0], "put in place before"
     assert sorted(os.listdir(tmp_path)) == ["A", "bundles", "mine"]
+    assert sorted(os.listdir(tmp_path / "bundles")) == ["B", "C"]
 
 
 def test_a_disk_under_another_path_is_mended_too(dense, tmp_path, monkeypatch):
