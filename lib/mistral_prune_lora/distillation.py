@@ -28,13 +28,30 @@ from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
 from mistral_prune_lora.model_files import bundle_layers
+from mistral_prune_lora.outputs import Output, Record, claim, listed_files
+from mistral_prune_lora.space import reserved_space
 from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
-from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
+from mistral_prune_lora.transaction import atomic_directory
 from mistral_prune_lora.window_warnings import warn_of
 from mistral_prune_lora.windows import Windows
 
 _CALMER = "Use a smaller learning rate, or bf16 or fp32 instead of fp16; nothing was written"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "training.csv", "training.json")
+_SMALL_FILES = 4 << 20  # room for configuration, card and curve beside the weights
 _BLOCK_LOGITS = 1 << 25  # logits of one block of tokens: 128 MB of float32, once each for student and teacher
+
+
+def _recorded(content: dict) -> set[str] | None:
+    """The files of an adapter that was trained here by its record; None if it is no such record."""
+    # A record that was written before records named their command is told by all that it holds.
+    shape = {"stage", "layers", "student", "teacher", "windows", "settings", "versions"}
+    if "command" not in content:
+        return set(_ADAPTER_FILES) if shape <= content.keys() else None
+    ours = content["command"] == "train" and isinstance(content.get("files"), list)
+    return {str(name) for name in content["files"]} if ours else None
+
+
+RECORD = Record("training.json", "training", _recorded)
 
 
 def distillation_loss(
@@ -91,6 +108,7 @@ def train_adapter(
     device: str = "cpu",
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Train the adapter of one part and write it as a stock PEFT directory with training.csv and training.json.
 
@@ -103,13 +121,15 @@ def train_adapter(
         student_dir: the A model for stage A, else the merged A.
         teacher_dir: the dense model; None trains on cross-entropy alone (kd_alpha 0), and no KL is measured.
         windows: training windows; their order is drawn anew for every pass over them.
-        output_dir: the adapter's directory, written whole or not at all.
+        output_dir: the adapter's directory, written whole or not at all; that it can be is known before training.
         bundles: what to restore into the student: for B its bundle; for C the merged B and then C's bundle.
         states: what `teacher_states` wrote for the same windows; without it the teacher's layers run along.
         lora, loss, optimiser, dtype, device, seed: settings.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        overwrite: replace what is no adapter that was trained here, too; never an input.
 
     Raises:
+        PipelineError: the output may not or cannot be written, see `outputs.claim` and `transaction.atomic_directory`.
         LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
         DataError: the teacher's states belong to other windows or another teacher.
         PipelineError: there is no teacher, and kd_alpha or states ask for one.
@@ -117,7 +137,8 @@ def train_adapter(
     """
     if teacher_dir is None and (loss.kd_alpha or states):
         raise PipelineError("there is no teacher to learn from", where="teacher_dir", mend="name the dense model")
-    refuse_foreign(output_dir)
+    read = [student_dir, teacher_dir, *bundles, states]
+    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     device = resolve_device(device)
     torch.manual_seed(seed)
     checkpoint = open_checkpoint(student_dir)
@@ -128,31 +149,41 @@ def train_adapter(
     _check_restored(stage, layout, bundles)
     doubts = warn_of(checkpoint, windows)
     started = time.monotonic()
-    student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
-    model = _with_adapter(student, layers, lora)
-    if gradient_checkpointing:
-        # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
-        student.activation_checkpointing_enable({"use_reentrant": False})
-    teacher = None if teacher_dir is None else _Teacher(teacher_dir, windows, states, dtype, device)
-    curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
-    about = {
-        "stage": stage,
-        "layers": list(layers),
-        "student": {"dir": os.fspath(student_dir), "weights": weight_digests(student_dir)},
-        "bundles": {os.fspath(b): weight_digests(b) for b in bundles},
-        "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
-        "windows": asdict(windows.identity),
-        "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": seed,
-        "warnings": doubts,
-        "seconds": round(time.monotonic() - started, 1),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
-    }
-    with atomic_directory(output_dir) as fresh:
+    # Entered before the training, which would be lost if its result could not be written.
+    with atomic_directory(output_dir, check=check) as fresh:
+        student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
+        model = _with_adapter(student, layers, lora)
+        if gradient_checkpointing:
+            # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the
+            # adapter.
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        teacher = None if teacher_dir is None else _Teacher(teacher_dir, windows, states, dtype, device)
+        with reserved_space(fresh, _adapter_bytes(model), where=output_dir):
+            curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
         model.save_pretrained(fresh)
         curve.to_csv(fresh / "training.csv", index=False)
-        write_json(fresh / "training.json", about)
+        about = {
+            "command": "train",
+            "stage": stage,
+            "layers": list(layers),
+            "student": {"dir": os.fspath(student_dir), "weights": weight_digests(student_dir)},
+            "bundles": {os.fspath(b): weight_digests(b) for b in bundles},
+            "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
+            "windows": asdict(windows.identity),
+            "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
+            "dtype": str(dtype).removeprefix("torch."),
+            "seed": seed,
+            "warnings": doubts,
+            "seconds": round(time.monotonic() - started, 1),
+            "files": [*listed_files(fresh), RECORD.name],
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        }
+        write_json(fresh / RECORD.name, about)
+
+
+def _adapter_bytes(model: PeftModel) -> int:
+    """The size of an adapter's directory, at most."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + _SMALL_FILES
 
 
 def _told_by_bundles(layout: Layout, stage: str, bundles: Sequence[str | Path]) -> Layout:

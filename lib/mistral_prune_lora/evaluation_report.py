@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
 from mistral_prune_lora.errors import printable
 from mistral_prune_lora.evaluation import StageResult
 from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.outputs import Output, read_record
 from mistral_prune_lora.statistics import compare_stages
 from mistral_prune_lora.transaction import atomic_file
 from mistral_prune_lora.windows import WindowsIdentity
 
 _WIDE, _NARROW, _BOX, _LABEL = "=" * 70, "─" * 60, 41, 41
+_AUTHOR, _LONGEST_HEADER = "an evaluation", 10_000
 _CSV_COLUMNS = (
     "label", "stage", "active_layers", "parameters", "ppl", "ppl_se", "mean_nll", "mean_nll_se", "bits_per_byte",
     "tokens", "windows", "seqlen", "dtype", "device", "batch_size", "top1_accuracy", "kl_dense", "kl_dense_se",
@@ -140,16 +142,48 @@ def _pair(row: Mapping) -> str:
     return printable(f"{row['second']} - {row['first']}")
 
 
-def write_json(path: str | Path, results: Sequence[StageResult]) -> None:
-    """All results with what identifies them, and their paired differences, as one JSON object."""
+def json_output(path: str | Path) -> Output:
+    """The file of all results as an output of a command."""
+    return Output.file(path, "--json", _is_results, _AUTHOR)
+
+
+def csv_output(path: str | Path) -> Output:
+    """The table of all results as an output of a command."""
+    return Output.file(path, "--csv", _is_table, _AUTHOR)
+
+
+def _is_results(path: Path) -> bool:
+    content = read_record(path)
+    results = content.get("results")
+    alike = content.keys() == {"results", "differences"} and isinstance(results, list) and results
+    return bool(alike) and all(isinstance(r, dict) and {"label", "ppl", "ids_sha256"} <= r.keys() for r in results)
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a table has this command's columns, and none that somebody has added."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header = next(csv.reader([file.readline(_LONGEST_HEADER)]), [])
+    except (OSError, ValueError, csv.Error):
+        return False
+    return {"label", "stage", "ppl", "ids_sha256"} <= set(header) <= set(_CSV_COLUMNS)
+
+
+def write_json(path: str | Path, results: Sequence[StageResult], check: Callable[[], None]) -> None:
+    """All results with what identifies them, and their paired differences, as one JSON object.
+
+    Args:
+        path, check: as for `transaction.atomic_file`.
+        results: in the order printed.
+    """
     content = {"results": [result.record for result in results], "differences": differences(results)}
-    with atomic_file(path) as fresh:
+    with atomic_file(path, check=check) as fresh:
         fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_csv(path: str | Path, results: Sequence[StageResult]) -> None:
-    """A row a result."""
-    with atomic_file(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
+def write_csv(path: str | Path, results: Sequence[StageResult], check: Callable[[], None]) -> None:
+    """A row a result; arguments as for `write_json`."""
+    with atomic_file(path, check=check) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _CSV_COLUMNS, extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows({**r.record, "warnings": "; ".join(r.record["warnings"])} for r in results)

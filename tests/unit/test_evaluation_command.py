@@ -271,7 +271,7 @@ def test_work_that_was_changed_ends_the_command_with_a_line_that_says_what_to_do
         (["--model_path", "wikitext", *SMALL], "neither a model"),
         (["--model_path", A, "--bundles_dir", "wikitext", *SMALL], "holds neither B nor C"),
         (["--model_path", A, "--c_bundle", "wikitext", *SMALL], "is not a bundle"),
-        (["--model_path", A, "--csv", ".", *SMALL], "cannot be written"),
+        (["--model_path", A, "--csv", ".", *SMALL], "is a directory, not a file"),
         (["--model_path", A, "--device", "cuda:5", *SMALL], "cuda:5 is not there"),
         (["--model_path", A, "--device", "meta", *SMALL], "'meta' is not a device (in --device)"),
         (["--model_path", A, "--max_memory", "20MB", *SMALL], "do not fit into 20MB"),
