@@ -135,7 +135,6 @@ def test_an_exception_leaves_the_former_file(tmp_path):
 def test_a_directory_for_work_is_gone_when_the_work_ends(tmp_path, error):
     with contextlib.suppress(error or ()), scratch_directory(tmp_path / "table.csv") as folder:
         (folder / "part").write_text("half")
-        assert not any(folder.iterdir())
         with atomic_file(tmp_path / "table.csv") as fresh:
             fresh.write_text("whole")
         assert (folder / "part").exists()
