@@ -181,7 +181,7 @@ def _write_record(part: str, fresh: Path) -> None:
 def _is_prune_log(path: Path) -> bool:
     content = read_record(path)
     versions = content.get("versions")
-    return "selection" in content and isinstance(versions, dict) and "mistral-prune-lora" in versions
+    return "selected_block" in content and isinstance(versions, dict) and "mistral-prune-lora" in versions
 
 
 def _part_bytes(dense: Checkpoint, layout: Layout, part: str) -> int:
