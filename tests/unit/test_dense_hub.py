@@ -119,6 +119,16 @@ def test_hub_model(hub, dense: Path, tmp_path: Path):
     assert ended.returncode == 0, ended.stderr
 
 
+def test_of_a_family_that_is_not_taken_no_weights_are_fetched(hub, dense: Path, tmp_path: Path):
+    run, asked = hub
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
+    ended = run("tiny/model")
+    assert ended.returncode == 1
+    assert "the model_type 'gemma2' is not one that is supported" in ended.stderr.splitlines()[-1]
+    assert set(asked) == {"config.json"} and not (tmp_path / "dense").exists()
+
+
 @pytest.mark.parametrize(
     ("repo_id", "revision", "environment", "message", "mend"),
     [
