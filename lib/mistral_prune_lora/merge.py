@@ -14,14 +14,14 @@ from mistral_prune_lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mistral_prune_lora.checkpoint import read_config
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.digest import file_sha256
+from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import INDEX_FILE, Layout, make_manifest, read_manifest
 from mistral_prune_lora.merge_plan import MergePlan, plan_merge, shard_index
 from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
 from mistral_prune_lora.merge_verify import verify_merge
-from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files
+from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, nearest_directory, refuse_foreign
 
 ARITHMETIC = "PEFT merge_and_unload: 16-bit factors cast to float32, delta = (B @ A) * scaling, one rounding an adapter"
@@ -124,14 +124,8 @@ def _settings(plan: MergePlan, tokenizer_path) -> list[Path]:
     """Configuration and tokenizer files that a full model is written with."""
     model = plan.skeleton or plan.base
     named = [model.path / name for name in ("config.json", "generation_config.json")]
-    place = find_tokenizer(model.path, tokenizer_path=tokenizer_path, adapter_path=plan.adapters[0].path)
-    if isinstance(place, str):
-        raise PipelineError(
-            f"the tokenizer is only on the Hub, as {place}",
-            where=model.path,
-            mend="download it, and give its directory with --tokenizer_path",
-        )
-    return [file for file in named if file.is_file()] + tokenizer_files(place)
+    tokenizer = local_tokenizer_files(model.path, tokenizer_path=tokenizer_path, adapter_path=plan.adapters[0].path)
+    return [file for file in named if file.is_file()] + tokenizer
 
 
 def _require_space(output: Path, nbytes: int) -> None:
@@ -150,12 +144,11 @@ def _write_descriptions(plan: MergePlan, fresh: Path, small_files: Sequence[Path
         meta = {"layer_indices": list(plan.layers), "merged": True, "format": "safetensors", "granularity": "layer"}
         write_json(fresh / "bundle_meta.json", meta)
         return
-    for file in small_files:
-        shutil.copyfile(file, fresh / file.name)
+    copy_settings(small_files, fresh)
     if plan.skeleton and plan.skeleton.config != read_config(plan.skeleton.path):
         # A skeleton that counts only its kept layers: the restored model counts all of them.
         write_json(fresh / "config.json", plan.skeleton.config)
-    if index := shard_index(plan):
+    if index := shard_index(plan.files):
         write_json(fresh / INDEX_FILE, index)
     model = plan.skeleton or plan.base
     manifest = read_manifest(model.path)
@@ -183,7 +176,6 @@ def _write_record(
     digests = inputs.finish(plan.base.files + (plan.skeleton.files if plan.skeleton else ()))
     settings = [part.path / name for part in (plan.base, plan.skeleton) if part for name in _SETTINGS]
     digests |= {file: file_sha256(file) for file in [*settings, *small_files] if file.is_file()}
-    others = {p.name: file_sha256(p) for p in sorted(fresh.iterdir()) if p.name not in written}
     merged = [item.spec.name for item in plan.items if item.updates]
     record = {
         "kind": plan.kind,
@@ -202,7 +194,7 @@ def _write_record(
             for adapter in plan.adapters
         ],
         "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged)},
-        "outputs": written | others,
+        "outputs": written | other_files_sha256(fresh, written),
         "versions": {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch")},
     }
     write_json(fresh / "merge.json", record)

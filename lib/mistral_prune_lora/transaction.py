@@ -17,11 +17,12 @@ from mistral_prune_lora.errors import PipelineError
 # Every name that a model, bundle, merge or adapter directory of this pipeline may hold. A directory with anything else
 # in it is somebody's, and is never replaced.
 _OURS = re.compile(
-    r"config\.json|generation_config\.json|manifest\.json|bundle_meta\.json|merge\.json|layers_map\.json|prune_log\.json"
-    r"|source\.json|model\.safetensors|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json"
-    r"|layer_\d+\.safetensors|original_config|adapter_config\.json|adapter_model\.safetensors|README\.md"
-    r"|training\.(json|csv)|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
-    r"|chat_template\.(jinja|json)|\.snakemake_timestamp"
+    r"config\.json|generation_config\.json|manifest\.json|bundle_meta\.json|layers_map\.json|prune_log\.json"
+    r"|(merge|export|source)\.json|model\.safetensors|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json"
+    r"|layer_\d+\.safetensors|stage[23]_layers_[BC]\.safetensors|original_config|adapter_config\.json"
+    r"|adapter_model\.safetensors|README\.md|training\.(json|csv)|tokenizer.*|tekken\.json|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)|additional_chat_templates"
+    r"|\.snakemake_timestamp"
 )
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _own: set[Path] = set()  # what this process is writing now

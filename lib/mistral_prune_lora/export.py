@@ -1,0 +1,201 @@
+"""One stage of a pruned model as a checkpoint of its own: planned, streamed, and put in place whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mistral_prune_lora.console import progress
+from mistral_prune_lora.digest import file_sha256, other_files_sha256
+from mistral_prune_lora.errors import CheckpointError, PipelineError
+from mistral_prune_lora.export_plan import ExportPlan, plan_export
+from mistral_prune_lora.json_file import write_json
+from mistral_prune_lora.layout import INDEX_FILE, PARTS_OF_STAGE
+from mistral_prune_lora.merge_plan import shard_index
+from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
+from mistral_prune_lora.stage_files import layers_map, prune_log
+from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
+from mistral_prune_lora.transaction import atomic_directory, nearest_directory, refuse_foreign
+
+RECORD = "export.json"
+_GENERATION = "generation_config.json"
+_DESCRIPTIONS = ("config.json", "manifest.json", "prune_log.json", "bundle_meta.json", INDEX_FILE)
+_SMALL_FILES = 64 << 20  # room for configuration and tokenizer beside the weights
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        output: the directory.
+        layers: the stage's layers by their original indices; in stock form, a layer's place here is its new index.
+        tensors: how many were written.
+        nbytes: their size.
+        remarks: what was left out or set right.
+    """
+
+    output: Path
+    layers: tuple[int, ...]
+    tensors: int
+    nbytes: int
+    remarks: tuple[str, ...]
+
+
+def export_stage(
+    model_path: str | Path,
+    output_dir: str | Path,
+    *,
+    stage: str,
+    bundles: Mapping[str, str | Path] | None = None,
+    form: str = "stock",
+    max_shard_size: int | None = None,
+    tokenizer_path: str | Path | None = None,
+) -> ExportReport:
+    """Write one stage of a pruned or merged model as a checkpoint that other software loads.
+
+    Weights keep their bytes and are streamed; memory stays flat. Two forms:
+
+    stock: a dense model of the stage's layers, numbered 0, 1, 2 ..., as transformers' own class saves it. Nothing in it
+        tells of pruning but `export.json`, so every tool takes it for a dense model, ours too.
+    stage_files: A with its original layer indices, manifest and prune_log.json, and each bundle that the stage has in a
+        file of its own, stage2_layers_B.safetensors and stage3_layers_C.safetensors, for a server that loads them
+        later: A has no such file, AB the first, FULL both.
+
+    Args:
+        model_path: an A model, a merged A, or a dense model, whose only stage is FULL.
+        output_dir: written beside and renamed; what was there before is replaced whole.
+        stage: "A", "AB" or "FULL".
+        bundles: directories by part, "B" and "C"; what the stage does not need is left out, and said.
+        form: "stock" or "stage_files".
+        max_shard_size: bytes in a weight file; None writes one file.
+        tokenizer_path: whose tokenizer files are copied; None follows the chain of `tokenizer.find_tokenizer`.
+
+    Raises:
+        LayoutError: a bundle that the stage needs is missing, or its layers are not the manifest's.
+        CheckpointError: weights are missing, left over or quantised; an architecture that is not taken, or one that
+            depends on layer numbers in a way that cannot be written out; no tokenizer.
+        PipelineError: the output is or touches an input, holds somebody's files, or does not fit on the disk.
+    """
+    plan = plan_export(model_path, bundles or {}, output_dir, stage=stage, form=form, max_shard_size=max_shard_size)
+    refuse_foreign(output_dir)
+    model = plan.subject.model.path
+    tokenizer = local_tokenizer_files(model, tokenizer_path=tokenizer_path)
+    generation = next((f for f in (model / _GENERATION, model / "original_config" / _GENERATION) if f.is_file()), None)
+    descriptions = _descriptions(plan, generation)
+    _require_space(Path(output_dir), plan.nbytes + _SMALL_FILES)
+    inputs, written = InputDigests(), {}
+    try:
+        with atomic_directory(output_dir) as fresh:
+            with (
+                exact_arithmetic(),
+                progress(total=plan.nbytes, description=f"export {Path(output_dir).name}", unit="B") as bar,
+            ):
+                for name, items in plan.files.items():
+                    written[name] = stream_file(
+                        fresh / name, items, device=torch.device("cpu"), inputs=inputs, on_bytes=bar.update
+                    )
+            for name, content in descriptions.items():
+                write_json(fresh / name, content)
+            copy_settings(tokenizer, fresh)
+            small = [*tokenizer, *([generation] if generation else [])]
+            write_json(fresh / RECORD, _record(plan, fresh, _digests(plan, inputs, small), written))
+    except OSError as error:
+        raise PipelineError(
+            f"the export cannot be written: {error.strerror}",
+            where=output_dir,
+            mend="free space there or choose another --output_dir; what was there before is untouched",
+        ) from error
+    report = ExportReport(Path(output_dir), plan.layers, len(plan.items), plan.nbytes, plan.remarks)
+    _tell(plan, report)
+    return report
+
+
+def _descriptions(plan: ExportPlan, generation: Path | None) -> dict[str, dict]:
+    """The JSON files beside the weights, by name; none of them says what the weights do not hold."""
+    model = plan.subject.model
+    files = {"config.json": plan.config.content}
+    if plan.form == "stage_files":
+        files["config.json"] = model.config | {"tie_word_embeddings": plan.tied}
+        files["manifest.json"] = _read_json(model.path / "manifest.json")
+        files["prune_log.json"] = prune_log(model.path, plan.subject.layout)
+        names = [item.spec.name for items in plan.weights.values() for item in items]
+        files["layers_map.json"] = layers_map(names, plan.subject.layout.num_layers)
+    if generation:
+        # A model that was saved for training says use_cache: false, which would make a server slow, not wrong.
+        settings = _read_json(generation)
+        files[_GENERATION] = {**settings, **({"use_cache": True} if settings.get("use_cache") is False else {})}
+    if index := shard_index(plan.weights):
+        files[INDEX_FILE] = index
+    return files
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"is not JSON: {error}", where=path, mend="fetch or write it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError("is not a JSON object", where=path, mend="fetch or write it again")
+    return content
+
+
+def _digests(plan: ExportPlan, inputs: InputDigests, small: Sequence[Path]) -> dict[str, str]:
+    """The sha256 of every file that went in."""
+    parts = [plan.subject.model, *plan.subject.bundles.values()]
+    used = {item.entry.file for item in plan.items}
+    digests = inputs.finish(tuple(file for part in parts for file in part.files if file in used))
+    named = [part.path / name for part in parts for name in _DESCRIPTIONS]
+    digests |= {file: file_sha256(file) for file in [*named, *small] if file.is_file()}
+    return {os.fspath(file): digest for file, digest in digests.items()}
+
+
+def _record(plan: ExportPlan, fresh: Path, digests: Mapping[str, str], written: Mapping[str, str]) -> dict:
+    layout = plan.subject.layout
+    stock = plan.form == "stock"
+    return {
+        "stage": plan.stage,
+        "format": plan.form,
+        "model": os.fspath(plan.subject.model.path),
+        "bundles": {part: os.fspath(bundle.path) for part, bundle in plan.subject.bundles.items()},
+        "dense_layers": layout.num_layers,
+        "original_index": {str(new if stock else layer): layer for new, layer in enumerate(plan.layers)},
+        "parts": {part: list(layout.layers_of(part)) for part in PARTS_OF_STAGE[plan.stage]},
+        "config": {"cut": plan.config.cut, "written_out": plan.config.written_out} if stock else {},
+        "tied_embeddings": plan.tied,
+        "remarks": plan.remarks,
+        "inputs": digests,
+        "outputs": {**written, **other_files_sha256(fresh, written)},
+        "versions": {n: importlib.metadata.version(n) for n in ("mistral-prune-lora", "torch", "transformers")},
+    }
+
+
+def _require_space(output: Path, nbytes: int) -> None:
+    folder = nearest_directory(output.absolute().parent)
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise PipelineError(
+            f"{nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
+            where=folder,
+            mend="free space or choose another --output_dir",
+        )
+
+
+def _tell(plan: ExportPlan, report: ExportReport) -> None:
+    for remark in report.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    if plan.config.cut and plan.form == "stock":
+        print(f"config.json: cut to the stage's layers: {', '.join(plan.config.cut)}", file=sys.stderr)
+    print(
+        f"{report.output}: stage {plan.stage} as {plan.form}, {len(report.layers)} layers {list(report.layers)};"
+        f" {report.tensors} tensors, {report.nbytes / 1e6:.1f} MB",
+        file=sys.stderr,
+    )
