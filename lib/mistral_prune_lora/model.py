@@ -6,6 +6,7 @@ not: it streams layers (see layers.py).
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     Raises:
         CheckpointError: a model type that transformers does not know.
     """
-    settings = dict(checkpoint.config)
+    settings = copy.deepcopy(checkpoint.config)  # transformers writes into the dicts that it is given
     model_type = settings.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"has the unknown model_type {model_type!r}", where=checkpoint.path / "config.json")
