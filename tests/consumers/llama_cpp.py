@@ -1,57 +1,66 @@
-"""The NLL of windows in llama.cpp, through its own C interface. Runs in an environment of its own, see run.py.
+"""The NLL of windows in llama.cpp, through its server's own interface. Runs in an environment of its own, see run.py.
 
-Prints a JSON object: {"layers": of the model, "nll": [of each window]}.
+Prints a JSON object: {"nll": [of each window]}.
 
     python llama_cpp.py model.gguf windows.json
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-from llama_cpp_py_sync import Llama
-from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+import xllamacpp as xlc
+
+_CERTAIN = 1e9  # added to a token's logit, so that it is the one that is drawn
 
 
-def window_nll(model: Llama, ids: Sequence[int]) -> float:
-    """Sum of the negative log-likelihoods of ids[1:]: float32 logits, float64 softmax and sum."""
-    lib, ffi = get_lib(), get_ffi()
-    lib.llama_memory_clear(lib.llama_get_memory(model._ctx), True)
-    batch = lib.llama_batch_init(len(ids), 0, 1)
-    try:
-        for place, token in enumerate(ids):
-            batch.token[place], batch.pos[place] = token, place
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-            batch.logits[place] = 1
-        batch.n_tokens = len(ids)
-        if lib.llama_decode(model._ctx, batch) != 0:
-            raise RuntimeError("llama_decode failed")
-        width = model.n_vocab
-        nll = 0.0
-        for place, target in enumerate(ids[1:]):
-            row = ffi.buffer(lib.llama_get_logits_ith(model._ctx, place), width * 4)
-            logits = np.frombuffer(row, dtype=np.float32).astype(np.float64)
-            top = logits.max()
-            nll += top + np.log(np.exp(logits - top).sum()) - logits[target]
-        return float(nll)
-    finally:
-        lib.llama_batch_free(batch)
+def open_server(gguf: str, seqlen: int) -> xlc.Server:
+    """A server of one slot, everything in float32.
+
+    So is its cache: the default of float16 is coarser than what is compared here.
+    """
+    params = xlc.CommonParams()
+    params.model.path = gguf
+    params.n_ctx, params.n_parallel, params.warmup = seqlen + 1, 1, False
+    params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = 1
+    return xlc.Server(params)
+
+
+def window_nll(server: xlc.Server, ids: Sequence[int]) -> float:
+    """Sum of the negative log-likelihoods of ids[1:].
+
+    The server tells the likelihood of the token that it draws, as the model gave it before any bias. So each token in
+    turn is made the one that is drawn; what comes before it is in the cache, as when text is generated.
+    """
+    nll = 0.0
+    for place in range(1, len(ids)):
+        answer = server.handle_completions(
+            {
+                "prompt": list(ids[:place]),
+                "n_predict": 1,
+                "n_probs": 1,
+                "temperature": 0,
+                "logit_bias": [[ids[place], _CERTAIN]],
+                "cache_prompt": True,
+            }
+        )
+        drawn = answer["choices"][0]["logprobs"]["content"][0]
+        if drawn["id"] != ids[place]:
+            raise RuntimeError(f"asked for token {ids[place]}, and {drawn['id']} was drawn")
+        nll -= drawn["logprob"]
+    return nll
 
 
 def main(gguf: str, windows: str) -> None:
-    """Score every window; llama.cpp's own messages go to stderr."""
+    """Score every window."""
     with open(windows, encoding="utf-8") as file:
         ids = json.load(file)
-    length = max(map(len, ids))
-    with contextlib.redirect_stdout(sys.stderr):
-        # The cache in float32 too: its default of float16 alone moves a perplexity by more than what is tested here.
-        model = Llama(gguf, n_ctx=length, n_batch=length, n_threads=2, type_k="f32", type_v="f32", flash_attn_type=0)
-        nll = [window_nll(model, window) for window in ids]
-    print(json.dumps({"layers": model.n_layer, "nll": nll}))
+    server = open_server(gguf, max(map(len, ids)))
+    print(json.dumps({"nll": [window_nll(server, window) for window in ids]}))
 
 
 if __name__ == "__main__":
