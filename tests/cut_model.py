@@ -10,26 +10,32 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
-from transformers import MistralForCausalLM
+from transformers import AutoModelForCausalLM
 
-from mistral_prune_lora.layout import Layout, layer_file_name, make_manifest
+from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.model_files import layer_file_name
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.text import Text
 from mistral_prune_lora.windows import Windows, WindowsIdentity, ids_digest
 
 
 def save_dense(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **config) -> Path:
-    """A random dense model, weights large enough for attention to matter."""
+    """A random dense model, weights large enough for attention to matter; config goes to `tiny_config`."""
     torch.manual_seed(seed)
-    model = MistralForCausalLM(tiny_config(initializer_range=0.08, **config)).to(dtype)
-    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(tiny_config(initializer_range=0.08, **config), dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):  # where they start they change nothing
+            weight.data += torch.randn(weight.shape) / 4
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 
 def cut(dense: Path, layout: Layout, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, dict[str, Path]]:
     """Write folder/A and folder/bundles/{B,C}; returns them. A part without layers gets no bundle."""
-    state = MistralForCausalLM.from_pretrained(dense, dtype=dtype).state_dict()
-    if json.loads((dense / "config.json").read_text())["tie_word_embeddings"]:
+    state = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).state_dict()
+    config = json.loads((dense / "config.json").read_text())
+    if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
     a = folder / "A"
     a.mkdir(parents=True)
@@ -39,7 +45,7 @@ def cut(dense: Path, layout: Layout, folder: Path, dtype: torch.dtype = torch.bf
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (dense / name).is_file():
             shutil.copy(dense / name, a)
-    manifest = make_manifest(layout, base_model=str(dense), model_type="mistral", selection={}, artifacts={})
+    manifest = make_manifest(layout, base_model=str(dense), model_type=config["model_type"], selection={}, artifacts={})
     (a / "manifest.json").write_text(json.dumps(manifest))
     bundles = {}
     for part in "BC":
@@ -91,7 +97,7 @@ def plain_stage(
     Returns:
         Final hidden states before the norm, and the NLL of each window: float32 cross-entropy, float64 sums.
     """
-    model = MistralForCausalLM.from_pretrained(dense, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
     for i in set(range(len(model.model.layers))) - set(active):
         model.model.layers[i] = PassLayer(i)
     before_norm = []

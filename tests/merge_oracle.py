@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from cut_model import cut, save_dense
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
-from transformers import MistralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.layout import Layout
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_OF_ALL = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}
 LAYOUT = Layout(5, (1, 2), (3,))
 
 
@@ -29,13 +31,22 @@ def save_base(folder: Path, dtype: torch.dtype, layout: Layout = LAYOUT, **shape
 
 
 def random_adapter(
-    folder: Path, base: Path, settings: dict, *, dtype: torch.dtype = torch.float32, seed: int = 0
+    folder: Path,
+    base: Path,
+    settings: dict,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layers: Iterable[int] | None = None,
 ) -> Path:
-    """An adapter as PEFT writes it for a base model, all its tensors random; settings go to LoraConfig."""
+    """An adapter as PEFT writes it for a base model, all its tensors random; settings go to LoraConfig.
+
+    With `layers`, B is zero in all others, as trainers leave it that save every layer.
+    """
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = MistralForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         get_peft_model(model, LoraConfig(**settings)).save_pretrained(folder, save_embedding_layers=False)
     config = json.loads((folder / "adapter_config.json").read_text())
     # PEFT corrects this flag before it saves it; a config that still has it set must do no harm.
@@ -44,12 +55,25 @@ def random_adapter(
     file = folder / "adapter_model.safetensors"
     tensors = {n: (torch.randn(t.shape) * 0.1 + ("magnitude" in n)).to(dtype) for n, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
+    return folder if layers is None else zero_outside(folder, layers)
+
+
+def zero_outside(adapter: Path, layers: Iterable[int], copy: Path | None = None) -> Path:
+    """Set an adapter's B to zero outside of some layers, in place or in a copy; returns its directory."""
+    folder = shutil.copytree(adapter, copy) if copy else adapter
+    inside = tuple(f".layers.{i}." for i in layers)
+
+    def change(tensors):
+        for name in [n for n in tensors if ".lora_B." in n and ".layers." in n and not any(i in n for i in inside)]:
+            tensors[name].zero_()
+
+    edit_tensors(folder / "adapter_model.safetensors", change)
     return folder
 
 
 def peft_merged(base: Path, adapters: list[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights after PEFT's merge_and_unload, adapter after adapter, with PEFT's defaults."""
-    model = MistralForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for adapter in adapters:

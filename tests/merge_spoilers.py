@@ -14,6 +14,7 @@ from merge_oracle import PROJECTIONS, edit_json, edit_tensors, random_adapter, s
 from safetensors.torch import load_file
 from transformers import MistralForCausalLM
 
+from mistral_prune_lora.descriptions import make_manifest
 from mistral_prune_lora.layout import Layout
 
 WEIGHTS = "adapter_model.safetensors"
@@ -43,9 +44,7 @@ def more_layers(there: Path) -> None:
 
 def other_pruning(there: Path) -> None:
     _, parts = save_base(there / "other", torch.bfloat16, Layout(5, (2,), (3,)))
-    manifest = json.loads((parts["A"] / "manifest.json").read_text())
-    manifest["stages"]["A"]["dropped_layers"] = manifest["stages"]["B"]["removed_layers"] = [4]
-    manifest["stages"]["C"]["removed_layers"] = []
+    manifest = make_manifest(Layout(5, (4,)), base_model="", model_type="mistral", selection={}, artifacts={})
     (parts["A"] / "manifest.json").write_text(json.dumps(manifest))
     edit_json(there / "adapter/adapter_config.json", base_model_name_or_path=str(parts["A"]))
 
@@ -163,7 +162,7 @@ SPOILT = {
     "embedding": (with_tensor("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 96)), "embed_tok"),
     "unknown module": (
         set_tensors(lambda t: t.update({f"base_model.model.score.lora_{x}.weight": torch.ones(4, 4) for x in "AB"})),
-        "has an update for score, which this model does not have",
+        "has an update for score, which is neither a decoder layer nor the head",
     ),
     "nothing matches": (only_other_layers, "matches nothing"),
     "lora_bias": (set_config(lora_bias=True), "sets lora_bias"),
@@ -191,5 +190,5 @@ SPOILT = {
     "no base weights": (remove("A/model.safetensors"), "there is no model.safetensors"),
     "no manifest": (remove("A/manifest.json"), r"no weights of layers \[1, 2, 3\], and no manifest.json"),
     "no tokenizer": (remove("A/tokenizer.json"), "no tokenizer found"),
-    "base config is no JSON": (broken_json("A/config.json"), "is not a model configuration"),
+    "base config is no JSON": (broken_json("A/config.json"), "cannot be read as JSON"),
 }

@@ -7,11 +7,21 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CONFIGS = {"mistral": MistralConfig, "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
-def tiny_config(**changes) -> MistralConfig:
-    """A Mistral of 8 layers and hidden size 64; its head size differs from hidden / heads on purpose."""
+def tiny_config(family: str = "mistral", **changes) -> PreTrainedConfig:
+    """A model of 8 layers and hidden size 64; its head size differs from hidden / heads on purpose."""
     settings = {
         "vocab_size": 96,
         "hidden_size": 64,
@@ -27,7 +37,9 @@ def tiny_config(**changes) -> MistralConfig:
         "eos_token_id": 2,
         "pad_token_id": None,
     }
-    return MistralConfig(**{**settings, **changes})
+    if family == "qwen2":
+        del settings["head_dim"]  # Qwen2 knows no other than hidden / heads
+    return CONFIGS[family](**{**settings, **changes})
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -44,7 +56,7 @@ def save_tokenizer(folder: Path) -> None:
 def save_adapter(folder: Path, base: Path, layers: list[int], seed: int) -> None:
     """A random LoRA adapter on some layers, as PEFT writes it."""
     torch.manual_seed(seed)
-    model = MistralForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], layers_to_transform=layers, init_lora_weights=False
     )

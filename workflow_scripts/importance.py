@@ -1,21 +1,27 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device
+from mistral_prune_lora.device import granted_device, granted_memory
 from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
 from mistral_prune_lora.model import DTYPES
 from mistral_prune_lora.text import load_text
 from mistral_prune_lora.tokenizer import load_tokenizer
 from mistral_prune_lora.windows import make_windows
 
-params = snakemake.params
+params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
     tokenizer = load_tokenizer(params.dense_dir)
     windows = make_windows(load_text(**params.dataset), tokenizer, seqlen=params.seqlen, max_windows=params.windows)
+    device = granted_device(resources.get("gpu", 1))
     states = last_token_states(
         params.dense_dir,
-        list(windows.ids.long().unsqueeze(1)),
+        windows.ids,
+        beside=snakemake.output.table,
         dtype=DTYPES[params.dtype],
-        device=granted_device(snakemake.resources.get("gpu", 1)),
+        device=device,
+        batch_size=4,
+        max_memory=granted_memory(resources.get("mem_mb"), device),
     )
-    table = angular_distances(states, params.drop, keep_last_layer=params.keep_last_layer)
+    table = angular_distances(
+        states, params.drop, keep_last_layer=params.keep_last_layer, all_blocks=params.candidates == "all"
+    )
     write_importance(table, snakemake.output.table)
     plot_importance(table, snakemake.output.plot)

@@ -1,15 +1,18 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device
-from mistral_prune_lora.distillation import teacher_states
+from mistral_prune_lora.device import granted_device, granted_memory
 from mistral_prune_lora.model import DTYPES
+from mistral_prune_lora.teacher_states import teacher_states
 from mistral_prune_lora.windows import Windows
 
+resources = snakemake.resources
 with job(snakemake.log[0]):
+    device = granted_device(resources.get("gpu", 1))
     teacher_states(
         snakemake.params.dense_dir,
         Windows.load(snakemake.input.windows),
         snakemake.output[0],
         dtype=DTYPES[snakemake.params.dtype],
-        device=granted_device(snakemake.resources.get("gpu", 1)),
+        device=device,
         batch_size=4,
+        max_memory=granted_memory(resources.get("mem_mb"), device),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,22 +10,23 @@ from pathlib import Path
 
 import torch
 
-from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.layout import (
+from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.families import read_config
+from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.manifest import MANIFEST, read_layout, read_manifest, tells_depth
+from mistral_prune_lora.model_files import (
     INDEX_FILE,
+    LAYER_PREFIX,
     SINGLE_FILE,
-    Layout,
     bundle_layers,
     is_bundle_dir,
     is_model_dir,
     layer_files,
-    layout_from_manifest,
-    read_manifest,
     weight_files,
 )
 from mistral_prune_lora.safetensors_file import TensorEntry, read_header
 
-LAYER_PREFIX = re.compile(r"model\.layers\.(\d+)\.")
 _STORED_LAYER_PREFIX = re.compile(r"(?:model\.){0,2}layers\.(\d+)\.")
 
 
@@ -84,13 +84,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a directory as a model if it has a config.json, or as a bundle if it has layer files.
+    """Open a directory as a model if it has a config.json, or as a bundle if it has layer files or a bundle_meta.json.
 
     Reads headers only; no tensor is loaded.
 
     Raises:
-        CheckpointError: neither; files missing, malformed or outside the directory; pickled weights only.
-        LayoutError: the manifest or bundle_meta.json is malformed.
+        CheckpointError: neither; files missing, malformed or outside the directory; pickled weights only; a model of a
+            family that is not taken.
+        LayoutError: the manifest or bundle_meta.json is malformed, or contradicts itself or the files.
     """
     path = Path(os.path.abspath(path))
     if is_model_dir(path):
@@ -106,33 +107,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def read_config(path: str | Path) -> dict:
-    """The parsed config.json of a model directory.
-
-    Raises:
-        CheckpointError: missing, or not a JSON object with num_hidden_layers.
-    """
-    config_path = Path(path) / "config.json"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        int(config["num_hidden_layers"])
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=config_path) from None
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError("is not a model configuration with num_hidden_layers", where=config_path) from None
-    return config
-
-
 def _open_model(path: Path) -> Checkpoint:
-    config = read_config(path)
-    manifest = read_manifest(path)
-    layout = layout_from_manifest(manifest, config["num_hidden_layers"]) if manifest else None
+    config, layout = read_config(path), read_layout(path)
     stored = {name: entry for file in _model_files(path) for name, entry in file.items()}
     original = range(config["num_hidden_layers"])
     if layout and len(original) == len(layout.kept) < layout.num_layers:
         # A compact A numbers its kept layers 0..n-1; everything else here speaks of original indices.
         original = layout.kept
-        config = {**config, "num_hidden_layers": layout.num_layers}
+        config = _dense_config(config, layout.num_layers, path)
     entries = {}
     for name, entry in stored.items():
         match = _STORED_LAYER_PREFIX.match(name)
@@ -144,7 +126,41 @@ def _open_model(path: Path) -> Checkpoint:
                 )
             name = f"model.layers.{original[index]}.{name[match.end() :]}"
         entries[name] = entry
-    return Checkpoint(path, "model", entries, config, layout)
+    opened = Checkpoint(path, "model", entries, config, layout)
+    _refuse_unknown_depth(opened)
+    return opened
+
+
+def _refuse_unknown_depth(model: Checkpoint) -> None:
+    """Raise a CheckpointError if dropped layers have weights and nothing says how many layers the dense model has.
+
+    These may then be the weights of the dense model, or of a compact A that counts its kept layers 0, 1, 2 ...
+    """
+    there = sorted(set(model.layers) & set(model.layout.dropped)) if model.layout else []
+    if there and not tells_depth(read_manifest(model.path) or {}):
+        raise CheckpointError(
+            f"has weights of layers {there}, which the manifest says were dropped, and does not say of how many layers",
+            where=model.path / MANIFEST,
+            mend="write the dense model's number of layers into the manifest, as counts.L_full",
+        )
+
+
+def _dense_config(config: dict, num_layers: int, path: Path) -> dict:
+    """The configuration of the dense model, from that of a compact A, which may list its kept layers' attention.
+
+    Raises:
+        CheckpointError: the dropped layers may have another kind of attention than the kept ones.
+    """
+    kinds = set(config.get("layer_types") or ())
+    if len(kinds) > 1 or (not kinds and config.get("use_sliding_window")):
+        raise CheckpointError(
+            "counts only the kept layers, whose attention differs from layer to layer, so that of the dropped ones is"
+            " not known",
+            where=path / "config.json",
+            mend="use an A model whose config.json counts the dense model's layers",
+        )
+    spread = {**config, "num_hidden_layers": num_layers}
+    return {**spread, "layer_types": [*kinds] * num_layers} if kinds else spread
 
 
 def _model_files(path: Path) -> Iterator[dict[str, TensorEntry]]:
@@ -154,7 +170,7 @@ def _model_files(path: Path) -> Iterator[dict[str, TensorEntry]]:
     if names == (SINGLE_FILE,):
         yield read_header(path / SINGLE_FILE)
         return
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_json(index, LayoutError)["weight_map"]
     for shard in names:
         if not (path / shard).is_file():
             raise CheckpointError(f"names {shard}, which is missing", where=index, mend="fetch the model again")

@@ -12,7 +12,10 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
 from mistral_prune_lora.errors import LayoutError, PipelineError
-from mistral_prune_lora.layout import Layout, is_model_dir, layout_from_manifest, read_manifest, weight_files
+from mistral_prune_lora.families import read_config
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.manifest import read_layout
+from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, weight_files
 
 
 class ConfigError(PipelineError):
@@ -43,21 +46,28 @@ def check_config(config: dict, schema_path: str | Path) -> dict:
 
 
 def experiment_layout(config: Mapping, experiment: str) -> Layout:
-    """The layers of A, B and C in one experiment: from its `layers`, or from the manifest of its given pruned model.
+    """The layers of A, B and C in one experiment: from its `layers`, or from its given pruned model.
+
+    Of that, its manifest tells, and its bundles where the manifest leaves open which dropped layers are B's and C's.
 
     Raises:
-        LayoutError: the layers contradict each other or the model; the given model has no manifest.
+        LayoutError: the layers contradict each other or the model; the given model has no manifest, or nothing tells
+            B from C.
     """
     settings = config["experiments"][experiment]
     if "pruned" in settings:
-        manifest = read_manifest(settings["pruned"]["A"])
-        if manifest is None:
+        given = settings["pruned"]
+        layout = read_layout(given["A"])
+        if layout is None:
             raise LayoutError(
-                "there is no manifest.json",
-                where=settings["pruned"]["A"],
-                mend="give the A directory that pruning wrote",
+                "there is no manifest.json", where=given["A"], mend="give the A directory that pruning wrote"
             )
-        return layout_from_manifest(manifest)
+        if layout.unassigned:
+            folders = {part: Path(given["bundles"]) / part for part in "BC"}
+            held = {part: bundle_layers(folder) for part, folder in folders.items() if is_bundle_dir(folder)}
+            layout = layout.assigned(held, where=given["bundles"])
+            layout.layers_of("B")  # a job for no layers, for want of knowing them, would go unnoticed
+        return layout
     layers = settings["layers"]
     return Layout(config["models"][settings["model"]]["num_layers"], tuple(layers["B"]), tuple(layers["C"]))
 
@@ -117,17 +127,22 @@ def _model_faults(path: str, folder: str) -> Iterator[str]:
         yield f"{path}: {folder} holds no config.json"
         return
     try:
+        read_config(folder)
         weight_files(folder)
-    except LayoutError as error:
+    except PipelineError as error:
         yield f"{path}: {error}"
 
 
 def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     experiment = config["experiments"][name]
+    given = experiment.get("pruned")
     try:
         layout = experiment_layout(config, name)
-    except LayoutError as error:
-        yield f"{path}.{'pruned' if 'pruned' in experiment else 'layers'}: {error}"
+        _check_bundles(experiment, layout)
+        if given and is_model_dir(given["A"]):
+            read_config(given["A"])
+    except PipelineError as error:
+        yield f"{path}.{'pruned' if given else 'layers'}: {error}"
         return
     total = config["models"][experiment["model"]]["num_layers"]
     if layout.num_layers != total:
@@ -135,6 +150,20 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     trained = trained_parts(experiment, layout)
     if trained and experiment["distill"]["dataset"] is None:
         yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
+    if experiment["adapter_indices"] == "compact" and "A" in trained:
+        yield f"{path}.adapter_indices: A's adapter is trained here, under original indices; compact is for a given one"
+
+
+def _check_bundles(experiment: Mapping, layout: Layout) -> None:
+    """Raise a LayoutError if a given bundle contradicts itself or the layout; one that is missing is snakemake's."""
+    for part in "BC" if "pruned" in experiment else "":
+        folder = Path(experiment["pruned"]["bundles"]) / part
+        if is_bundle_dir(folder) and (held := bundle_layers(folder)) != layout.layers_of(part):
+            raise LayoutError(
+                f"holds layers {list(held)} where the manifest gives {list(layout.layers_of(part))} to {part}",
+                where=folder,
+                mend="use the bundles that were cut from this model",
+            )
 
 
 def merged_parts(experiment: Mapping, layout: Layout) -> list[str]:

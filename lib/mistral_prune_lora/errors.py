@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mistral_prune_lora.version import package_line
+
 
 class PipelineError(Exception):
     """A mistake in the input that the user can mend; printed as one line, without a traceback.
@@ -50,11 +52,15 @@ class DeviceError(PipelineError):
 def reports_errors(main: Callable[..., None]) -> Callable[..., int]:
     """Wrap a command's `main` so that a PipelineError ends it with one line on stderr and exit code 1.
 
+    The first line on stderr says which package runs, before the arguments are read: a checkout of other scripts under
+    this package's name may lie in the working directory, and whoever refuses a flag should be known.
+
     Returns a function that returns the exit code, for `sys.exit`. Anything else keeps its traceback: it is our bug.
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
+        print(package_line(), file=sys.stderr, flush=True)
         try:
             main(*args, **kwargs)
         except PipelineError as error:

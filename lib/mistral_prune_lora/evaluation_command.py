@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_prune_lora.activations import require_space
+from mistral_prune_lora.argument_types import LeftOut
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import AdapterError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation import StageResult, Teacher, boundary_bytes, evaluate_stages, hidden_bytes, stages_of
-from mistral_prune_lora.evaluation_adapters import open_adapters
+from mistral_prune_lora.evaluation_adapters import open_peft_adapters
 from mistral_prune_lora.evaluation_inputs import Inputs, sort_inputs
 from mistral_prune_lora.evaluation_report import (
     box,
@@ -27,6 +28,7 @@ from mistral_prune_lora.evaluation_report import (
     model_lines,
     opening,
     summary,
+    windows_line,
     write_csv,
     write_json,
 )
@@ -72,9 +74,7 @@ def run(args: argparse.Namespace) -> list[StageResult]:
         )
     )
     subjects = [
-        subject
-        for name, folder in _labelled(inputs.models)
-        for subject in _subjects(name, folder, inputs, args.lora_paths)
+        subject for name, folder in _labelled(inputs.models) for subject in _subjects(name, folder, inputs, args)
     ]
     subjects.sort(key=lambda subject: not subject.is_dense)
     for subject in subjects:
@@ -144,10 +144,14 @@ class _Evaluation:
         adapters = "".join(f" + {a.path}" for part in subject.adapters.values() for a in part)
         print(model_heading(number, count, written + adapters))
         windows = self._windows(subject)
+        for adapter in (a for part in subject.adapters.values() for a in part):
+            if adapter.out_of_scope:
+                print(f"  {adapter.name}: on the layers of {adapter.part}; {adapter.out_of_scope} tensors out of scope")
         wanted = _stages_of(subject, self._stages)
         kept = subject.layout.kept
         model_type = subject.model.config["model_type"]
         print(model_lines(model_type, subject.layout, len(kept), subject.parameters(kept), self._compute.device))
+        print(windows_line(windows.identity, self._limits(), self._args.seed))
         teaches = subject.is_dense and not subject.adapters and self._teacher is None and number < count
         teacher = self._teacher[0] if self._teacher and self._teacher[1] == windows.identity.ids_sha256 else None
         self._announce_space(subject, wanted, windows, teacher, teaches)
@@ -195,8 +199,21 @@ class _Evaluation:
         args = self._args
         adapter = args.lora_paths[0] if args.lora_paths else None
         tokenizer = load_tokenizer(subject.model.path, tokenizer_path=args.tokenizer_path, adapter_path=adapter)
-        limit = args.nsamples if args.max_batches is None else min(args.nsamples, args.max_batches * args.batch_size)
+        limit = min(count for count, _ in self._limits())
         return make_windows(self._text, tokenizer, seqlen=args.seqlen, max_windows=limit, seed=args.seed)
+
+    def _limits(self) -> list[tuple[int, str]]:
+        """What bounds the number of windows, and in whose name; first what the user cannot raise."""
+        args, limits = self._args, []
+        if self._text.max_windows is not None:
+            limits.append((self._text.max_windows, f"all that the protocol of {self._text.name} looks at"))
+        if args.max_batches is not None:
+            limits.append((args.max_batches * args.batch_size, "--max_batches"))
+        default = isinstance(args.nsamples, LeftOut)
+        limits.append(
+            (args.nsamples, "the default of --nsamples: give --nsamples for more" if default else "--nsamples")
+        )
+        return limits
 
     def _hidden_file(self, windows: Windows) -> Path:
         return self._folder / f"dense-{windows.identity.ids_sha256[:16]}-{self._args.dtype}.safetensors"
@@ -209,14 +226,15 @@ def _labelled(models: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
     return [(name, folder) for name, (_, folder) in zip(unique, models, strict=True)]
 
 
-def _subjects(name: str, folder: Path, inputs: Inputs, lora_paths: Sequence[str]) -> list[Subject]:
+def _subjects(name: str, folder: Path, inputs: Inputs, args: argparse.Namespace) -> list[Subject]:
     """The model as it is, and once more with the adapters beside it if there are any."""
     model = open_checkpoint(folder)
     bundles = {} if model.layout is None else {part: open_checkpoint(path) for part, path in inputs.bundles.items()}
     plain = Subject(model, bundles, name=name)
-    if not lora_paths:
+    if not args.lora_paths:
         return [plain]
-    adapters = open_adapters(lora_paths, plain.layout)
+    bases = [model.path, *(bundle.path for bundle in bundles.values())]
+    adapters = open_peft_adapters(args.lora_paths, plain.layout, bases, args.adapter_indices)
     return [plain, Subject(model, bundles, adapters, name=plain.name)]
 
 

@@ -8,14 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.layout import (
-    Layout,
-    bundle_layers,
-    is_bundle_dir,
-    layer_files,
-    layout_from_manifest,
-    read_manifest,
-)
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.manifest import read_layout
+from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir
 from mistral_prune_lora.model_place import model_directory
 
 
@@ -41,9 +36,9 @@ def sort_inputs(
 ) -> Inputs:
     """Tell models from bundles, and B from C.
 
-    A directory with a config.json is a model; one with layer files only is a bundle; anything that is no local path is
-    a Hub id. A bundle is B if it holds exactly the layers that the first pruned model's manifest gives to B, C
-    likewise; else its path decides: one that contains b_merged is B, c_merged is C.
+    A directory with a config.json is a model; one with layer files or a bundle_meta.json only is a bundle; anything
+    that is no local path is a Hub id. A bundle is B if it holds exactly the layers that the first pruned model's
+    manifest gives to B, C likewise; else its path decides: one that contains b_merged is B, c_merged is C.
 
     Args:
         paths: of models and bundles, in any order.
@@ -58,8 +53,8 @@ def sort_inputs(
     models = [(path, model_directory(path)) for path in paths if not is_bundle_dir(path)]
     if not models:
         raise CheckpointError("there are only bundles", where="--model_path", mend="Name the A model as well")
-    manifests = [read_manifest(folder) for _, folder in models]
-    layout = next((layout_from_manifest(m) for m in manifests if m), None)
+    layouts = [read_layout(folder) for _, folder in models]
+    layout = next((layout for layout in layouts if layout), None)
     named: dict[str, list[Path]] = {"B": [], "C": []}
     for path in paths:
         if is_bundle_dir(path):
@@ -72,10 +67,7 @@ def sort_inputs(
         if not there:
             raise CheckpointError("holds neither B nor C", where=bundles_dir, mend="Give the directory that holds both")
         for part in there:
-            folder = Path(bundles_dir) / part
-            # A part that was given no layers has a directory that says so, and nothing to restore.
-            if layer_files(folder) or not (folder / "bundle_meta.json").is_file():
-                named[part].append(_bundle(folder, "--bundles_dir"))
+            named[part].append(_bundle(Path(bundles_dir) / part, "--bundles_dir"))
     for part, found in named.items():
         if len(found) > 1:
             raise LayoutError(
@@ -96,15 +88,15 @@ def bundle_part(path: str | Path, layout: Layout | None) -> str:
         LayoutError: neither tells.
     """
     held = bundle_layers(path)
-    if layout is not None:
-        fitting = [part for part in "BC" if held and held == layout.layers_of(part)]
-        if fitting:
-            return fitting[0]
+    known = layout if layout and not layout.unassigned else None
+    fitting = [part for part in "BC" if known and held == known.layers_of(part)]
+    if len(fitting) == 1:
+        return fitting[0]
     name = os.path.basename(os.path.abspath(path)).lower()
     fitting = [part for part in "BC" if f"{part.lower()}_merged" in name]
     if len(fitting) == 1:
         return fitting[0]
-    expected = f"; the manifest gives {list(layout.b)} to B and {list(layout.c)} to C" if layout else ""
+    expected = f"; the manifest gives {list(known.b)} to B and {list(known.c)} to C" if known else ""
     raise LayoutError(
         f"it is not clear whether this bundle of layers {list(held)} is B or C{expected}",
         where=path,
@@ -115,6 +107,7 @@ def bundle_part(path: str | Path, layout: Layout | None) -> str:
 def _bundle(path: Path, flag: str) -> Path:
     if not is_bundle_dir(path):
         raise CheckpointError(
-            "is not a bundle: there is no layer_XXX.safetensors, or a config.json", where=f"{flag} {path}"
+            "is not a bundle: it has neither layer_XXX.safetensors nor bundle_meta.json, or it has a config.json",
+            where=f"{flag} {path}",
         )
     return path

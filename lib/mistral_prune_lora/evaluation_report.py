@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from mistral_prune_lora.evaluation import StageResult
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.statistics import compare_stages
 from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.windows import WindowsIdentity
 
 _WIDE, _NARROW, _BOX, _LABEL = "=" * 70, "─" * 60, 41, 41
 _CSV_COLUMNS = (
@@ -42,6 +44,21 @@ def model_lines(model_type: str, layout: Layout, active: int, parameters: int, d
         f" | {parameters / 1e6:.1f}M params | {device}"
     )
     return "\n".join(lines)
+
+
+def windows_line(identity: WindowsIdentity, limits: Sequence[tuple[int, str]], seed: int) -> str:
+    """How many of the text's windows are measured, and what keeps the others out.
+
+    Args:
+        identity: of the windows.
+        limits: what the number was limited to and by what, in words; of several that cut as deep, the first is told.
+        seed: as for `make_windows`.
+    """
+    line = f"  ✓ {identity.windows} of {identity.text_windows} windows"
+    if identity.windows == identity.text_windows:
+        return line
+    drawn = f", drawn with --seed {seed}" if seed else ""
+    return f"{line} ({min(limits, key=itemgetter(0))[1]}{drawn})"
 
 
 def box(result: Mapping) -> str:

@@ -34,6 +34,7 @@ from mistral_prune_lora.layers import (
     DelayedStore,
     Embedding,
     LayerSource,
+    embedding_bytes,
     resident_groups,
     stream_batches,
 )
@@ -82,9 +83,17 @@ class Start:
         return self._embedding(self._windows.ids[first:last])
 
 
-def embedding_bytes(model: Checkpoint, compute: Compute) -> int:
-    """Memory on the compute device that the embedding takes: it stays on the CPU, in its stored dtype."""
-    return 0 if compute.device.type == "cuda" else model.entries["model.embed_tokens.weight"].nbytes
+@dataclass(frozen=True)
+class Ending:
+    """What is kept at the end of a run, where that is not the hidden states that leave its last layer.
+
+    Attributes:
+        apply: makes what is kept of a batch of them; same shape and dtype.
+        record: kept with it instead of the run's own.
+    """
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    record: Mapping
 
 
 def run_to_file(
@@ -94,8 +103,17 @@ def run_to_file(
     config: PreTrainedConfig,
     compute: Compute,
     output: Path,
+    ending: Ending | None = None,
 ) -> None:
-    """Run layers and keep the activations at their end; those that do not fit into memory at once go through files."""
+    """Run layers and keep the activations at their end; those that do not fit into memory at once go through files.
+
+    Args:
+        start: where they start from.
+        sources: the layers, in order.
+        windows, config, compute: what goes through them, and how.
+        output: a file of activations.
+        ending: what is kept in it; None means the hidden states that leave the last layer, with the run's record.
+    """
     shape, scratch, remaining = (*windows.ids.shape, config.hidden_size), None, sources
     record, read, reserved = start.record, start.read, start.nbytes
     # A killed run may have come some groups far, whatever memory it had.
@@ -109,8 +127,9 @@ def run_to_file(
     groups = resident_groups(remaining, compute, config, windows.seqlen, reserved)
     backbone = Backbone(config, compute)
     for group in backbone.resident(groups):
+        last = ending if group is groups[-1] else None
         target = output if group is groups[-1] else _scratch_file(output, group[-1].index)
-        record = extend_record(record, group, compute)
+        record = last.record if last else extend_record(record, group, compute)
         with (
             ActivationWriter(target, shape, compute.dtype, compute.batch_size, record) as writer,
             _bar(f"layers {group[0].index}-{group[-1].index}", windows, compute, writer.done) as bar,
@@ -118,7 +137,8 @@ def run_to_file(
             store = DelayedStore(writer.write, compute)
             missing = [b for b in range(_batches(windows, compute)) if b not in writer.done]
             for batch, hidden in stream_batches(read, missing, len(windows), compute):
-                store.put(batch, backbone(hidden))
+                hidden = backbone(hidden)
+                store.put(batch, last.apply(hidden) if last else hidden)
                 bar.update(hidden.shape[0] * hidden.shape[1])
             store.flush()
             writer.finish()

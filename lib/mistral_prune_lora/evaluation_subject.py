@@ -62,8 +62,9 @@ class Subject:
 
     @property
     def layout(self) -> Layout:
-        """The parts, as the manifest says; a model without one keeps all its layers."""
-        return self.model.layout or Layout(self.model.config["num_hidden_layers"])
+        """The parts, as the manifest says, or else the bundles; a model without a manifest keeps all its layers."""
+        layout = self.model.layout or Layout(self.model.config["num_hidden_layers"])
+        return layout.assigned({part: b.layers for part, b in self.bundles.items()}, where=self.model.path)
 
     @property
     def is_dense(self) -> bool:

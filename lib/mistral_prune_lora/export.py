@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
@@ -14,20 +13,22 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.console import progress
+from mistral_prune_lora.descriptions import carried_prune_log, layers_map, make_prune_log, parameter_counts
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.export_plan import ExportPlan, plan_export
-from mistral_prune_lora.json_file import write_json
-from mistral_prune_lora.layout import INDEX_FILE, PARTS_OF_STAGE
+from mistral_prune_lora.json_file import read_json, write_json
+from mistral_prune_lora.layout import PARTS_OF_STAGE
+from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_plan import shard_index
 from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
-from mistral_prune_lora.stage_files import layers_map, prune_log
+from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, LAYERS_MAP
 from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, nearest_directory, refuse_foreign
 
 RECORD = "export.json"
 _GENERATION = "generation_config.json"
-_DESCRIPTIONS = ("config.json", "manifest.json", "prune_log.json", "bundle_meta.json", INDEX_FILE)
+_DESCRIPTIONS = ("config.json", MANIFEST, PRUNE_LOG, BUNDLE_META, INDEX_FILE)
 _SMALL_FILES = 64 << 20  # room for configuration and tokenizer beside the weights
 
 
@@ -104,7 +105,10 @@ def export_stage(
                         fresh / name, items, device=torch.device("cpu"), inputs=inputs, on_bytes=bar.update
                     )
             for name, content in descriptions.items():
-                write_json(fresh / name, content)
+                if isinstance(content, Path):
+                    shutil.copyfile(content, fresh / name)
+                else:
+                    write_json(fresh / name, content)
             copy_settings(tokenizer, fresh)
             small = [*tokenizer, *([generation] if generation else [])]
             write_json(fresh / RECORD, _record(plan, fresh, _digests(plan, inputs, small), written))
@@ -119,33 +123,35 @@ def export_stage(
     return report
 
 
-def _descriptions(plan: ExportPlan, generation: Path | None) -> dict[str, dict]:
-    """The JSON files beside the weights, by name; none of them says what the weights do not hold."""
-    model = plan.subject.model
-    files = {"config.json": plan.config.content}
+def _descriptions(plan: ExportPlan, generation: Path | None) -> dict[str, Mapping | Path]:
+    """The descriptions beside the weights by file name: an object to write, or a file to copy."""
+    files: dict[str, Mapping | Path] = {"config.json": plan.config.content}
     if plan.form == "stage_files":
-        files["config.json"] = model.config | {"tie_word_embeddings": plan.tied}
-        files["manifest.json"] = _read_json(model.path / "manifest.json")
-        files["prune_log.json"] = prune_log(model.path, plan.subject.layout)
-        names = [item.spec.name for items in plan.weights.values() for item in items]
-        files["layers_map.json"] = layers_map(names, plan.subject.layout.num_layers)
+        files = _of_pruned(plan)
     if generation:
-        # A model that was saved for training says use_cache: false, which would make a server slow, not wrong.
-        settings = _read_json(generation)
-        files[_GENERATION] = {**settings, **({"use_cache": True} if settings.get("use_cache") is False else {})}
+        # A model that was saved for training says use_cache: false, which would make a server slow.
+        settings = read_json(generation, CheckpointError, mend="fetch or write the model again")
+        slow = settings.get("use_cache") is False
+        files[_GENERATION] = {**settings, "use_cache": True} if slow else generation
     if index := shard_index(plan.weights):
         files[INDEX_FILE] = index
     return files
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"is not JSON: {error}", where=path, mend="fetch or write it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError("is not a JSON object", where=path, mend="fetch or write it again")
-    return content
+def _of_pruned(plan: ExportPlan) -> dict[str, Mapping | Path]:
+    """The descriptions of an A that stays one: what was dropped from it, and which layer has which tensors."""
+    model, layout = plan.subject.model, plan.subject.layout
+    manifest = read_manifest(model.path) or {}
+    selection = manifest.get("selection") or {}
+    params = parameter_counts(layout, {n: e.shape for n, e in model.entries.items()}, tied=plan.tied)
+    made = make_prune_log(layout, model=manifest.get("base_model"), params=params, selection=selection)
+    names = [item.spec.name for items in plan.weights.values() for item in items]
+    return {
+        "config.json": model.config | {"tie_word_embeddings": plan.tied},
+        MANIFEST: model.path / MANIFEST,
+        PRUNE_LOG: carried_prune_log(model.path / PRUNE_LOG, layout, made),
+        LAYERS_MAP: layers_map(layout.num_layers, dict(zip(names, names, strict=True))),
+    }
 
 
 def _digests(plan: ExportPlan, inputs: InputDigests, small: Sequence[Path]) -> dict[str, str]:

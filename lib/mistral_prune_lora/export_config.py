@@ -66,8 +66,8 @@ def stage_config(model: Checkpoint, layers: Sequence[int], *, tied: bool, dtypes
         dtypes: the safetensors dtype names that the weights are stored in; a single one is written down.
 
     Raises:
-        CheckpointError: something depends on a layer's number in a way that cannot be written out, a list has entries
-            for some layers only, or the weights are quantised.
+        CheckpointError: something depends on a layer's number in a way that cannot be written out, or a list has
+            entries for some layers only.
     """
     count, where = model.config["num_hidden_layers"], model.path / "config.json"
     _refuse(model.config, count, whole=len(layers) == count, where=where)
@@ -76,7 +76,7 @@ def stage_config(model: Checkpoint, layers: Sequence[int], *, tied: bool, dtypes
     derived = {
         key: value for key, value in told.items() if model.config.get(key) is None and _is_per_layer(key, value, count)
     }
-    content = {key: value for key, value in model.config.items() if key != "auto_map"}
+    content = dict(model.config)
     if len(layers) < count:
         content = {key: value for key, value in content.items() if key not in _INTERVALS}
         if isinstance(first := told.get("max_window_layers"), int):
@@ -110,8 +110,6 @@ def _older_names(rope: Mapping) -> dict:
 
 def _refuse(config: Mapping, count: int, *, whole: bool, where: Path) -> None:
     """Raise what `stage_config` raises. Of a `whole` model, no layer changes its number."""
-    if config.get("quantization_config"):
-        raise CheckpointError("is of quantised weights", where=where, mend="export the model that was quantised")
     for key, value in config.items():
         listed = isinstance(value, list) and value and (key in _PER_LAYER or ("layer" in key and not whole))
         if listed and len(value) != count:

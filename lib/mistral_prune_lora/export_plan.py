@@ -14,14 +14,13 @@ from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation_subject import Subject, outside_entries, tensors_digest
 from mistral_prune_lora.export_config import FLOATS, StageConfig, stage_config
-from mistral_prune_lora.families import check_family
 from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.merge_plan import Item, split_files
 from mistral_prune_lora.model import model_config
 from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
-from mistral_prune_lora.stage_files import STAGE_FILES
 
 FORMATS = ("stock", "stage_files")
+STAGE_FILES = {"B": "stage2_layers_B.safetensors", "C": "stage3_layers_C.safetensors"}
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -104,7 +103,6 @@ def _subject(
     model = open_checkpoint(model_path)
     if model.kind != "model":
         raise CheckpointError("is a bundle, not a model", where=model_path, mend="give the A model, and this as bundle")
-    check_family(model.config, model.path)
     if model.layout is None and (stage != "FULL" or bundles):
         raise LayoutError(
             f"there is no manifest.json, so nothing was dropped from this model: it has no stage {stage}"
@@ -197,14 +195,15 @@ def _staged(
     stored: Mapping[int, Mapping[str, TensorEntry]],
     max_shard_size: int | None,
 ) -> dict[str, list[Item]]:
-    """A under its original layer numbers, and a file for each bundle."""
+    """A under its original layer numbers, and a file for each bundle that has layers."""
     numbers = {layer: layer for layer in stored}
 
     def of_part(part: str) -> dict[int, Mapping[str, TensorEntry]]:
         return {layer: stored[layer] for layer in subject.layout.layers_of(part)}
 
     files = split_files(_items(outside, of_part("A"), numbers), max_shard_size)
-    return files | {STAGE_FILES[part]: _items({}, of_part(part), numbers) for part in subject.bundles}
+    held = [part for part in subject.bundles if subject.layout.layers_of(part)]
+    return files | {STAGE_FILES[part]: _items({}, of_part(part), numbers) for part in held}
 
 
 def _items(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mistral_prune_lora.argument_types import size
+from mistral_prune_lora.argument_types import shard_size
 from mistral_prune_lora.errors import reports_errors
 
 EXAMPLES = """examples:
@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         help="stock: one dense model, its layers numbered 0, 1, 2 ...; stage_files: A under its original layer indices,"
         " and B and C, as far as the stage has them, in a file each (default: %(default)s)",
     )
-    p.add_argument("--max_shard_size", type=size, metavar="SIZE", help="e.g. 5GB; split the model (default: one file)")
+    p.add_argument(
+        "--max_shard_size", type=shard_size, metavar="SIZE", help="e.g. 5GB; split the model (default: one file)"
+    )
     p.add_argument("--tokenizer_path", metavar="DIR", help="take the tokenizer from here (default: found by itself)")
     return p
 

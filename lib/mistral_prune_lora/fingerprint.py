@@ -13,8 +13,8 @@ from pathlib import Path
 
 _PACKAGE = "mistral_prune_lora"
 _ROOT = Path(__file__).parent
-# How a result is shown or an error worded does not change it.
-_WITHOUT_EFFECT = {f"{_PACKAGE}.console", f"{_PACKAGE}.errors"}
+# How a result is shown, an error worded, or which model is refused does not change it.
+_WITHOUT_EFFECT = {f"{_PACKAGE}.console", f"{_PACKAGE}.errors", f"{_PACKAGE}.families"}
 
 
 def code_digest(*modules: str) -> str:

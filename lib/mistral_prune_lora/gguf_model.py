@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from mistral_prune_lora.errors import SourceError
-from mistral_prune_lora.layout import weight_files
+from mistral_prune_lora.model_files import weight_files
 
 ARCHITECTURES = ("llama", "mistral")
 _CHECKED_TEXT = "The quick brown fox jumps over the lazy dog, and 42 of its friends follow."
@@ -69,6 +69,8 @@ def convert_gguf(gguf: str | Path, output_dir: str | Path) -> dict:
         PreTrainedTokenizerFast,
     )
 
+    from mistral_prune_lora.architecture import renew_rotary_embedding
+
     # Not AutoTokenizer: to learn the tokenizer's class it would read the file a second, slow way, ten times as long.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with _answers_remembered():
@@ -80,8 +82,7 @@ def convert_gguf(gguf: str | Path, output_dir: str | Path) -> dict:
         model = MistralForCausalLM(config)
     model.load_state_dict(source.state_dict(), assign=True)
     model.tie_weights()
-    # Computed, not stored: a rotary embedding made on the meta device has no numbers.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    renew_rotary_embedding(model.model, "cpu")
     model.eval()
 
     ids = tokenizer(_CHECKED_TEXT, return_tensors="pt")["input_ids"]

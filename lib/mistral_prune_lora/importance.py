@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib
@@ -14,60 +15,127 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from tqdm import tqdm
 
+from mistral_prune_lora.activations import ActivationReader, ActivationWriter
+from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.model import load_model
+from mistral_prune_lora.layers import (
+    Backbone,
+    Compute,
+    DelayedStore,
+    Embedding,
+    LayerSource,
+    embedding_bytes,
+    resident_groups,
+    stream_batches,
+)
+from mistral_prune_lora.model import model_config
 from mistral_prune_lora.prune import split_block
-from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.transaction import atomic_file, scratch_directory
 
 
 def last_token_states(
     model_dir: str | Path,
-    ids: Sequence[torch.Tensor],
+    ids: torch.Tensor,
     *,
+    beside: str | Path,
     dtype: torch.dtype,
     device: str = "cpu",
-    max_batches: int | None = None,
+    batch_size: int = 1,
+    max_memory: int | None = None,
 ) -> torch.Tensor:
     """The hidden state of each window's last token before every layer and after the last.
 
+    Layers are streamed: as many are in memory as may be, and never all of them have to. Where they go in several
+    groups, the windows' hidden states lie in files between two of them.
+
     Args:
         model_dir: the dense model.
-        ids: calibration windows, int64, each of shape (1, seqlen).
-        dtype, device: of the forward pass.
-        max_batches: look at so many windows at most.
+        ids: calibration windows, integers, shape (windows, seqlen).
+        beside: what is being made of the result; those files lie beside it while this runs.
+        dtype, device, batch_size: of the forward pass.
+        max_memory: bytes to use on the device; None means a share of what is free.
 
     Returns:
         float32, shape (layers + 1, windows, hidden), on the CPU; before the final norm.
+
+    Raises:
+        CheckpointError: weights are missing or do not fit.
+        DataError: an id that the model has no embedding for.
+        PipelineError: memory or disk space does not suffice.
     """
-    device = resolve_device(device)
-    model = load_model(model_dir, dtype=dtype, device=device)
-    seen: list[list[torch.Tensor]] = []
-
-    def keep_input(_, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        seen[-1].append(hidden[0, -1].float().cpu())
-
-    def keep_output(_, args, kwargs, output):
-        seen[-1].append(output[0, -1].float().cpu())
-
-    layers = model.model.layers
-    handles = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(keep_output, with_kwargs=True))
-    chosen = list(ids)[:max_batches]
-    with progress(total=len(chosen), description="calibrate", unit="window") as bar, torch.inference_mode():
-        for window in chosen:
-            seen.append([])
-            model.model(window.to(device), use_cache=False)
-            bar.update()
-    for handle in handles:
-        handle.remove()
-    return torch.stack([torch.stack(states) for states in seen], dim=1)
+    compute = Compute(resolve_device(device), dtype, batch_size, max_memory)
+    model = open_checkpoint(model_dir)
+    config, embedding = model_config(model), Embedding(model, dtype)
+    layers = [LayerSource(index, model) for index in range(config.num_hidden_layers)]
+    groups = resident_groups(layers, compute, config, ids.shape[1], embedding_bytes(model, compute))
+    seen = _LastTokens(torch.empty(len(layers) + 1, len(ids), config.hidden_size))
+    seen(-1, embedding(ids[:, -1:]))
+    backbone = Backbone(config, compute)
+    with (
+        scratch_directory(beside) as scratch,
+        progress(total=ids.numel() * len(groups), description="calibrate", unit="tok", unit_scale=True) as bar,
+    ):
+        read, former = lambda first, last: embedding(ids[first:last]), None
+        for group in backbone.resident(groups):
+            kept = None if group is groups[-1] else scratch / f"{group[-1].index}.safetensors"
+            _run_group(backbone, read, ids.shape, seen, kept, bar)
+            if former:
+                former.unlink()
+            if kept:
+                read, former = ActivationReader(kept).read, kept
+    return seen.states
 
 
-def angular_distances(states: torch.Tensor, block: int, *, keep_last_layer: bool = True) -> pd.DataFrame:
+class _LastTokens:
+    """Collects the last token's hidden states of the batch that is running.
+
+    Attributes:
+        states: float32, shape (layers + 1, windows, hidden); row i + 1 is what leaves layer i.
+        first: the number of the batch's first window.
+    """
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states, self.first = states, 0
+
+    def __call__(self, layer: int, hidden: torch.Tensor) -> None:
+        """Take what leaves a layer, shape (n, tokens, hidden)."""
+        self.states[layer + 1, self.first : self.first + len(hidden)] = hidden[:, -1].float().cpu()
+
+
+def _run_group(
+    backbone: Backbone,
+    read: Callable[[int, int], torch.Tensor],
+    shape: tuple[int, int],
+    seen: _LastTokens,
+    kept: Path | None,
+    bar: tqdm,
+) -> None:
+    """Run all windows, shape (windows, seqlen), through the resident layers; keep their hidden states in a file."""
+    compute, (windows, seqlen) = backbone.compute, shape
+    with ExitStack() as held:
+        writer = store = None
+        if kept:
+            hidden_shape = (windows, seqlen, seen.states.shape[-1])
+            writer = held.enter_context(ActivationWriter(kept, hidden_shape, compute.dtype, compute.batch_size, {}))
+            store = DelayedStore(writer.write, compute)
+        for batch, hidden in stream_batches(read, range(-(-windows // compute.batch_size)), windows, compute):
+            seen.first = batch * compute.batch_size
+            hidden = backbone(hidden, seen)
+            if store:
+                store.put(batch, hidden)
+            bar.update(len(hidden) * seqlen)
+        if writer:
+            store.flush()
+            writer.finish()
+
+
+def angular_distances(
+    states: torch.Tensor, block: int, *, keep_last_layer: bool = True, all_blocks: bool = True
+) -> pd.DataFrame:
     """The angular distance between what enters and what leaves every legal block of consecutive layers.
 
     distance = arccos(mean over windows of the cosine) / pi, at the last token, after Gromov et al. 2024
@@ -77,6 +145,9 @@ def angular_distances(states: torch.Tensor, block: int, *, keep_last_layer: bool
         states: as `last_token_states` gives them.
         block: layers in a block.
         keep_last_layer: leave out blocks that hold the last layer.
+        all_blocks: of L layers, block starts are 0 to L - block, and to L - block - 1 with `keep_last_layer`. False
+            leaves the last of them out: the original scripts measure what leaves a block as the input of the layer
+            after it, which the last block has not, and take one more from the end with `keep_last_layer`.
 
     Returns:
         One row a block, by start: start, end (inclusive), angular_distance, rank (1 is the smallest), recommended,
@@ -86,7 +157,7 @@ def angular_distances(states: torch.Tensor, block: int, *, keep_last_layer: bool
         LayoutError: no block of that size is legal.
     """
     count = len(states) - 1
-    starts = range(count - block + (0 if keep_last_layer else 1))
+    starts = range(count - block + 1 - keep_last_layer - (not all_blocks))
     if block < 1 or not starts:
         raise LayoutError(
             f"no block of {block} layers can be dropped from {count}", mend="drop fewer layers, at least one"

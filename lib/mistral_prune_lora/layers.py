@@ -6,30 +6,29 @@ positions, rotary embedding and attention mask are made by the code that makes t
 
 from __future__ import annotations
 
-import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from mistral_prune_lora.architecture import empty_decoder
 from mistral_prune_lora.checkpoint import Checkpoint
 from mistral_prune_lora.errors import DataError, PipelineError
-from mistral_prune_lora.families import check_family
 from mistral_prune_lora.model import build_layer
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.safetensors_file import DTYPES as STORED_DTYPES
+from mistral_prune_lora.sizes import size_text
 
 # Of what is free; the rest is for whoever else is on the machine, and for the page cache that weights are read through.
 # A CPU gains nothing from more layers at once but fewer trips of the hidden states to disk, so it takes less.
 _SHARE_OF_FREE_MEMORY = {"cuda": 0.5, "cpu": 0.25}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -91,24 +90,6 @@ class LayerSource:
         return sum(e.nbytes // STORED_DTYPES[e.dtype].itemsize * dtype.itemsize for e in entries)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "6GB", "500 MB" or "8000000000" (powers of 1000).
-
-    Raises:
-        ValueError: it is not a size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is not a size such as 6GB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
-def size_text(nbytes: int) -> str:
-    """A size as `parse_size` reads it, rounded up to two decimals, so that it is never too small: "1.33GB"."""
-    power = next((p for p in (3, 2, 1) if nbytes >= 1000**p), 0)
-    return f"{math.ceil(nbytes / 1000**power * 100) / 100:g}{('', 'K', 'M', 'G')[power]}B"
-
-
 def resident_groups(
     sources: Sequence[LayerSource], compute: Compute, config: PreTrainedConfig, seqlen: int, reserved: int = 0
 ) -> list[list[LayerSource]]:
@@ -158,18 +139,11 @@ class Backbone:
     """The model's own decoder without embedding and norm, in which layers come and go."""
 
     def __init__(self, config: PreTrainedConfig, compute: Compute) -> None:
-        """Make it, with a PassLayer everywhere.
-
-        Raises:
-            CheckpointError: an architecture that does more around its layers than Mistral's and Llama's.
-        """
-        check_family(config.to_dict(), "config.json")
+        """Make it, with a PassLayer everywhere."""
         self.compute, self._config = compute, config
-        self._model = _one_layer_model(config)
-        self._model.config = config
+        self._model = empty_decoder(config, compute.device)
         self._model.layers = nn.ModuleList(PassLayer(i) for i in range(config.num_hidden_layers))
         self._model.norm = nn.Identity()
-        self._model.rotary_emb = type(self._model.rotary_emb)(config).to(compute.device)
         self._model.eval()
 
     def resident(self, groups: Sequence[Sequence[LayerSource]]) -> Iterator[Sequence[LayerSource]]:
@@ -222,14 +196,30 @@ class Backbone:
             slots[source.index] = layer
 
     @torch.inference_mode()
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run a batch, shape (n, seqlen, hidden), through the resident layers; positions start at 0."""
-        return self._model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    def __call__(self, hidden: torch.Tensor, watch: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+        """Run a batch, shape (n, seqlen, hidden), through the resident layers; positions start at 0.
+
+        Args:
+            hidden: what enters the first of them.
+            watch: called after each of them with its index and the hidden states that leave it.
+        """
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self._model.layers if watch else ()):
+                if not isinstance(layer, PassLayer):
+                    hooks.callback(layer.register_forward_hook(_watching(watch, index)).remove)
+            return self._model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+
+def _watching(watch: Callable[[int, torch.Tensor], None], index: int) -> Callable[..., None]:
+    def hook(layer, inputs, hidden) -> None:
+        watch(index, hidden)
+
+    return hook
 
 
 def build_norm(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The norm between a model's last layer and its head, with its weights, in eval mode."""
-    norm = _one_layer_model(config).norm
+    norm = empty_decoder(config).norm
     norm.load_state_dict({"weight": checkpoint.read("model.norm.weight", dtype).to(device)}, assign=True)
     return norm.eval().requires_grad_(False)
 
@@ -252,6 +242,11 @@ class Embedding:
                 mend="Use the tokenizer that the model was trained with",
             )
         return self._table[ids.long()].to(self._dtype)
+
+
+def embedding_bytes(model: Checkpoint, compute: Compute) -> int:
+    """Memory on the compute device that the embedding takes: it stays on the CPU, in its stored dtype."""
+    return 0 if compute.device.type == "cuda" else model.entries["model.embed_tokens.weight"].nbytes
 
 
 def stream_batches(
@@ -325,10 +320,3 @@ class DelayedStore:
             arrived.synchronize()
             self._pending = None
             self._sink(batch, host)
-
-
-def _one_layer_model(config: PreTrainedConfig) -> nn.Module:
-    """The architecture's decoder without weights; one layer is enough to ask it for its parts."""
-    single = type(config)(**{**config.to_dict(), "num_hidden_layers": 1})
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(single).model

@@ -1,32 +1,32 @@
-"""Which layer belongs to A, B or C; which layers a stage runs; the files that say so.
+"""Which layer belongs to A, B or C, and which layers a stage runs.
 
 Imports neither torch nor Snakemake, so the Snakefile can ask it for every target while the DAG is built.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
 
 STAGES = ("A", "AB", "FULL")
 PARTS_OF_STAGE = {"A": ("A",), "AB": ("A", "B"), "FULL": ("A", "B", "C")}
-MANIFEST_VERSION = "1.0"
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-LAYER_FILE = re.compile(r"layer_(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
 class Layout:
     """The partition of a dense model's layers into kept layers (A) and the bundles B and C.
 
+    An old manifest may say what A drops and not which of it is B's and which C's. A can then be merged and measured;
+    asking for B or C is an error until the bundles have told (see `assigned`), never an empty answer.
+
     Attributes:
         num_layers: layers of the dense model.
         b, c: the original indices in each bundle, ascending. Everything else is kept by A.
+        unassigned: dropped layers of which it is not known whether they are B's or C's, ascending; b and c are then
+            empty.
 
     Raises:
         LayoutError: an index out of range, twice, or in both bundles; nothing kept.
@@ -35,11 +35,12 @@ class Layout:
     num_layers: int
     b: tuple[int, ...] = ()
     c: tuple[int, ...] = ()
+    unassigned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "b", tuple(sorted(self.b)))
-        object.__setattr__(self, "c", tuple(sorted(self.c)))
-        dropped = self.b + self.c
+        for name in ("b", "c", "unassigned"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        dropped = self.dropped
         outside = [i for i in dropped if not 0 <= i < self.num_layers]
         if outside:
             raise LayoutError(
@@ -55,25 +56,62 @@ class Layout:
     @property
     def dropped(self) -> tuple[int, ...]:
         """The layers A runs without: B's and C's."""
-        return tuple(sorted(self.b + self.c))
+        return tuple(sorted(self.b + self.c + self.unassigned))
 
     @property
     def kept(self) -> tuple[int, ...]:
         """The layers whose weights A holds."""
-        gone = set(self.b) | set(self.c)
+        gone = set(self.dropped)
         return tuple(i for i in range(self.num_layers) if i not in gone)
 
     def layers_of(self, part: str) -> tuple[int, ...]:
-        """The layers that part "A", "B" or "C" holds the weights of."""
+        """The layers that part "A", "B" or "C" holds the weights of; LayoutError if nothing says so."""
+        if part != "A" and self.unassigned:
+            raise LayoutError(
+                f"layers {list(self.unassigned)} are dropped, and nothing says which of them are B's and which C's",
+                where="manifest.json",
+                mend="give the bundles, or write stages.B.removed_layers and stages.C.removed_layers into the manifest",
+            )
         return {"A": self.kept, "B": self.b, "C": self.c}[part]
 
     def part_of(self, layer: int) -> str:
-        """The part ("A", "B" or "C") that holds a layer's weights."""
+        """The part ("A", "B" or "C") that holds a layer's weights; LayoutError if nothing says so."""
+        if layer in self.unassigned:
+            self.layers_of("B")
         return "B" if layer in self.b else "C" if layer in self.c else "A"
 
     def active(self, stage: str) -> tuple[int, ...]:
-        """The layers that stage "A", "AB" or "FULL" goes through, ascending."""
+        """The layers that stage "A", "AB" or "FULL" goes through, ascending; LayoutError if nothing says so."""
         return tuple(sorted(i for part in PARTS_OF_STAGE[stage] for i in self.layers_of(part)))
+
+    def assigned(self, bundles: Mapping[str, Sequence[int]], where: str | Path | None = None) -> Layout:
+        """The same layers with B and C told by what they hold; of one bundle, since the rest is the other's.
+
+        Args:
+            bundles: layers by part, "B" and "C", either or both. Nothing is asked of them where B and C are known.
+            where: what says so, for the error.
+
+        Raises:
+            LayoutError: they are not the layers that A drops.
+        """
+        if not self.unassigned or not bundles:
+            return self
+        held = {part: tuple(layers) for part, layers in bundles.items()}
+        rest = tuple(i for i in self.unassigned if not any(i in layers for layers in held.values()))
+        b, c = (held.get(part, rest) for part in "BC")
+        if sorted(b + c) != list(self.unassigned):
+            told = " and ".join(f"{part} holds {sorted(layers)}" for part, layers in sorted(held.items()))
+            raise LayoutError(
+                f"A drops layers {list(self.unassigned)}, but {told}",
+                where=where,
+                mend="use the A model and the bundles of one pruning",
+            )
+        return replace(self, b=b, c=c, unassigned=())
+
+    def without(self, restored: Sequence[int]) -> Layout:
+        """The layout after some dropped layers have become layers of A again."""
+        parts = (self.b, self.c, self.unassigned)
+        return Layout(self.num_layers, *(tuple(i for i in part if i not in restored) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -154,171 +192,3 @@ def _segment_name(layout: Layout, prefix: tuple[int, ...], start: int) -> str:
     """The segment's own layers and the smallest of all stages that reaches it by the same way, asked for or not."""
     stage = next(s for s in STAGES if layout.active(s)[: len(prefix)] == prefix)
     return f"{layout.part_of(prefix[start])}{prefix[start]:03d}-{prefix[-1]:03d}_{stage}"
-
-
-def is_model_dir(path: str | Path) -> bool:
-    """Whether a directory holds a full model: it has a config.json."""
-    return (Path(path) / "config.json").is_file()
-
-
-def is_bundle_dir(path: str | Path) -> bool:
-    """Whether a directory holds a bundle: layer files and no config.json."""
-    return not is_model_dir(path) and bool(layer_files(path))
-
-
-def layer_files(path: str | Path) -> dict[int, Path]:
-    """The files layer_XXX.safetensors that lie in a bundle directory, by layer index, ascending."""
-    found = ((LAYER_FILE.fullmatch(p.name), p) for p in Path(path).glob("layer_*.safetensors"))
-    return dict(sorted((int(match[1]), file) for match, file in found if match))
-
-
-def layer_file_name(layer: int) -> str:
-    """The name of a layer's file in a bundle directory: layer_021.safetensors."""
-    return f"layer_{layer:03d}.safetensors"
-
-
-def bundle_layers(path: str | Path) -> tuple[int, ...]:
-    """The layers that a bundle directory is meant to hold: its bundle_meta.json's word, or else its files'.
-
-    Raises:
-        LayoutError: bundle_meta.json cannot be read, or a file that it names is missing.
-    """
-    folder, files = Path(path), layer_files(path)
-    meta_path = folder / "bundle_meta.json"
-    if not meta_path.is_file():
-        return tuple(files)
-    meta = _read_json(meta_path)
-    named = meta.get("layer_indices", meta.get("indices"))
-    if not isinstance(named, list) or not all(isinstance(i, int) for i in named):
-        raise LayoutError("neither layer_indices nor indices is a list of layer numbers", where=meta_path)
-    missing = [layer_file_name(i) for i in named if i not in files]
-    if missing:
-        raise LayoutError(
-            f"{', '.join(missing)} missing from the bundle", where=folder, mend="prune or merge this bundle again"
-        )
-    return tuple(sorted(named))
-
-
-def weight_files(path: str | Path) -> tuple[str, ...]:
-    """The names of the files that hold a model directory's weights: the single file, or what the index names.
-
-    Never a glob: Mistral's repositories carry a second copy of all weights as consolidated.safetensors.
-
-    Raises:
-        LayoutError: there is neither, or the index is malformed or names something that is not a file beside it.
-    """
-    folder = Path(path)
-    if (folder / SINGLE_FILE).is_file():
-        return (SINGLE_FILE,)
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        raise LayoutError(
-            f"there is no {SINGLE_FILE} and no {INDEX_FILE}"
-            + (f", only pickled weights ({pickled[0]})" if pickled else ""),
-            where=folder,
-            mend="convert the model with save_pretrained of a current transformers, which writes safetensors",
-        )
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise LayoutError("there is no weight_map", where=index, mend="fetch the model again")
-    shards = tuple(dict.fromkeys(weight_map.values()))
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise LayoutError(f"the index names {shard!r}, which is not a file beside it", where=index)
-    return tuple(sorted(shards))
-
-
-def read_manifest(path: str | Path) -> dict | None:
-    """The manifest.json of a model directory as a dict, or None if it has none.
-
-    Raises:
-        LayoutError: the file is not JSON, or has no stages.A.dropped_layers.
-    """
-    manifest_path = Path(path) / "manifest.json"
-    if not manifest_path.is_file():
-        return None
-    manifest = _read_json(manifest_path)
-    try:
-        _ints(manifest["stages"]["A"]["dropped_layers"])
-    except (KeyError, TypeError, ValueError):
-        raise LayoutError(
-            "stages.A.dropped_layers is not a list of layer numbers",
-            where=manifest_path,
-            mend="prune the model again, or copy the manifest.json that pruning wrote",
-        ) from None
-    return manifest
-
-
-def layout_from_manifest(manifest: Mapping, num_layers: int | None = None) -> Layout:
-    """The layout that a manifest describes.
-
-    Args:
-        manifest: a parsed manifest.json.
-        num_layers: the dense model's layer count, where the manifest's counts.L_full is missing.
-
-    Raises:
-        LayoutError: no layer count; B and C together are not the layers that A dropped.
-    """
-    stages = manifest["stages"]
-    total = manifest.get("counts", {}).get("L_full", num_layers)
-    if total is None:
-        kept, gone = stages["A"].get("kept_layers", []), stages["A"]["dropped_layers"]
-        total = len(kept) + len(gone)
-    layout = Layout(total, *(_ints(stages.get(p, {}).get("removed_layers", [])) for p in "BC"))
-    dropped = _ints(stages["A"]["dropped_layers"])
-    if tuple(sorted(dropped)) != layout.dropped:
-        raise LayoutError(
-            f"A drops layers {sorted(dropped)}, but B and C together hold {list(layout.dropped)}",
-            where="manifest.json",
-            mend="prune again, so that every dropped layer is in exactly one bundle",
-        )
-    return layout
-
-
-def make_manifest(layout: Layout, *, base_model: str, model_type: str, selection: Mapping, artifacts: Mapping) -> dict:
-    """The manifest.json (version 1.0) of a pruned model.
-
-    Args:
-        layout: the layers of each part.
-        base_model: path or repository id of the dense model.
-        model_type: its config's model_type.
-        selection: how the block was chosen: method, block {start, n}, angular_distance, keep_last_layer.
-        artifacts: where A, B, C and original_config lie: {"A": {"dir": ...}, ...}.
-    """
-    return {
-        "version": MANIFEST_VERSION,
-        "base_model": base_model,
-        "model_type": model_type,
-        "counts": {
-            "L_full": layout.num_layers,
-            "A_kept": len(layout.kept),
-            "removed_total": len(layout.dropped),
-            "B": len(layout.b),
-            "C": len(layout.c),
-        },
-        "selection": dict(selection),
-        "stages": {
-            "A": {"kept_layers": list(layout.kept), "dropped_layers": list(layout.dropped)},
-            "B": {"removed_layers": list(layout.b)},
-            "C": {"removed_layers": list(layout.c)},
-        },
-        "artifacts": dict(artifacts),
-    }
-
-
-def _ints(values: Iterable) -> tuple[int, ...]:
-    numbers = tuple(values)
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in numbers):
-        raise ValueError("not layer numbers")
-    return numbers
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LayoutError(f"cannot be read as JSON: {error}", where=path) from None
-    if not isinstance(content, dict):
-        raise LayoutError("is not a JSON object", where=path)
-    return content

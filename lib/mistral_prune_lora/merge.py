@@ -6,26 +6,29 @@ import importlib.metadata
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_prune_lora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from mistral_prune_lora.checkpoint import read_config
+from mistral_prune_lora.adapter import WEIGHTS_FILE
+from mistral_prune_lora.adapter_config import CONFIG_FILE
+from mistral_prune_lora.adapter_scope import merged_before
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.json_file import write_json
-from mistral_prune_lora.layout import INDEX_FILE, Layout, make_manifest, read_manifest
-from mistral_prune_lora.merge_plan import MergePlan, plan_merge, shard_index
+from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
+from mistral_prune_lora.merge_descriptions import describe_merge
+from mistral_prune_lora.merge_plan import MergePlan, plan_merge
 from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
 from mistral_prune_lora.merge_verify import verify_merge
+from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE
 from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, nearest_directory, refuse_foreign
 
 ARITHMETIC = "PEFT merge_and_unload: 16-bit factors cast to float32, delta = (B @ A) * scaling, one rounding an adapter"
-_SETTINGS = ("config.json", "manifest.json", "bundle_meta.json", INDEX_FILE)
+_SETTINGS = ("config.json", MANIFEST, PRUNE_LOG, BUNDLE_META, INDEX_FILE)
 _SMALL_FILES = 64 << 20  # room for configuration and tokenizer beside the weights
 
 
@@ -60,6 +63,7 @@ def merge_adapters(
     save_bundle_only: bool = False,
     save_full_model: bool = False,
     max_shard_size: int | None = None,
+    adapter_indices: str = "original",
 ) -> MergeReport:
     """Merge adapters into an A model (a full model is written) or a bundle (layer files are written).
 
@@ -77,6 +81,7 @@ def merge_adapters(
         save_bundle_only: write a model's kept layers as layer files.
         save_full_model: write skeleton and bundle as one model.
         max_shard_size: bytes in a weight file of a full model; None writes one file.
+        adapter_indices: how the adapters count layers: "original", or "compact", from 0 over the layers that A keeps.
 
     Raises:
         PipelineError and its kinds: see `merge_plan.plan_merge`; no space; no tokenizer; the check failed. Nothing is
@@ -91,8 +96,10 @@ def merge_adapters(
         save_bundle_only=save_bundle_only,
         save_full_model=save_full_model,
         max_shard_size=max_shard_size,
+        adapter_indices=adapter_indices,
     )
     refuse_foreign(output_dir)
+    described = describe_merge(plan)
     small_files = _settings(plan, tokenizer_path) if plan.kind == "model" else []
     _require_space(Path(output_dir), plan.nbytes + _SMALL_FILES)
     inputs, written = InputDigests(), {}
@@ -104,7 +111,7 @@ def merge_adapters(
             ):
                 for name, items in plan.files.items():
                     written[name] = stream_file(fresh / name, items, device=where, inputs=inputs, on_bytes=bar.update)
-            _write_descriptions(plan, fresh, small_files)
+            _write_descriptions(described, fresh, small_files)
             verified = verify_merge(plan, fresh, written) if verify else 0
             _write_record(plan, fresh, inputs, written, small_files)
     except OSError as error:
@@ -139,35 +146,13 @@ def _require_space(output: Path, nbytes: int) -> None:
         )
 
 
-def _write_descriptions(plan: MergePlan, fresh: Path, small_files: Sequence[Path]) -> None:
-    if plan.kind == "bundle":
-        meta = {"layer_indices": list(plan.layers), "merged": True, "format": "safetensors", "granularity": "layer"}
-        write_json(fresh / "bundle_meta.json", meta)
-        return
+def _write_descriptions(described: Mapping[str, Mapping | Path], fresh: Path, small_files: Sequence[Path]) -> None:
     copy_settings(small_files, fresh)
-    if plan.skeleton and plan.skeleton.config != read_config(plan.skeleton.path):
-        # A skeleton that counts only its kept layers: the restored model counts all of them.
-        write_json(fresh / "config.json", plan.skeleton.config)
-    if index := shard_index(plan.files):
-        write_json(fresh / INDEX_FILE, index)
-    model = plan.skeleton or plan.base
-    manifest = read_manifest(model.path)
-    if manifest is not None and plan.skeleton is None:
-        shutil.copyfile(model.path / "manifest.json", fresh / "manifest.json")
-    elif manifest is not None:
-        write_json(fresh / "manifest.json", _with_restored(manifest, plan))
-
-
-def _with_restored(manifest: dict, plan: MergePlan) -> dict:
-    """The skeleton's manifest after the bundle's layers have become layers of A."""
-    remaining = [tuple(i for i in part if i not in plan.layers) for part in (plan.layout.b, plan.layout.c)]
-    return make_manifest(
-        Layout(plan.layout.num_layers, *remaining),
-        base_model=manifest.get("base_model", ""),
-        model_type=manifest.get("model_type", ""),
-        selection=manifest.get("selection", {}),
-        artifacts=manifest.get("artifacts", {}),
-    )
+    for name, content in described.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, fresh / name)
+        else:
+            write_json(fresh / name, content)
 
 
 def _write_record(
@@ -189,10 +174,13 @@ def _write_record(
                 "settings": {key: adapter.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")},
                 "patterns": {key: adapter.config.get(key) for key in ("rank_pattern", "alpha_pattern")},
                 "base_model_name_or_path": adapter.base_model,
+                "indices": "original" if adapter.compact is None else "compact",
+                "aliased_tensors": adapter.aliases,
                 "out_of_scope": plan.out_of_scope.get(os.fspath(adapter.path), []),
             }
             for adapter in plan.adapters
         ],
+        "merged_before": list(merged_before(plan.base.path).values()),
         "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged)},
         "outputs": written | other_files_sha256(fresh, written),
         "versions": {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch")},

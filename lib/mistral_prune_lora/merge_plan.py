@@ -8,17 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mistral_prune_lora.adapter import Adapter, Update, check_values, open_adapter
-from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint, read_config
+from mistral_prune_lora.adapter import Adapter, Update, check_values
+from mistral_prune_lora.adapter_scope import check_for_a, from_compact, open_adapters
+from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.layout import (
-    SINGLE_FILE,
-    Layout,
-    is_model_dir,
-    layer_file_name,
-    layout_from_manifest,
-    read_manifest,
-)
+from mistral_prune_lora.families import read_config
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.manifest import read_layout
+from mistral_prune_lora.model_files import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name
 from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -46,6 +43,7 @@ class MergePlan:
         layers: layers whose weights are written.
         layout: the parts as the manifest says them; None without one.
         out_of_scope: adapter tensors that belong to no layer of this target, by adapter directory.
+        frame: the A model that a bundle belongs to; None for a model, or where nothing names it.
     """
 
     kind: str
@@ -56,6 +54,7 @@ class MergePlan:
     layers: tuple[int, ...]
     layout: Layout | None
     out_of_scope: dict[str, list[str]] = field(default_factory=dict)
+    frame: Path | None = None
 
     @property
     def items(self) -> list[Item]:
@@ -77,6 +76,7 @@ def plan_merge(
     save_bundle_only: bool = False,
     save_full_model: bool = False,
     max_shard_size: int | None = None,
+    adapter_indices: str = "original",
 ) -> MergePlan:
     """Decide what to write and match every adapter tensor to a weight, or list it as out of scope.
 
@@ -84,7 +84,8 @@ def plan_merge(
 
     Raises:
         PipelineError: output and an input are one directory; contradicting flags; no adapter.
-        AdapterError: an adapter that cannot be merged, matches nothing here, or was trained for another model.
+        AdapterError: an adapter that cannot be merged, matches nothing here, was trained for another model or other
+            layers, or comes twice.
         CheckpointError, LayoutError: base or skeleton cannot be read or contradict each other.
     """
     if not adapter_paths:
@@ -92,7 +93,7 @@ def plan_merge(
     if save_bundle_only and save_full_model:
         raise PipelineError("a bundle only and a full model exclude each other", mend="give one of the two flags")
     base = open_checkpoint(base_model)
-    adapters = tuple(open_adapter(path) for path in adapter_paths)
+    adapters = tuple(open_adapters(adapter_paths, [base.path]))
     bundle = save_bundle_only or (base.kind == "bundle" and not save_full_model)
     frame = None
     if base.kind == "bundle":
@@ -105,7 +106,12 @@ def plan_merge(
         if layout and not skeleton and not save_full_model and not set(base.layers) & set(layout.dropped):
             layout = None  # an adapter's base that has these layers itself says nothing about the bundle
     scope = _scope(base, layout, frame)
+    if adapter_indices == "compact":
+        adapters = _from_compact(adapters, base, layout)
     _refuse_other_model(adapters, layout, num_layers)
+    if base.kind == "model" and layout:
+        for adapter in adapters:
+            check_for_a(adapter, layout)
     updates, out_of_scope = _match(base, adapters, scope, whole=not bundle)
     sources = {name: entry for name, entry in base.entries.items() if _belongs(name, scope, bundle)}
     opened = None
@@ -118,7 +124,19 @@ def plan_merge(
     renamed = base.kind == "bundle"
     files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
-    return MergePlan("bundle" if bundle else "model", base, opened, adapters, files, layers, layout, out_of_scope)
+    kind = "bundle" if bundle else "model"
+    return MergePlan(kind, base, opened, adapters, files, layers, layout, out_of_scope, frame)
+
+
+def _from_compact(adapters: Sequence[Adapter], base: Checkpoint, layout: Layout | None) -> tuple[Adapter, ...]:
+    """Adapters that count A's kept layers from 0, under original indices."""
+    if base.kind != "model" or layout is None:
+        raise AdapterError(
+            "compact indices count the layers that a pruned A keeps, and the base is no such model",
+            where=base.path,
+            mend="leave --adapter_indices compact out (adapter_indices in the configuration)",
+        )
+    return tuple(from_compact(adapter, layout) for adapter in adapters)
 
 
 def _refuse_same_directory(output_dir, *inputs) -> None:
@@ -149,8 +167,7 @@ def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Pat
 
 def _layout_of(model: str | Path) -> tuple[Layout | None, int]:
     """(the layout by a model directory's manifest, the dense model's layer count); reads no weights."""
-    manifest, num_layers = read_manifest(model), read_config(model)["num_hidden_layers"]
-    layout = layout_from_manifest(manifest, num_layers) if manifest else None
+    layout, num_layers = read_layout(model), read_config(model)["num_hidden_layers"]
     return layout, layout.num_layers if layout else num_layers
 
 
@@ -166,6 +183,8 @@ def _scope(base: Checkpoint, layout: Layout | None, frame: Path | None) -> froze
                 mend="use the A directory that pruning wrote, with its manifest.json",
             )
         return frozenset(base.layers) - frozenset(dropped)
+    if not base.layers:
+        raise LayoutError("this bundle holds no layers", where=base.path, mend="there is nothing to merge into it")
     strays = sorted(set(base.layers) - set(layout.dropped)) if layout else []
     if strays:
         raise LayoutError(

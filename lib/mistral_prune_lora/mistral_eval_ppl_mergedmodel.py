@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mistral_prune_lora.argument_types import positive
+from mistral_prune_lora.argument_types import LeftOut, positive, seed, size_in_bytes
 from mistral_prune_lora.errors import reports_errors
 
 _EPILOG = """\
@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--lora_paths", nargs="+", default=[], metavar="DIR",
         help="LoRA adapters: each model is evaluated a second time with them left unmerged, every adapter on the "
         "layers of its part only (default: none)")  # fmt: skip
+    what.add_argument("--adapter_indices", choices=("original", "compact"), default="original",
+        help="how the adapters of --lora_paths for A count layers: by the dense model's indices, or from 0 over the "
+        "layers that A keeps (default: %(default)s)")  # fmt: skip
     what.add_argument("--tokenizer_path", metavar="PATH",
         help="tokenizer directory or Hub id (default: the first that is found in the model, its original_config, its "
         "adapter's or its manifest's base model)")  # fmt: skip
@@ -69,9 +72,10 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--text_file", action="append", default=[], metavar="FILE",
         help="a UTF-8 text file instead of a dataset; may be given several times (default: none)")  # fmt: skip
     text.add_argument("--seqlen", type=positive, default=2048, help="token ids in a window (default: %(default)s)")
-    text.add_argument("--nsamples", type=positive, default=256,
-        help="windows at most; WikiText-2 has 163 with Mistral's tokenizer (default: %(default)s)")  # fmt: skip
-    text.add_argument("--seed", type=int, default=0,
+    text.add_argument("--nsamples", type=positive, default=LeftOut(256),
+        help="windows at most; WikiText-2 has 163 with Mistral's tokenizer. What this cuts off is said "
+        "(default: %(default)s)")  # fmt: skip
+    text.add_argument("--seed", type=seed, default=0,
         help="which windows are taken where there are more than --nsamples: 0 takes the first ones, as published "
         "numbers do; any other seeds a random choice (default: %(default)s)")  # fmt: skip
     text.add_argument("--max_batches", type=positive, metavar="N", help="stop after N batches (default: all)")
@@ -80,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16",
         help="of weights and activations; the loss is always float32 (default: %(default)s)")  # fmt: skip
     how.add_argument("--batch_size", type=positive, default=1, help="windows at once (default: %(default)s)")
-    how.add_argument("--max_memory", type=_size, metavar="SIZE",
+    how.add_argument("--max_memory", type=size_in_bytes, metavar="SIZE",
         help="memory for weights and activations on the device, e.g. 5GB (default: a quarter of "
         "what is free, half on a GPU)")  # fmt: skip
     how.add_argument("--work_dir", metavar="DIR",
@@ -104,15 +108,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _size(text: str) -> int:
-    from mistral_prune_lora.layers import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

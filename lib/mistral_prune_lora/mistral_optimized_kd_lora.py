@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from mistral_prune_lora.argument_types import not_negative, positive
-from mistral_prune_lora.errors import reports_errors
+from mistral_prune_lora.argument_types import (
+    dropout,
+    learning_rate,
+    not_negative,
+    positive,
+    positive_number,
+    seed,
+    share,
+    temperature,
+)
+from mistral_prune_lora.errors import CheckpointError, reports_errors
+from mistral_prune_lora.training_arguments import (
+    ADAPTER_FOLDERS,
+    DEFAULTS,
+    NOT_TAKEN,
+    ORIGINAL_DEFAULTS,
+    PARTS,
+    training_request,
+)
 
 EXAMPLES = """examples, in the order they must be run (merge each adapter before the next part is trained):
   A, on the pruned model:
     python -m mistral_prune_lora.mistral_optimized_kd_lora --stage A --teacher ./Mistral-7B-v0.1 \\
       --student ./25_mistral_results/pruning/A --dataset wikitext2 \\
-      --output_dir ./mistral_kd_lora_results/adapters/A_lora/stageA
+      --output_dir ./mistral_kd_lora_results/adapters/A_lora/stageA/stageA
   B, on the merged A with bundle B restored:
     python -m mistral_prune_lora.mistral_optimized_kd_lora --stage B --teacher ./Mistral-7B-v0.1 \\
       --student ./merged_models_mistral_7b/A_merged --bundle ./25_mistral_results/pruning/bundles/B \\
@@ -22,105 +40,173 @@ EXAMPLES = """examples, in the order they must be run (merge each adapter before
       --student ./merged_models_mistral_7b/A_merged --bundle ./merged_models_mistral_7b/B_merged \\
       --bundle ./25_mistral_results/pruning/bundles/C \\
       --dataset wikitext2 --output_dir ./mistral_kd_lora_results/adapters/C_lora/stageC
+  A, in the original trainer's flags (see docs/from-the-original-scripts.md):
+    python -m mistral_prune_lora.mistral_optimized_kd_lora --stage 1 \\
+      --base_dir ./25_mistral_results/pruning/A --bundles_dir ./25_mistral_results/pruning/bundles \\
+      --out_adapters ./mistral_kd_lora_results/adapters --dataset wikitext2 \\
+      --seq_len 1024 --lr 3e-4 --epochs 1 --bs 1 --grad_acc 32 \\
+      --use_kd --teacher_model ./Mistral-7B-v0.1 --kd_alpha 0.1 --kd_T 2.0
 """
-MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """The command's arguments. Nothing has a default here: `training_request` is told only what was given."""
     p = argparse.ArgumentParser(
         prog="python -m mistral_prune_lora.mistral_optimized_kd_lora",
         description="Train a LoRA adapter for the kept layers (A) or one bundle's layers (B, C) so that the model"
         " answers like the dense one. Loss: kd_alpha T^2 KL(teacher||student) + (1 - kd_alpha) cross-entropy.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    p.add_argument("--stage", required=True, choices=("A", "B", "C"), help="the part whose layers are adapted")
-    p.add_argument("--teacher", required=True, metavar="MODEL", help="the dense model: a directory or a Hub id")
-    p.add_argument("--student", required=True, metavar="DIR", help="the pruned A for stage A, else the merged A")
-    p.add_argument("--bundle", action="append", default=[], metavar="DIR", help="a bundle to restore; may be repeated")
-    p.add_argument("--output_dir", required=True, metavar="DIR", help="the adapter's directory")
+    p.add_argument("--stage", required=True, choices=tuple(PARTS),
+        help="the part whose layers are adapted; 1, 2, 3 are A, B, C with the original trainer's defaults")  # fmt: skip
+    p.add_argument("--teacher", metavar="MODEL",
+        help="the dense model: a directory or a Hub id; needed unless --kd_alpha is 0")  # fmt: skip
+    p.add_argument("--student", metavar="DIR", help="the pruned A for stage A, else the merged A")
+    p.add_argument("--bundle", action="append", metavar="DIR", help="a bundle to restore; may be repeated")
+    p.add_argument("--output_dir", metavar="DIR", help="the adapter's directory")
     p.add_argument("--teacher_states", metavar="FILE", help="reuse the teacher's states; made here if not there yet")
-    text = p.add_argument_group("text")
-    text.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, ptb, pydoc or a path (default: wikitext2)")
+    _add_text(p.add_argument_group("text"))
+    _add_adapter(p.add_argument_group("adapter"))
+    _add_training(p.add_argument_group("training"))
+    _add_original(p)
+    return p
+
+
+def _default(name: str) -> str:
+    theirs = f"; {ORIGINAL_DEFAULTS[name]} with --stage 1, 2, 3" if ORIGINAL_DEFAULTS.get(name) is not None else ""
+    return f"(default: {DEFAULTS[name]}{theirs})"
+
+
+def _add_text(text) -> None:
+    text.add_argument("--dataset",
+        help="wikitext2, c4, ptb, pydoc or a path (default: wikitext2; none with --stage 1, 2, 3)")  # fmt: skip
     text.add_argument("--mirror", metavar="DIR", help="a local copy of the dataset (default: the Hub)")
-    text.add_argument("--text_file", action="append", default=[], metavar="FILE", help="train on text files instead")
-    text.add_argument("--seqlen", type=positive, default=2048, help="tokens in a window (default: %(default)s)")
-    text.add_argument("--nsamples", type=positive, help="windows, from the start of the text (default: all)")
-    lora = p.add_argument_group("adapter")
-    lora.add_argument("--rank", type=positive, default=16, help="(default: %(default)s)")
-    lora.add_argument("--alpha", type=float, default=32, help="(default: %(default)s)")
-    lora.add_argument("--dropout", type=float, default=0.0, help="(default: %(default)s)")
-    lora.add_argument("--target_modules", default=MODULES, help="separated by commas (default: %(default)s)")
+    text.add_argument("--text_file", action="append", metavar="FILE", help="train on text files instead")
+    text.add_argument("--seqlen", type=positive, metavar="N", help=f"tokens in a window {_default('seqlen')}")
+    text.add_argument("--nsamples", type=positive, metavar="N",
+        help="windows, from the start of the text (default: all; 20000 at most with --stage 1, 2, 3)")  # fmt: skip
+
+
+def _add_adapter(lora) -> None:
+    lora.add_argument("--rank", type=positive, metavar="N", help=_default("rank"))
+    lora.add_argument("--alpha", type=positive_number, metavar="X", help=_default("alpha"))
+    lora.add_argument("--dropout", type=dropout, metavar="X", help=_default("dropout"))
+    lora.add_argument("--target_modules", metavar="LIST", help=f"separated by commas {_default('target_modules')}")
     lora.add_argument("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank)")
     lora.add_argument("--use_dora", action="store_true", help="learn magnitudes apart from directions")
-    fit = p.add_argument_group("training")
-    fit.add_argument("--kd_alpha", type=float, default=0.9, help="weight of the KL part (default: %(default)s)")
-    fit.add_argument("--temperature", type=float, default=2.0, help="T (default: %(default)s)")
-    fit.add_argument("--steps", type=positive, default=1000, help="updates (default: %(default)s)")
-    fit.add_argument("--batch_size", type=positive, default=1, help="windows in a forward pass (default: %(default)s)")
-    fit.add_argument("--gradient_accumulation", type=positive, default=8, help="passes in one (default: %(default)s)")
-    fit.add_argument("--learning_rate", type=float, default=2e-4, help="its peak (default: %(default)s)")
-    fit.add_argument("--warmup_steps", type=not_negative, default=50, help="until the peak (default: %(default)s)")
-    fit.add_argument("--weight_decay", type=float, default=0.0, help="(default: %(default)s)")
-    fit.add_argument("--max_grad_norm", type=float, default=1.0, help="(default: %(default)s)")
-    fit.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+
+def _add_training(fit) -> None:
+    fit.add_argument("--kd_alpha", type=share, metavar="X", help=f"weight of the KL part {_default('kd_alpha')}")
+    fit.add_argument("--temperature", type=temperature, metavar="X", help=f"T {_default('temperature')}")
+    fit.add_argument("--steps", type=positive, metavar="N",
+        help=f"updates (default: {DEFAULTS['steps']}; with --stage 1, 2, 3 what --epochs 1 comes to)")  # fmt: skip
+    fit.add_argument("--batch_size", type=positive, metavar="N",
+        help=f"windows in a forward pass {_default('batch_size')}")  # fmt: skip
+    fit.add_argument("--gradient_accumulation", type=positive, metavar="N",
+        help=f"forward passes in an update {_default('gradient_accumulation')}")  # fmt: skip
+    fit.add_argument("--learning_rate", type=learning_rate, metavar="X", help=f"its peak {_default('learning_rate')}")
+    fit.add_argument("--warmup_steps", type=not_negative, metavar="N",
+        help=f"updates until the peak (default: {DEFAULTS['warmup_steps']}; with --stage 1, 2, 3 what"
+        " --warmup_ratio 0.1 comes to)")  # fmt: skip
+    fit.add_argument("--weight_decay", type=share, metavar="X", help=_default("weight_decay"))
+    fit.add_argument("--max_grad_norm", type=positive_number, metavar="X", help=_default("max_grad_norm"))
+    fit.add_argument("--seed", type=seed, metavar="N", help=_default("seed"))
     fit.add_argument("--gradient_checkpointing", action="store_true", help="less memory, one more forward pass")
-    fit.add_argument("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
-    fit.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="frozen weights (default: bf16)")
-    return p
+    fit.add_argument("--device", help=f"auto, cpu or cuda:N {_default('device')}")
+    fit.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help=f"of frozen weights {_default('dtype')}")
+
+
+def _add_original(p: argparse.ArgumentParser) -> None:
+    places = ", ".join(f"{ADAPTER_FOLDERS[part]} for {stage}" for stage, part in PARTS.items() if stage != part)
+    same = p.add_argument_group(
+        "the original trainer's flags", "They may stand beside the others, unless both say the same thing."
+    )
+    same.add_argument("--base_dir", metavar="DIR", help="as --student")
+    same.add_argument("--bundles_dir", metavar="DIR",
+        help="where the pruned B and C lie; stage 3 may be given C itself. Found there: --bundle")  # fmt: skip
+    same.add_argument("--b_merged_dir", metavar="DIR", help="the merged B, needed for stage 3 unless --bundle is given")
+    same.add_argument("--out_adapters", metavar="DIR", help=f"--output_dir is then below it: {places}")
+    same.add_argument("--max_samples", type=positive, metavar="N", help="as --nsamples")
+    same.add_argument("--seq_len", type=positive, metavar="N", help="as --seqlen")
+    same.add_argument("--lr", type=learning_rate, metavar="X", help="as --learning_rate")
+    same.add_argument("--epochs", type=positive_number, metavar="X",
+        help="instead of --steps: as many updates as so many passes over the text make, rounded up")  # fmt: skip
+    same.add_argument("--bs", type=positive, metavar="N", help="as --batch_size")
+    same.add_argument("--grad_acc", type=positive, metavar="N", help="as --gradient_accumulation")
+    same.add_argument("--warmup_ratio", type=share, metavar="X",
+        help="instead of --warmup_steps: a share of the updates, rounded up")  # fmt: skip
+    same.add_argument("--use_kd", action="store_true",
+        help="learn from the teacher; with --stage 1, 2, 3, it is cross-entropy alone without this flag")  # fmt: skip
+    same.add_argument("--teacher_model", metavar="MODEL", help="as --teacher")
+    same.add_argument("--teacher_device", metavar="DEVICE", help="auto, or what --device says: they share one")
+    same.add_argument("--kd_T", type=temperature, metavar="X", help="as --temperature")
+    same.add_argument("--logging_steps", type=not_negative, metavar="N",
+        help="changes nothing: every update is in training.csv")  # fmt: skip
+    refused = p.add_argument_group("the original trainer's flags that are not taken")
+    refused.add_argument("--teacher_4bit", action="store_true", help=NOT_TAKEN["teacher_4bit"])
+    refused.add_argument("--qa_dataset", metavar="NAME", help=NOT_TAKEN["qa_dataset"])
+    for name in ("max_eval_samples", "eval_steps", "save_steps", "save_total_limit"):
+        refused.add_argument(f"--{name}", type=not_negative, metavar="N", help=NOT_TAKEN[name])
 
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
-    given = parser().parse_args(argv)
-    from pathlib import Path
-
+    request = training_request(vars(parser().parse_args(argv)))
     from mistral_prune_lora import distillation
+    from mistral_prune_lora.families import read_config
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.model_place import model_directory
+    from mistral_prune_lora.teacher_states import teacher_states
     from mistral_prune_lora.text import load_text
     from mistral_prune_lora.tokenizer import load_tokenizer
     from mistral_prune_lora.windows import make_windows
 
-    device, dtype, teacher = given.device, DTYPES[given.dtype], model_directory(given.teacher)
-    text = load_text(given.dataset, split="train", mirror=given.mirror, text_files=given.text_file)
-    windows = make_windows(text, load_tokenizer(teacher), seqlen=given.seqlen, max_windows=given.nsamples)
-    if given.teacher_states and not Path(given.teacher_states).exists():
-        distillation.teacher_states(teacher, windows, given.teacher_states, dtype=dtype, device=device)
+    given = request.settings
+    device, dtype, states = given["device"], DTYPES[given["dtype"]], given.get("teacher_states")
+    teacher = model_directory(request.teacher) if request.teacher else None
+    if teacher:
+        _check_vocabularies(request.student, teacher)
+    read_config(request.student)  # refused before the text is fetched
+    text = load_text(given["dataset"], split="train", mirror=given.get("mirror"), text_files=given.get("text_file", ()))
+    tokenizer = load_tokenizer(teacher or request.student)
+    windows = make_windows(text, tokenizer, seqlen=given["seqlen"], max_windows=given["nsamples"])
+    print(request.told(len(windows), windows.identity.text_windows), flush=True)
+    if states and not Path(states).exists():
+        teacher_states(teacher, windows, states, dtype=dtype, device=device)
     distillation.train_adapter(
-        given.stage,
-        student_dir=given.student,
+        request.part,
+        student_dir=request.student,
         teacher_dir=teacher,
         windows=windows,
-        output_dir=given.output_dir,
-        bundles=given.bundle,
-        states=given.teacher_states,
-        lora=distillation.LoraSettings(
-            given.rank,
-            given.alpha,
-            given.dropout,
-            tuple(name.strip() for name in given.target_modules.split(",")),
-            given.use_rslora,
-            given.use_dora,
-        ),
-        loss=distillation.LossSettings(given.kd_alpha, given.temperature),
-        optimiser=distillation.OptimiserSettings(
-            given.steps,
-            given.batch_size,
-            given.gradient_accumulation,
-            given.learning_rate,
-            given.warmup_steps,
-            given.weight_decay,
-            given.max_grad_norm,
-        ),
+        output_dir=request.output_dir,
+        bundles=request.bundles,
+        states=states,
+        lora=distillation.LoraSettings(**request.lora),
+        loss=distillation.LossSettings(**request.loss),
+        optimiser=distillation.OptimiserSettings(**request.optimiser(len(windows))),
         dtype=dtype,
         device=device,
-        seed=given.seed,
-        gradient_checkpointing=given.gradient_checkpointing,
+        seed=given["seed"],
+        gradient_checkpointing=given["gradient_checkpointing"],
     )
-    print(f"adapter of {given.stage}: {given.output_dir}")
+    print(f"adapter of {request.part}: {request.output_dir}")
+
+
+def _check_vocabularies(student: str, teacher: Path) -> None:
+    """Raise a CheckpointError where the two models' logits are not of the same tokens."""
+    from mistral_prune_lora.families import read_config
+
+    sizes = [read_config(folder).get("vocab_size") for folder in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"the teacher's vocabulary has {sizes[1]} tokens, the student's {sizes[0]}",
+            where=teacher,
+            mend="name the dense model that the student was cut from, or one tuned from it",
+        )
 
 
 if __name__ == "__main__":

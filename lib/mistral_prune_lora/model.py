@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mistral_prune_lora.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.pruning.identity import PassLayer
@@ -26,13 +27,20 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a model checkpoint, with the dense model's layer count.
 
     Raises:
-        CheckpointError: a model type that transformers does not know.
+        CheckpointError: a bundle; or transformers cannot use it.
     """
+    if checkpoint.kind != "model":
+        raise CheckpointError("is a bundle, not a model", where=checkpoint.path, mend="give the A model's directory")
     settings = copy.deepcopy(checkpoint.config)  # transformers writes into the dicts that it is given
-    model_type = settings.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(f"has the unknown model_type {model_type!r}", where=checkpoint.path / "config.json")
-    config = CONFIG_MAPPING[model_type](**settings)
+    try:
+        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+    except Exception as error:  # its validators raise half a dozen unrelated kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"is no configuration that transformers takes: {first}",
+            where=checkpoint.path / "config.json",
+            mend="Fetch the model again",
+        ) from None
     config._attn_implementation = "sdpa"
     return config
 
@@ -69,8 +77,6 @@ def load_model(
         LayoutError: a bundle's layer is not one that the model dropped.
     """
     checkpoint = open_checkpoint(path)
-    if checkpoint.kind != "model":
-        raise CheckpointError("is a bundle, not a model", where=path, mend="give the A model's directory")
     config = model_config(checkpoint)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -93,8 +99,7 @@ def load_model(
     _assign(model, state, checkpoint)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    # Computed, not stored: a rotary embedding made on the meta device has no numbers.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    renew_rotary_embedding(model.model, device)
     model.name_or_path = config._name_or_path = os.fspath(path)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
@@ -137,19 +142,11 @@ def build_layer(
     Raises:
         CheckpointError: a tensor is missing, left over, or of the wrong shape.
     """
-    with torch.device("meta"):
-        layer = decoder_layer_class(config)(config, index)
+    layer = empty_layer(config, index)
     _assign(
         layer, {name: entry.read().to(dtype).to(device) for name, entry in checkpoint.layer(index).items()}, checkpoint
     )
     return layer.eval().requires_grad_(False)
-
-
-def decoder_layer_class(config: PreTrainedConfig) -> type[nn.Module]:
-    """The class of the decoder layers of this configuration's causal language model."""
-    with torch.device("meta"):
-        single = type(config)(**{**config.to_dict(), "num_hidden_layers": 1})
-        return type(AutoModelForCausalLM.from_config(single).model.layers[0])
 
 
 def _assign(module: nn.Module, state: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:

@@ -8,11 +8,21 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_prune_lora.checkpoint import LAYER_PREFIX, Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.console import progress
+from mistral_prune_lora.descriptions import (
+    bundle_meta,
+    dense_facts,
+    layers_map,
+    make_manifest,
+    make_prune_log,
+    parameter_counts,
+)
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.json_file import write_json
-from mistral_prune_lora.layout import SINGLE_FILE, Layout, layer_file_name, make_manifest
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
+from mistral_prune_lora.model_files import BUNDLE_META, LAYER_PREFIX, LAYERS_MAP, SINGLE_FILE, layer_file_name
 from mistral_prune_lora.safetensors_file import TensorSpec, write_file
 from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
@@ -25,19 +35,19 @@ def split_block(start: int, size: int, *, policy: str = "half", ratio: float = 0
 
     Args:
         start, size: the block.
-        policy: "half" gives B the larger half of an odd block; "ratio" gives B `ratio` of it, rounded, at least one
-            layer and not all where the block has two or more.
+        policy: "half" gives B the smaller half of an odd block, which of a block of one layer is nothing; "ratio" gives
+            B `ratio` of it, rounded (half to even), which may be nothing or all.
         ratio: B's share with "ratio".
 
     Raises:
-        LayoutError: an unknown policy, or a ratio outside (0, 1).
+        LayoutError: an unknown policy, or a ratio outside of 0 to 1.
     """
     if policy == "half":
-        count = (size + 1) // 2
+        count = size // 2
     elif policy == "ratio":
-        if not 0 < ratio < 1:
-            raise LayoutError(f"{ratio} is no share of the block", where="--split_ratio", mend="use a number in (0, 1)")
-        count = min(max(1, round(size * ratio)), max(1, size - 1))
+        if not 0 <= ratio <= 1:
+            raise LayoutError(f"{ratio} is no share of the block", where="--split_ratio", mend="use one from 0 to 1")
+        count = round(size * ratio)
     else:
         raise LayoutError(f"unknown split policy {policy!r}", where="--split_policy", mend="use half or ratio")
     block = tuple(range(start, start + size))
@@ -52,6 +62,7 @@ def prune_model(
     save_removed_dir: str | Path,
     selection: Mapping = FIXED_LAYERS,
     log: Mapping | None = None,
+    log_name: str = PRUNE_LOG,
     base_model: str | None = None,
 ) -> None:
     """Write A to `save_dir` and the bundles to `save_removed_dir`/B and /C, each directory whole or not at all.
@@ -63,8 +74,10 @@ def prune_model(
         layout: which layers go where; its num_layers must be the model's.
         save_dir, save_removed_dir: where A and the bundles go.
         selection: how the layers were chosen, for the manifest.
-        log: what the search measured, for prune_log.json; the settings and versions are added to it.
-        base_model: what the manifest calls the dense model, such as its Hub id; None means its path.
+        log: what the search was and measured, for prune_log.json (see `descriptions.make_prune_log`); versions are
+            added to it.
+        log_name: a second name for prune_log.json, in `save_dir` as well.
+        base_model: what the descriptions call the dense model, such as its Hub id; None means its path.
 
     Raises:
         LayoutError: the layout is for a model of another number of layers.
@@ -74,11 +87,14 @@ def prune_model(
     dense = _open_dense(model_dir, layout)
     save_dir, removed = Path(save_dir), Path(save_removed_dir)
     _refuse_overlap(model_dir, save_dir, removed)
-    for target in (save_dir, removed / "B", removed / "C"):
-        refuse_foreign(target)
+    bundles = {part: layout.layers_of(part) for part in "BC"}
+    refuse_foreign(save_dir, {log_name})
+    for part in bundles:
+        refuse_foreign(removed / part)
+    base_model = base_model or os.fspath(model_dir)
     manifest = make_manifest(
         layout,
-        base_model=base_model or os.fspath(model_dir),
+        base_model=base_model,
         model_type=dense.config["model_type"],
         selection=selection,
         artifacts={
@@ -91,17 +107,18 @@ def prune_model(
     total = sum(entry.nbytes for entry in dense.entries.values())
     with progress(total=total, description="prune", unit="B") as bar:
         # A last: its manifest speaks of bundles that are there.
-        for part, layers in (("B", layout.b), ("C", layout.c)):
+        for part, layers in bundles.items():
             with atomic_directory(removed / part) as fresh:
                 for layer in layers:
                     _copy_tensors(dense, {f"model.layers.{layer}.": ""}, fresh / layer_file_name(layer), bar)
-                write_json(fresh / "bundle_meta.json", _bundle_meta(part, layers, layout, dense))
-        with atomic_directory(save_dir) as fresh:
+                write_json(fresh / BUNDLE_META, bundle_meta(part, layers, dense_facts(dense.config, layout, manifest)))
+        with atomic_directory(save_dir, {log_name}) as fresh:
             kept = {f"model.layers.{layer}.": f"model.layers.{layer}." for layer in layout.kept}
-            _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
-            write_json(fresh / "manifest.json", manifest)
-            write_json(fresh / "layers_map.json", _layers_map(layout))
-            write_json(fresh / "prune_log.json", _prune_log(model_dir, layout, selection, log))
+            written = _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
+            write_json(fresh / MANIFEST, manifest)
+            write_json(fresh / LAYERS_MAP, layers_map(layout.num_layers, {name: name for name in written}))
+            for name in {PRUNE_LOG, log_name}:
+                write_json(fresh / name, _prune_log(dense, base_model, layout, selection, log))
             _copy_settings(model_dir, fresh)
 
 
@@ -135,8 +152,11 @@ def _open_dense(model_dir: Path, layout: Layout) -> Checkpoint:
     return dense
 
 
-def _copy_tensors(dense: Checkpoint, prefixes: Mapping[str, str], file: Path, bar, *, others: bool = False) -> None:
-    """Write the tensors under some prefixes, renamed, and with `others` all that belong to no layer, to one file."""
+def _copy_tensors(dense: Checkpoint, prefixes: Mapping[str, str], file: Path, bar, others: bool = False) -> list[str]:
+    """Write the tensors under some prefixes, renamed, and with `others` all that belong to no layer, to one file.
+
+    Returns the names they have there.
+    """
     sources = {}
     for name, entry in dense.entries.items():
         match = LAYER_PREFIX.match(name)
@@ -150,32 +170,15 @@ def _copy_tensors(dense: Checkpoint, prefixes: Mapping[str, str], file: Path, ba
         return sources[name].read()
 
     write_file(file, [TensorSpec(name, e.dtype, e.shape) for name, e in sources.items()], produce)
+    return list(sources)
 
 
-def _bundle_meta(part: str, layers: tuple[int, ...], layout: Layout, dense: Checkpoint) -> dict:
-    return {
-        "stage": part,
-        "model_type": dense.config["model_type"],
-        "num_hidden_layers": layout.num_layers,
-        "indices": list(layers),
-        "format": "safetensors",
-        "granularity": "layer",
-    }
-
-
-def _layers_map(layout: Layout) -> dict:
-    """For each original index, the part that holds it and its place among the layers that A runs."""
-    place = {layer: i for i, layer in enumerate(layout.kept)}
-    return {
-        str(layer): {"part": layout.part_of(layer), "index_in_A": place.get(layer)}
-        for layer in range(layout.num_layers)
-    }
-
-
-def _prune_log(model_dir: Path, layout: Layout, selection: Mapping, log: Mapping | None) -> dict:
+def _prune_log(dense: Checkpoint, model: str, layout: Layout, selection: Mapping, log: Mapping | None) -> dict:
     versions = {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch", "transformers")}
-    chosen = {"kept": list(layout.kept), "B": list(layout.b), "C": list(layout.c)}
-    return {"model": os.fspath(model_dir), **chosen, "selection": dict(selection), **(log or {}), "versions": versions}
+    shapes = {name: entry.shape for name, entry in dense.entries.items()}
+    params = parameter_counts(layout, shapes, tied=bool(dense.config.get("tie_word_embeddings")))
+    log = {**(log or {}), "versions": versions}
+    return make_prune_log(layout, model=model, params=params, selection=selection, log=log)
 
 
 def _copy_settings(model_dir: Path, fresh: Path) -> None:

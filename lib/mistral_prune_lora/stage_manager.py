@@ -12,6 +12,7 @@ from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.model import load_model, restore_bundle
+from mistral_prune_lora.model_files import bundle_layers
 from mistral_prune_lora.pruning.identity import PassLayer
 
 
@@ -43,9 +44,13 @@ class DynamicStageManager:
 
         Raises:
             CheckpointError: weights are missing or do not fit.
+            LayoutError: the manifest leaves open what is B's and C's, and the bundles are not what A drops.
         """
         self.model = load_model(model_dir, dtype=dtype, device=device)
-        self.layout: Layout = open_checkpoint(model_dir).layout or Layout(self.model.config.num_hidden_layers)
+        layout = open_checkpoint(model_dir).layout or Layout(self.model.config.num_hidden_layers)
+        if layout.unassigned:
+            layout = layout.assigned({p: bundle_layers(b) for p, b in bundles.items()}, where=model_dir)
+        self.layout = layout
         self.stage = "A"
         self._bundles = dict(bundles)
         self._restored: dict[int, nn.Module] = {}

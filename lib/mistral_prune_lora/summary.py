@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.layout import STAGES
+from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.statistics import compare_stages
 from mistral_prune_lora.transaction import atomic_file
 
@@ -18,11 +19,16 @@ VARIANTS = ("dense", "pruned", "merged")
 COLUMNS = (
     "experiment", "dataset", "variant", "stage", "label", "active_layers", "parameters", "ppl", "mean_nll", "tokens",
     "windows", "seqlen", "dtype", "ppl_se", "mean_nll_se", "bits_per_byte", "top1_accuracy", "kl_dense", "kl_dense_se",
-    "top1_agreement", "device", "batch_size", "ids_sha256", "weights_sha256",
+    "top1_agreement", "device", "batch_size", "ids_sha256", "weights_sha256", "adapter_tensors_out_of_scope",
 )  # fmt: skip
 
 
-def write_summary(results: Sequence[str | Path], summary_csv: str | Path, comparisons_csv: str | Path) -> None:
+def write_summary(
+    results: Sequence[str | Path],
+    summary_csv: str | Path,
+    comparisons_csv: str | Path,
+    merges: Mapping[str, Mapping[str, str | Path]] | None = None,
+) -> None:
     """Gather perplexity results into summary.csv, and the pairs that can be compared into comparisons.csv.
 
     Args:
@@ -30,11 +36,17 @@ def write_summary(results: Sequence[str | Path], summary_csv: str | Path, compar
         summary_csv: a row a result, COLUMNS; experiments and datasets as they come, then dense, pruned, merged.
         comparisons_csv: within an experiment and dataset each pair of results: experiment, dataset, first, second
             (as variant.stage), and what `statistics.paired_difference` says of them.
+        merges: for each experiment, the merge.json of each merged part. A merged stage's row counts the adapter tensors
+            that its parts' merges left out, since they are for layers that the part does not hold.
 
     Raises:
-        DataError: a result cannot be read, or results of one experiment and dataset are of different token ids.
+        DataError: a result or a merge's record cannot be read, or results of one experiment and dataset are of
+            different token ids.
     """
     records = [_read(Path(path)) for path in results]
+    for record in records:
+        if record["variant"] == "merged":
+            record["adapter_tensors_out_of_scope"] = _out_of_scope((merges or {}).get(record["experiment"], {}), record)
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
         groups.setdefault((record["experiment"], record["dataset"]), []).append(record)
@@ -51,6 +63,19 @@ def write_summary(results: Sequence[str | Path], summary_csv: str | Path, compar
         pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(fresh, index=False)
     with atomic_file(comparisons_csv) as fresh:
         pd.concat(comparisons).to_csv(fresh, index=False)
+
+
+def _out_of_scope(merges: Mapping[str, str | Path], record: Mapping) -> int:
+    """Adapter tensors that the merges of a stage's parts left out."""
+    count = 0
+    for part in PARTS_OF_STAGE[record["stage"]]:
+        if part in merges:
+            merge = read_json(merges[part], DataError, mend="merge again")
+            try:
+                count += sum(len(adapter["out_of_scope"]) for adapter in merge["adapters"])
+            except (KeyError, TypeError):
+                raise DataError("is no record of a merge", where=merges[part], mend="merge again") from None
+    return count
 
 
 def check_same_ids(results: Mapping[str, Mapping]) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,18 +29,22 @@ _own: set[Path] = set()  # what this process is writing now
 
 
 @contextmanager
-def atomic_directory(target: str | Path) -> Iterator[Path]:
+def atomic_directory(target: str | Path, also: Collection[str] = ()) -> Iterator[Path]:
     """A fresh directory beside `target` that takes its place when the block ends without an exception.
 
     A kill at any point leaves the old directory or the new one, whole, under the name; what a killed run left beside it
     is removed by the next one. Files of a former result do not survive in the new one. Where the file system cannot
     exchange two directories, the old one is out of its place for a moment; the next run puts it back if it has to.
 
+    Args:
+        target: the directory.
+        also: names beside the usual ones that this command writes, and that a former result may hold.
+
     Raises:
         PipelineError: `target` is a file, or holds files that this pipeline does not write.
     """
     target = Path(os.path.realpath(target))  # of a link, the directory it leads to is replaced
-    refuse_foreign(target)
+    refuse_foreign(target, also)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-{os.getpid()}-", dir=target.parent))
@@ -82,18 +86,47 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         _own.discard(fresh)
 
 
-def refuse_foreign(target: str | Path) -> None:
-    """Raise a PipelineError if `target` cannot be replaced by a result without losing somebody's files."""
+@contextmanager
+def scratch_directory(target: str | Path) -> Iterator[Path]:
+    """A directory beside `target` for work on the way to it, removed with all that it holds when the block ends.
+
+    What a killed run left is removed by the next one, and whenever `target` itself is written.
+    """
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-{os.getpid()}-", dir=target.parent))
+    _own.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _own.discard(folder)
+
+
+def refuse_foreign(target: str | Path, also: Collection[str] = ()) -> None:
+    """Raise a PipelineError if `target` cannot be replaced by a result without losing somebody's files.
+
+    Args:
+        target: where a directory is to be written.
+        also: names beside the usual ones that are this command's own.
+    """
     target = Path(target)
     if target.exists() and not target.is_dir():
         raise PipelineError("the output directory is a file", where=target, mend="choose another --output_dir")
-    foreign = sorted(p.name for p in target.iterdir() if not _OURS.fullmatch(p.name)) if target.is_dir() else []
+    there = [p.name for p in target.iterdir()] if target.is_dir() else []
+    foreign = sorted(name for name in there if not is_usual_name(name) and name not in also)
     if foreign:
         raise PipelineError(
             f"the output directory holds files of another origin: {', '.join(foreign[:5])}",
             where=target,
             mend="choose an empty or new directory, so that nothing of yours is replaced",
         )
+
+
+def is_usual_name(name: str) -> bool:
+    """Whether a file or folder of this name may lie in a directory that this pipeline writes, whatever the command."""
+    return _OURS.fullmatch(name) is not None
 
 
 def _put_in_place(fresh: Path, target: Path) -> None:

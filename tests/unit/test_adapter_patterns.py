@@ -13,7 +13,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from mistral_prune_lora.adapter import Adapter, open_adapter
+from mistral_prune_lora import adapter_config
+from mistral_prune_lora.adapter import open_adapter
+from mistral_prune_lora.adapter_config import AdapterConfig
+from mistral_prune_lora.errors import AdapterError
 
 PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"]
 MODULES = [f"model.layers.{i}.{name}" for i in (0, 1, 11, 21) for name in PROJECTIONS] + ["lm_head", "model.norm"]
@@ -40,7 +43,8 @@ def test_targets_are_those_of_peft(target_modules, exclude_modules, layers, laye
     if not isinstance(target_modules, str):  # PEFT refuses layers beside a regular expression
         config |= {"layers_to_transform": layers, "layers_pattern": layers_pattern if layers else None}
     theirs = LoraConfig(**config)
-    ours = Adapter(tmp_path_factory.getbasetemp(), config, {})
+    where = tmp_path_factory.getbasetemp() / "adapter_config.json"
+    ours = AdapterConfig({"peft_type": "LORA", **config}, where)
     for module in MODULES:
         assert ours.targets(module) == bool(check_target_module_exists(theirs, module)), module
 
@@ -54,7 +58,8 @@ def test_targets_are_those_of_peft(target_modules, exclude_modules, layers, laye
 def test_rank_and_scaling_are_those_of_peft(ranks, alphas, rslora, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     tensors, scalings = {}, {}
-    for module in MODULES:
+    adapted = [module for module in MODULES if module != "model.norm"]
+    for module in adapted:
         rank = ranks.get(get_pattern_key(ranks, module), 8)
         alpha = alphas.get(get_pattern_key(alphas, module), 16)
         scalings[module] = alpha / rank**0.5 if rslora else alpha / rank
@@ -83,3 +88,45 @@ def test_names_of_modules_are_understood_with_every_prefix(prefix, inner, suffix
     adapter = open_adapter(tmp_path)
     assert list(adapter.updates) == ["model.layers.7.mlp.up_proj"]
     assert adapter.updates["model.layers.7.mlp.up_proj"].shape == (5, 3)
+
+
+SLOW = "(.|..)+[XYZ]"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"target_modules": SLOW},
+        {"exclude_modules": SLOW},
+        {"rank_pattern": {SLOW: 4}},
+        {"alpha_pattern": {SLOW: 4}},
+        {"layers_pattern": SLOW, "layers_to_transform": [1]},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_a_pattern_that_would_take_for_ever_is_given_up(field, monkeypatch):
+    monkeypatch.setattr(adapter_config, "MATCHING_SECONDS", 0.2)
+    config = AdapterConfig({"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": 8} | field, "here")
+    module = "model.layers.21." + "a" * 60 + ".q_proj"
+    with pytest.raises(AdapterError, match="patterns that take more than"):
+        config.targets(module)
+        config.rank(module)
+        config.alpha(module)
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [
+        ({"target_modules": ["q_proj"] * 100_000}, "has 100000 names or patterns"),
+        ({"rank_pattern": {f"q{i}": 4 for i in range(100_000)}}, "has 100000 names or patterns"),
+        ({"alpha_pattern": {"(" * 900 + ")" * 900: 4}}, "of 1800 characters"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern that cannot be used"),
+        ({"layers_pattern": 3}, "layers_pattern is 3"),
+        ({"layers_to_transform": ["1"]}, "not a list of layer numbers"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules is {'q_proj': 1}"),
+    ],
+)
+def test_fields_that_peft_never_writes_are_refused(field, what):
+    content = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": 8} | field
+    with pytest.raises(AdapterError, match=what):
+        AdapterConfig(content, "here")

@@ -15,12 +15,12 @@ from mistral_prune_lora.distillation import (
     LossSettings,
     OptimiserSettings,
     distillation_loss,
-    teacher_states,
     train_adapter,
 )
-from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
+from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, PipelineError
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import load_model
+from mistral_prune_lora.teacher_states import teacher_states
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 QUICK = OptimiserSettings(steps=3, batch_size=2, gradient_accumulation=1, learning_rate=1e-2, warmup_steps=1)
@@ -136,30 +136,6 @@ def test_the_same_settings_give_the_same_bytes_with_stored_states_or_without(par
         torch.testing.assert_close(theirs[key], tensor, rtol=1e-2, atol=1e-4)
 
 
-def test_the_teachers_states_go_on_where_a_run_was_stopped(parts, tmp_path, monkeypatch):
-    windows, write, written = random_windows(5, 16), distillation.ActivationWriter.write, []
-
-    def stopping(writer, batch, hidden):
-        if batch == 1:
-            raise KeyboardInterrupt
-        write(writer, batch, hidden)
-
-    def make(name):
-        teacher_states(parts[0], windows, tmp_path / name, dtype=torch.float32, batch_size=2)
-
-    make("undisturbed")
-    monkeypatch.setattr(distillation.ActivationWriter, "write", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        make("states")
-    assert not (tmp_path / "states").exists()
-    monkeypatch.setattr(
-        distillation.ActivationWriter, "write", lambda *args: (written.append(args[1]), write(*args))[1]
-    )
-    make("states")
-    assert written == [1, 2]
-    assert (tmp_path / "states").read_bytes() == (tmp_path / "undisturbed").read_bytes()
-
-
 def test_gradient_accumulation_is_the_larger_batch(parts, tmp_path):
     large = train(parts, "A", tmp_path / "large", optimiser=OptimiserSettings(2, 4, 1, 1e-2, 0))
     small = train(parts, "A", tmp_path / "small", optimiser=OptimiserSettings(2, 2, 2, 1e-2, 0))
@@ -175,6 +151,16 @@ def test_states_of_other_windows_or_another_teacher_are_refused(parts, tmp_path)
     teacher_states(stranger, random_windows(6, 16), tmp_path / "states", dtype=torch.float32)
     with pytest.raises(DataError, match="another teacher"):
         train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_without_a_teacher_the_loss_is_cross_entropy_and_nothing_else_can_be_asked_for(parts, tmp_path):
+    student, targets = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)), torch.arange(7)
+    loss, kl, ce = distillation_loss(student, None, targets, LossSettings(0.0, 2.0))
+    assert loss == ce == torch.nn.functional.cross_entropy(student, targets, reduction="sum") and kl.isnan()
+    for asked in ({"loss": LossSettings(0.1, 2.0)}, {"loss": LossSettings(0.0), "states": tmp_path / "states"}):
+        with pytest.raises(PipelineError, match="no teacher to learn from"):
+            train(parts, "A", tmp_path / "adapter", teacher_dir=None, **asked)
     assert not (tmp_path / "adapter").exists()
 
 

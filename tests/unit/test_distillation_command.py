@@ -8,7 +8,8 @@ from cut_model import cut, save_dense
 from safetensors.torch import load_file
 from tiny import save_tokenizer
 
-from mistral_prune_lora.layout import Layout, read_manifest
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.manifest import read_manifest
 from mistral_prune_lora.mistral_optimized_kd_lora import main
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 
@@ -86,5 +87,5 @@ def test_a_dense_model_may_be_named_by_its_hub_id(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     flags = ["--b_layers", "3", "--c_layers", "4", "--save_dir", "P/A", "--save_removed_dir", "P/bundles"]
     assert prune(["--model", "somebody/model", *flags]) == 0
-    assert asked == ["somebody/model"] and read_manifest("P/A")["base_model"] == "somebody/model"
+    assert set(asked) == {"somebody/model"} and read_manifest("P/A")["base_model"] == "somebody/model"
     assert train(teacher="somebody/model") == 0

@@ -1,5 +1,6 @@
 """The evaluation command as a user types it: the documented commands, what they print, what they refuse."""
 
+import gzip
 import json
 import re
 import shutil
@@ -9,6 +10,8 @@ import sys
 import pytest
 from evaluation_project import MERGED, PRUNED, evaluate, write_project
 from tiny import save_tokenizer
+
+from mistral_prune_lora.version import package_line
 
 A, B, C = (f"./{MERGED}/{part}_merged" for part in "ABC")
 MIRROR = ["--mirror", "./wikitext"]
@@ -101,6 +104,7 @@ Device:      cpu (bf16)
 
   ✓ PassLayer installed: [3, 4, 5, 6] (4 layers)
   ✓ mistral | 8 layers (4 active + 4 PassLayer) | 0.2M params | cpu
+  ✓ 4 of 4 windows
 {space}
   [A] Evaluating PPL...
 {framed("A_merged[A]", numbers[0])}
@@ -150,6 +154,33 @@ def test_a_text_file(folder):
     assert labels(out) == ["A_merged[A]"] and "Dataset:     ./eval_corpus.txt\n" in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--seqlen", "64", "--nsamples", "4"], "4 of {all} windows (--nsamples)"),
+        (["--seqlen", "64", "--nsamples", "4", "--seed", "3"], "4 of {all} windows (--nsamples, drawn with --seed 3)"),
+        (["--seqlen", "64", "--max_batches", "2", "--batch_size", "3"], "6 of {all} windows (--max_batches)"),
+        (["--seqlen", "16"], "256 of {all} windows (the default of --nsamples: give --nsamples for more)"),
+        (["--seqlen", "16", "--nsamples", "256"], "256 of {all} windows (--nsamples)"),
+        (["--seqlen", "64", "--nsamples", "5000"], "{all} of {all} windows"),
+    ],
+)
+def test_how_many_windows_are_measured_is_said(folder, flags, told):
+    out = run(folder, "--model_path", A, "--text_file", "./eval_corpus.txt", *flags)
+    tokens = 1 + len((folder / "eval_corpus.txt").read_bytes())  # one a byte, and the beginning of text
+    assert f"params | cpu\n  ✓ {told.format(all=tokens // int(flags[1]))}\n" in out
+
+
+def test_the_protocol_of_a_dataset_is_named_where_it_keeps_windows_out(folder, tmp_path):
+    rows = "".join(json.dumps({"text": f"Document {i} is about {i * i}."}) + "\n" for i in range(300))
+    mirror = tmp_path / "c4-validation.00000-of-00008.json.gz"
+    mirror.write_bytes(gzip.compress(rows.encode()))
+    told = re.compile(r"  ✓ 256 of (\d+) windows \(all that the protocol of c4 looks at\)\n")
+    for more in ([], ["--nsamples", "5000"]):
+        out = run(folder, "--model_path", A, "--dataset", "c4", "--mirror", str(mirror), "--seqlen", "16", *more)
+        assert int(told.search(out)[1]) > 256
+
+
 def test_the_module_is_a_command(folder):
     command = [sys.executable, "-m", "mistral_prune_lora.mistral_eval_ppl_mergedmodel", "--model_path", A, *SMALL]
     done = subprocess.run([*command, "--device", "cpu"], cwd=folder, capture_output=True, text=True)
@@ -157,8 +188,8 @@ def test_the_module_is_a_command(folder):
     assert labels(done.stdout) == ["A_merged[A]"]
     assert "stage A" in done.stderr and "tok/s" in done.stderr, "a bar with a rate on stderr"
     refused = subprocess.run([*command, "--device", "cuda:7"], cwd=folder, capture_output=True, text=True)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: cuda:7 is not there")
-    assert refused.stderr.count("\n") == 1
+    who, error = refused.stderr.splitlines()
+    assert refused.returncode == 1 and who == package_line() and error.startswith("error: cuda:7 is not there")
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,8 @@ def test_configuration_and_settings_are_those_of_a_model_to_use(tmp_path):
     """What training and pruning left in them is set right; every tokenizer file comes along."""
     a, bundles = parts(tmp_path)
     config = json.loads((a / "config.json").read_text())
-    changed = {"use_cache": False, "architectures": ["Pruned"], "auto_map": {"AutoModel": "pruned.Model"}}
-    (a / "config.json").write_text(json.dumps({**config, **changed, "dtype": "float16", "torch_dtype": "float16"}))
+    changed = {"use_cache": False, "architectures": ["PrunedForCausalLM"], "dtype": "float16"}
+    (a / "config.json").write_text(json.dumps({**config, **changed}))
     generation = {"eos_token_id": [2, 7], "use_cache": False, "temperature": 0.5, "do_sample": True}
     (a / "generation_config.json").write_text(json.dumps(generation))
     extras = ["tokenizer.model", "tokenizer.model.v3", "tekken.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -223,7 +223,7 @@ def test_configuration_and_settings_are_those_of_a_model_to_use(tmp_path):
     for _ in range(2):  # a former export is replaced
         export_stage(a, tmp_path / "out", stage="A", bundles=bundles)
     out = json.loads((tmp_path / "out/config.json").read_text())
-    assert out["use_cache"] is True and out["architectures"] == ["MistralForCausalLM"] and "auto_map" not in out
+    assert out["use_cache"] is True and out["architectures"] == ["MistralForCausalLM"]
     assert out["dtype"] == out["torch_dtype"] == "bfloat16"  # as the weights are
     assert out["rope_theta"] == out["rope_parameters"]["rope_theta"]  # older software reads the first only
     settings = json.loads((tmp_path / "out/generation_config.json").read_text())

@@ -97,7 +97,6 @@ def test_layer_types_that_transformers_works_out_from_numbers_are_written_out(tm
         ({"scale_depth": 1.4}, "scale_depth lets layers depend on their number"),
         ({"moe_layers": [1, 3, 5]}, "moe_layers has 3 entries"),
         ({"layer_types": ["full_attention"] * 4}, "layer_types has 4 entries"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(changes, message):

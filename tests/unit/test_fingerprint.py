@@ -31,10 +31,11 @@ def test_an_edit_changes_the_digest_of_what_imports_it_and_of_nothing_else(libra
     assert fingerprint.code_digest("merge") != merge
 
 
-def test_wording_and_display_do_not_count(library):
+def test_wording_and_display_and_what_is_refused_do_not_count(library):
     before = fingerprint.code_digest("merge")
     edit(library / "console.py")
     edit(library / "errors.py")
+    edit(library / "families.py")
     assert fingerprint.code_digest("merge") == before
 
 

@@ -8,12 +8,17 @@ import pytest
 import torch
 from cut_model import random_windows, save_dense
 from tiny import save_tokenizer
-from transformers import MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralForCausalLM
 
-from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora import importance
+from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.errors import LayoutError, PipelineError
 from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
-from mistral_prune_lora.layout import layout_from_manifest, read_manifest
-from mistral_prune_lora.pruning.layeronly_drop import main
+from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, working_bytes
+from mistral_prune_lora.manifest import layout_from_manifest, read_manifest
+from mistral_prune_lora.model import model_config
+from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.pruning.layeronly_drop import main, parse
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,62 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def states(dense):
-    return last_token_states(dense, list(random_windows(5, 24).ids.long().unsqueeze(1)), dtype=torch.float32)
+    ids = random_windows(5, 24).ids
+    return last_token_states(dense, ids, beside=dense.parent / "importance.csv", dtype=torch.float32)
+
+
+@torch.inference_mode()
+def plain_states(dense, ids, dtype, batch_size=1):
+    """What transformers hands out of the whole model, a batch at a time; after the last layer before the norm."""
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
+    after_last, batches = [], []
+    model.model.norm.register_forward_pre_hook(lambda norm, inputs: after_last.append(inputs[0][:, -1]))
+    for batch in ids.long().split(batch_size):
+        hidden = model(batch, output_hidden_states=True).hidden_states[:-1]
+        batches.append(torch.stack([*(state[:, -1] for state in hidden), after_last.pop()]))
+    return torch.cat(batches, 1).float()
+
+
+@pytest.mark.parametrize("config", [{}, {"family": "qwen3", "use_sliding_window": True, "sliding_window": 9}])
+@pytest.mark.parametrize(("dtype", "batch_size"), [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 2)])
+def test_streamed_states_have_the_bits_of_the_whole_model_s(tmp_path, config, dtype, batch_size):
+    dense, ids = save_dense(tmp_path / "dense", max_window_layers=4, **config), random_windows(5, 24).ids
+    given = {"beside": tmp_path / "out/importance.csv", "dtype": dtype, "batch_size": batch_size}
+    expected = plain_states(dense, ids, dtype, batch_size)
+    assert torch.equal(last_token_states(dense, ids, **given), expected)
+    # Three layers at a time, their hidden states in files between two groups.
+    layer = LayerSource(0, open_checkpoint(dense)).nbytes(dtype)
+    compute = Compute(torch.device("cpu"), dtype, batch_size)
+    config, model = model_config(open_checkpoint(dense)), open_checkpoint(dense)
+    small = working_bytes(compute, config, 24) + embedding_bytes(model, compute) + 3 * layer
+    assert torch.equal(last_token_states(dense, ids, **given, max_memory=small), expected)
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(PipelineError, match="one layer, its hidden states"):
+        last_token_states(dense, ids, **given, max_memory=small - 2 * layer - 1)
+
+
+def test_no_more_layers_are_in_memory_than_fit_and_files_are_gone_when_they_were_read(dense, tmp_path, monkeypatch):
+    seen, resident = [], importance.Backbone.resident
+
+    def watching(self, groups):
+        for group in resident(self, groups):
+            files = [file for file in tmp_path.rglob("*.safetensors")]
+            seen.append((len(group), sum(not isinstance(layer, PassLayer) for layer in self._model.layers), len(files)))
+            yield group
+
+    monkeypatch.setattr(importance.Backbone, "resident", watching)
+    monkeypatch.setattr(importance, "resident_groups", lambda layers, *_: [layers[:3], layers[3:6], layers[6:]])
+    last_token_states(dense, random_windows(3, 16).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
+    assert seen == [(3, 3, 0), (3, 3, 1), (2, 2, 1)]
+
+
+def test_what_a_killed_ranking_left_is_removed_by_the_next(dense, tmp_path):
+    """A process id that is not in use: those of 64-bit Linux end at 2^22."""
+    left = tmp_path / f".importance.csv.new-{1 << 22}-x"
+    left.mkdir()
+    (left / "2.safetensors").write_text("half")
+    last_token_states(dense, random_windows(1, 8).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
+    assert not left.exists()
 
 
 def test_distances_are_those_of_the_models_own_hidden_states(dense, states):
@@ -51,9 +111,63 @@ def test_the_last_layer_is_a_candidate_only_if_it_may_go(states):
             angular_distances(states, block)
 
 
-def test_max_batches_limits_what_is_looked_at(dense):
-    ids = list(random_windows(5, 24).ids.long().unsqueeze(1))
-    assert last_token_states(dense, ids, dtype=torch.float32, max_batches=2).shape == (9, 2, 64)
+def original_starts(layers, block, keep_last_layer):
+    """Where the original script lets a block begin: it wants the input of the layer after the block."""
+    end = layers - block - (1 if keep_last_layer else 0)
+    return [start for start in range(end) if start + block < layers]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("block", [1, 3, 6])
+def test_candidates_are_all_blocks_or_those_of_the_original_script(states, block, keep):
+    every = angular_distances(states, block, keep_last_layer=keep)
+    assert every.start.tolist() == list(range(8 - block if keep else 8 - block + 1))
+    original = angular_distances(states, block, keep_last_layer=keep, all_blocks=False)
+    assert original.start.tolist() == original_starts(8, block, keep)
+    assert original.angular_distance.tolist() == every.angular_distance.tolist()[:-1]
+
+
+def test_a_block_that_leaves_no_candidate_is_refused(states):
+    with pytest.raises(LayoutError, match="no block of 7 layers"):
+        angular_distances(states, 7, all_blocks=False)
+
+
+def test_a_block_of_one_layer_is_cs(states):
+    table = angular_distances(states, 1)
+    assert set(table.B) == {""} and table.C[4] == "4"
+
+
+REQUIRED = ["--model", "dense", "--save_dir", "A", "--save_removed_dir", "bundles"]
+
+
+def test_the_preset_searches_as_the_original_script_and_flags_go_before_it():
+    wanted = {
+        "dataset": "c4",
+        "nsamples": 64,
+        "seqlen": 1024,
+        "dtype": "fp16",
+        "drop_frac": 0.3,
+        "keep_last_layer": False,
+    }
+    wanted |= {"candidates": "original", "split_policy": "half", "split_ratio": 0.5, "seed": 0}
+    given = vars(parse([*REQUIRED, "--preset", "original"]))
+    assert {key: given[key] for key in wanted} == wanted
+    flags = ["--drop_frac", "0.25", "--seqlen", "2048", "--dataset", "wikitext2"]
+    for words in ([*flags, "--preset", "original"], ["--preset", "original", *flags]):
+        given = vars(parse([*REQUIRED, *words]))
+        changed = {"drop_frac": 0.25, "seqlen": 2048, "dataset": "wikitext2"}
+        assert {key: given[key] for key in wanted} == wanted | changed
+    ours = vars(parse(REQUIRED))
+    assert ours["candidates"] == "all" and ours["dtype"] == "bf16" and ours["nsamples"] == 128
+
+
+def test_the_preset_as_a_command(dense, tmp_path):
+    flags = ("--preset", "original", "--drop_frac", "0.4")
+    assert main(arguments(dense, tmp_path, *flags)) == 0
+    log = json.loads((tmp_path / "A/prune_log.json").read_text())
+    assert log["settings"]["preset"] == log["settings"]["candidates"] == "original" and log["drop_frac"] == 0.4
+    assert [block["start"] for block in log["blocks"]] == original_starts(8, 3, False)
+    assert log["split"]["B"] == log["selected_block"]["indices"][:1]
 
 
 def test_the_ranking_as_files(states, tmp_path):
@@ -77,8 +191,13 @@ def arguments(dense, folder, *more):
     ]  # fmt: skip
 
 
-def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, capsys):
+def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, capsys, monkeypatch):
+    looked_at, measure = [], importance.last_token_states
+    monkeypatch.setattr(
+        importance, "last_token_states", lambda *a, **k: (looked_at.append((len(a[1]), k)), measure(*a, **k))[1]
+    )
     flags = ("--drop_frac", "0.4", "--keep_last_layer", "--max_batches", "4", "--prune_log", str(tmp_path / "log.json"))
+    flags = (*flags, "--batch_size", "3", "--max_memory", "1GB")
     assert main(arguments(dense, tmp_path, *flags, "--split_policy", "ratio", "--split_ratio", "0.7")) == 0
     manifest, log = read_manifest(tmp_path / "A"), json.loads((tmp_path / "log.json").read_text())
     blocks = {b["start"]: b for b in log["blocks"]}
@@ -91,7 +210,9 @@ def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, c
     layout = layout_from_manifest(manifest)
     assert layout.dropped == tuple(range(best["start"], best["start"] + 3)) and len(layout.b) == 2
     assert log == json.loads((tmp_path / "A/prune_log.json").read_text())
-    assert log["settings"]["seed"] == 3 and log["settings"]["max_batches"] == 4
+    assert log["seed"] == 3 and log["settings"]["max_batches"] == 4
+    (count, how), *_ = looked_at
+    assert (count, how["batch_size"], how["max_memory"]) == (4, 3, 10**9)
     assert f"B holds {list(layout.b)}" in capsys.readouterr().out
 
 

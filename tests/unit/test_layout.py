@@ -9,21 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.descriptions import make_manifest
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.layout import (
-    STAGES,
-    Layout,
-    bundle_layers,
-    is_bundle_dir,
-    is_model_dir,
-    layout_from_manifest,
-    make_manifest,
-    read_manifest,
-    segment_tree,
-    shared_segments,
-    stage_run,
-    weight_files,
-)
+from mistral_prune_lora.layout import STAGES, Layout, segment_tree, shared_segments, stage_run
+from mistral_prune_lora.manifest import layout_from_manifest, read_manifest
+from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, weight_files
 
 MISTRAL = Layout(32, tuple(range(21, 25)), tuple(range(25, 29)))
 
@@ -131,9 +121,11 @@ def test_a_manifest_gives_its_layout_back(layout):
     [
         ("{", "cannot be read as JSON"),
         ("[]", "is not a JSON object"),
-        ('{"stages": {"A": {}}}', "stages.A.dropped_layers is not a list"),
+        ('{"stages": {"A": {}}}', "says nowhere which layers A drops"),
+        ('{"stages": {"A": {"dropped_layers": [3, 3]}}}', "stages.A.dropped_layers is not a list"),
+        ('{"simdrop": {"removed_layers": "3"}}', "simdrop.removed_layers is not a list"),
         ('{"stages": {"A": {"dropped_layers": ["3"]}}}', "stages.A.dropped_layers is not a list"),
-        ('{"stages": []}', "stages.A.dropped_layers is not a list"),
+        ('{"stages": []}', "stages is not a JSON object"),
     ],
 )
 def test_a_malformed_manifest_is_refused(tmp_path, content, message):
@@ -145,7 +137,8 @@ def test_a_malformed_manifest_is_refused(tmp_path, content, message):
 def test_a_manifest_whose_bundles_are_not_what_a_dropped_is_refused():
     manifest = make_manifest(MISTRAL, base_model="dense", model_type="mistral", selection={}, artifacts={})
     manifest["stages"]["C"]["removed_layers"].pop()
-    with pytest.raises(LayoutError, match=r"A drops layers \[21.*28\], but B and C together hold \[21.*27\]"):
+    told = r"stages\.A\.dropped_layers is \[21.*28\], but stages\.B\.removed_layers and stages\.C.* is \[21.*27\]"
+    with pytest.raises(LayoutError, match=told):
         layout_from_manifest(manifest)
 
 
@@ -179,6 +172,9 @@ def test_bundle_meta_says_what_the_bundle_holds(parts, key):
         ('{"indices": "3"}', "neither layer_indices nor indices"),
         ('{"indices": [3, "4"]}', "neither layer_indices nor indices"),
         ('{"indices": [3, 4, 5]}', "layer_005.safetensors missing"),
+        ('{"indices": [3]}', r"layer_004\.safetensors lies there, but bundle_meta\.json names layers \[3\]"),
+        ('{"indices": [3, 4], "layer_indices": [3, 4, 5]}', r"indices \[3, 4\] and layer_indices \[3, 4, 5\] contra"),
+        ('{"indices": [3, 4, 4]}', "neither layer_indices nor indices"),
     ],
 )
 def test_a_malformed_bundle_meta_is_refused(parts, content, message):

@@ -26,8 +26,8 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS}
 def originals(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
     dense, _ = save_base(folder, torch.bfloat16)
-    for seed, name in enumerate(("A_lora", "B_lora", "C_lora", "again")):
-        random_adapter(folder / "adapters" / name, dense, LORA, seed=seed)
+    for seed, (name, part) in enumerate({"A_lora": "A", "B_lora": "B", "C_lora": "C", "again": "A"}.items()):
+        random_adapter(folder / "adapters" / name, dense, LORA, seed=seed, layers=LAYOUT.layers_of(part))
         edit_json(folder / "adapters" / name / "adapter_config.json", base_model_name_or_path="./A")
     return folder
 
@@ -50,10 +50,12 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_nine_flags_and_two_more():
+def test_the_nine_flags_and_three_more():
     flags = {word for action in parser()._actions for word in action.option_strings} - {"-h", "--help"}
     guide = "base_model adapter_path adapter_paths output_dir device tokenizer_path no_verify save_bundle_only"
-    assert flags == {f"--{name}" for name in [*guide.split(), "save_full_model", "skeleton", "max_shard_size"]}
+    assert flags == {
+        f"--{name}" for name in [*guide.split(), "save_full_model", "skeleton", "max_shard_size", "adapter_indices"]
+    }
 
 
 def test_a_model_gives_a_full_model(there):
@@ -61,9 +63,11 @@ def test_a_model_gives_a_full_model(there):
     assert sorted(os.listdir(out)) == [
         "config.json",
         "generation_config.json",
+        "layers_map.json",
         "manifest.json",
         "merge.json",
         "model.safetensors",
+        "prune_log.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -237,14 +241,15 @@ def test_shards_that_transformers_loads(size, files, there, capsys):
 @pytest.mark.parametrize("part", ["A", "B", "AB"])
 def test_the_record_tells_the_truth(part, there):
     base, more = {"A": ("A", []), "B": ("bundles/B", []), "AB": ("bundles/B", ["--save_full_model"])}[part]
-    out = merge(base, "adapters/B_lora", "out", *more)
+    adapter = there / "adapters/A_lora" if part == "A" else there / "adapters/B_lora"
+    out = merge(base, str(adapter), "out", *more)
     record = json.loads((out / "merge.json").read_text())
     assert record["outputs"] == {p.name: digest(p) for p in out.iterdir() if p.name != "merge.json"}
     assert record["inputs"] == {path: digest(Path(path)) for path in record["inputs"]}
     weights = {str(p) for p in (there / base).glob("*.safetensors")}
     assert record["inputs"].keys() >= weights | ({str(there / "A/model.safetensors")} if more else set())
     files = record["adapters"][0]["files"]
-    assert files == {name: digest(there / "adapters/B_lora" / name) for name in files}
+    assert files == {name: digest(adapter / name) for name in files}
     before = read_result(there / base) | (read_result(there / "A") if more else {})
     changed = [n for n, tensor in read_result(out).items() if not torch.equal(tensor, before[n])]
     assert record["tensors"] == {"merged": len(changed), "copied": len(before) - len(changed)}
@@ -255,7 +260,7 @@ def test_the_record_tells_the_truth(part, there):
 
 @pytest.mark.parametrize("base", ["A", "bundles/B"])
 def test_the_same_inputs_give_the_same_bytes(base, there):
-    first, second = (merge(base, "adapters/A_lora", name) for name in ("first", "second"))
+    first, second = (merge(base, f"adapters/{base[-1]}_lora", name) for name in ("first", "second"))
     names = sorted(os.listdir(first))
     assert names == sorted(os.listdir(second))
     assert [digest(first / name) for name in names] == [digest(second / name) for name in names]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_oracle import PROJECTIONS, random_adapter, save_base
+from merge_oracle import LAYOUT, PROJECTIONS, random_adapter, save_base
 
 from mistral_prune_lora import merge as merge_module
 from mistral_prune_lora.errors import PipelineError
@@ -69,7 +69,9 @@ def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     dense, parts = save_base(folder, torch.bfloat16)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}
-    return parts["A"], *(random_adapter(folder / f"adapter{i}", dense, settings, seed=i) for i in range(2))
+    return parts["A"], *(
+        random_adapter(folder / f"adapter{i}", dense, settings, seed=i, layers=LAYOUT.kept) for i in range(2)
+    )
 
 
 @pytest.mark.parametrize("renames", ["exchange", "two"])

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_oracle import edit_json, edit_tensors, random_adapter, save_base
+from merge_oracle import LAYOUT, edit_json, edit_tensors, random_adapter, save_base
 from merge_spoilers import LORA, SPOILT, WEIGHTS
 
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
+from mistral_prune_lora.version import package_line
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
     dense, _ = save_base(folder, torch.bfloat16)
-    random_adapter(folder / "adapter", dense, LORA)
+    random_adapter(folder / "adapter", dense, LORA, layers=LAYOUT.kept)
     random_adapter(folder / "dora", dense, {**LORA, "use_dora": True})
     return folder
 
@@ -39,8 +40,8 @@ def refused(capsys, output: Path, words: list, what: str) -> str:
     before = sorted(output.parent.iterdir())
     assert main([str(word) for word in words]) == 1
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if "Loading weights" not in line and "Writing model" not in line]
-    assert len(lines) == 1
+    who, *lines = [line for line in err.splitlines() if "Loading weights" not in line and "Writing model" not in line]
+    assert who == package_line() and len(lines) == 1
     assert lines[0].startswith("error: ")
     assert out == ""
     assert sorted(output.parent.iterdir()) == before

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_oracle import PROJECTIONS, random_adapter, save_base
+from merge_oracle import LAYOUT, PROJECTIONS, random_adapter, save_base
 
 from mistral_prune_lora import merge as merge_module
 from mistral_prune_lora import merge_stream
@@ -23,7 +23,7 @@ def inputs(request, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     dense, parts = save_base(folder, torch.bfloat16)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS, "use_dora": request.param}
-    return parts["A"], random_adapter(folder / "adapter", dense, settings)
+    return parts["A"], random_adapter(folder / "adapter", dense, settings, layers=LAYOUT.kept)
 
 
 def flip(file: Path, name: str, place: float) -> None:
@@ -101,7 +101,7 @@ def test_right_results_pass(dtype, dora, tmp_path):
     """The bound of the check holds for every dtype, for large ranks and for adapters in turn."""
     dense, parts = save_base(tmp_path, dtype)
     settings = {"r": 48, "lora_alpha": 31, "target_modules": PROJECTIONS, "use_dora": dora}
-    adapters = [random_adapter(tmp_path / f"adapter{i}", dense, settings, seed=i) for i in range(3)]
+    adapters = [random_adapter(tmp_path / f"adapter{i}", dense, settings, seed=i, layers=LAYOUT.kept) for i in range(3)]
     report = merge_adapters(parts["A"], adapters, tmp_path / "out")
     assert report.verified == 2 * 4 * sum(
         shape[1] for shape in ((96, 64), (48, 64), (48, 64), (64, 96), (112, 64), (112, 64), (64, 112))

@@ -165,5 +165,5 @@ def test_an_unknown_model_type_is_refused(parts):
     dense, _, _ = parts
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps({**config, "model_type": "riddle"}))
-    with pytest.raises(CheckpointError, match="unknown model_type 'riddle'"):
+    with pytest.raises(CheckpointError, match="model_type 'riddle' is not one that is supported"):
         load_model(dense, dtype=torch.float32)

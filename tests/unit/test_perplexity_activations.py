@@ -16,8 +16,9 @@ from mistral_prune_lora.activations import ActivationReader, ActivationWriter, r
 from mistral_prune_lora.errors import CheckpointError, DataError, PipelineError
 from mistral_prune_lora.evaluation import boundary_bytes, evaluate_stages, run_segment
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layers import Compute, parse_size, size_text
+from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout import STAGES, Layout
+from mistral_prune_lora.sizes import parse_size, size_text
 
 SHAPE, RUN = (5, 4, 8), {"ids_sha256": "0" * 64}
 Usage = namedtuple("Usage", "total used free")

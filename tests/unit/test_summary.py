@@ -82,3 +82,18 @@ def test_a_result_that_cannot_be_read_is_named(tmp_path):
     result(tmp_path, "pruned", "A", [30.0, 33.0]).write_text("{")
     with pytest.raises(DataError, match=r"pruned\.A\.json"):
         summarised(tmp_path, [path])
+
+
+def test_what_the_merges_left_out_is_counted_at_every_stage_that_has_the_part(tmp_path):
+    paths = [result(tmp_path, "pruned", "A", [30.0, 33.0])]
+    paths += [result(tmp_path, "merged", stage, [30.0, 33.0]) for stage in ("A", "AB", "FULL")]
+    merges = {}
+    for part, left_out in {"A": [[], ["x"]], "B": [["y", "z"]], "C": [["u", "v", "w"]]}.items():
+        merges[part] = tmp_path / f"{part}.json"
+        merges[part].write_text(json.dumps({"adapters": [{"out_of_scope": names} for names in left_out]}))
+    write_summary(paths, tmp_path / "summary.csv", tmp_path / "comparisons.csv", {"one": merges})
+    table = pd.read_csv(tmp_path / "summary.csv").set_index(["variant", "stage"])["adapter_tensors_out_of_scope"]
+    assert table["merged"].to_dict() == {"A": 1, "AB": 3, "FULL": 6} and table["pruned"].isna().all()
+    merges["B"].write_text("{}")
+    with pytest.raises(DataError, match=r"no record of a merge .*B\.json"):
+        write_summary(paths, tmp_path / "summary.csv", tmp_path / "comparisons.csv", {"one": merges})

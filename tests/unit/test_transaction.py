@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from mistral_prune_lora import transaction
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.transaction import atomic_directory, atomic_file, refuse_foreign
+from mistral_prune_lora.transaction import atomic_directory, atomic_file, refuse_foreign, scratch_directory
 
 
 @pytest.fixture(params=["exchange", "two renames"])
@@ -183,4 +184,19 @@ def test_an_exception_leaves_the_former_file(tmp_path):
         fresh.write_text("new")
         raise ValueError("no")
     assert (tmp_path / "table.csv").read_text() == "old"
+    assert os.listdir(tmp_path) == ["table.csv"]
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_a_directory_for_work_is_gone_when_the_work_ends(tmp_path, error):
+    left = tmp_path / f".table.csv.new-{dead_pid()}-x"
+    left.mkdir()
+    with contextlib.suppress(error or ()), scratch_directory(tmp_path / "table.csv") as folder:
+        (folder / "part").write_text("half")
+        assert [*tmp_path.iterdir()] == [folder], "what a killed run left is gone"
+        with atomic_file(tmp_path / "table.csv") as fresh:
+            fresh.write_text("whole")
+        assert (folder / "part").exists()
+        if error:
+            raise error
     assert os.listdir(tmp_path) == ["table.csv"]

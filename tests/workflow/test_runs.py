@@ -5,6 +5,7 @@ import os
 
 import pandas as pd
 from safetensors import safe_open
+from trainers import count_from_zero, with_aliases
 
 STAGES = ("A", "AB", "FULL")
 EVERYTHING = {
@@ -55,6 +56,18 @@ def test_a_replaced_adapter_reruns_what_it_goes_into_and_nothing_else(finished):
     assert finished.jobs() == {"merge_B": 1, "segment": 2, "perplexity": 2, "summary": 1, "plot_perplexity": 1}
     assert result(finished, "merged", "A")["ppl"] == before["A"]
     assert result(finished, "merged", "AB")["ppl"] != before["AB"]
+
+
+def test_adapters_as_other_trainers_save_them_give_the_same_numbers(finished):
+    before = {stage: result(finished, "merged", stage)["ppl"] for stage in STAGES}
+    count_from_zero(finished.folder / "adapters/A", (0, 1, 2, 7))
+    with_aliases(finished.folder / "adapters/B")
+    assert "adapter_indices: compact" in finished.snakemake(succeeds=False)
+    finished.config["experiments"]["tiny"]["adapter_indices"] = "compact"
+    assert {"merge_A", "perplexity"} <= set(finished.jobs())  # B may have been merged before A failed
+    assert {stage: result(finished, "merged", stage)["ppl"] for stage in STAGES} == before
+    table = pd.read_csv(finished.folder / "results/summary.csv")
+    assert table[table.variant == "merged"].adapter_tensors_out_of_scope.tolist() == [0, 0, 0]
 
 
 def test_a_changed_setting_reruns_what_uses_it(finished):

@@ -8,14 +8,30 @@ import os
 import sys
 from pathlib import Path
 
-from mistral_prune_lora.argument_types import positive
-from mistral_prune_lora.errors import LayoutError, reports_errors
-from mistral_prune_lora.layout import Layout, layout_from_manifest, read_manifest
-from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.argument_types import positive, seed, share, size_in_bytes
+from mistral_prune_lora.errors import LayoutError, PipelineError, reports_errors
+from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.manifest import PRUNE_LOG, read_layout
+from mistral_prune_lora.transaction import atomic_file, is_usual_name
 
+# What the scripts that this pipeline grew out of search with: their defaults, and their candidates.
+PRESETS = {
+    "original": {
+        "dataset": "c4",
+        "nsamples": 64,
+        "seqlen": 1024,
+        "dtype": "fp16",
+        "drop_frac": 0.30,
+        "candidates": "original",
+    }
+}
 EXAMPLES = """examples:
   drop a quarter of Mistral-7B's layers, those that change their input least:
     python -m mistral_prune_lora.pruning.layeronly_drop --model mistralai/Mistral-7B-v0.1 \\
+      --drop_frac 0.25 --keep_last_layer \\
+      --save_dir ./25_mistral_results/pruning/A --save_removed_dir ./25_mistral_results/pruning/bundles
+  search as the original scripts do (C4, 64 windows of 1024 tokens, fp16), with your own share of layers:
+    python -m mistral_prune_lora.pruning.layeronly_drop --preset original --model mistralai/Mistral-7B-v0.1 \\
       --drop_frac 0.25 --keep_last_layer \\
       --save_dir ./25_mistral_results/pruning/A --save_removed_dir ./25_mistral_results/pruning/bundles
   drop layers of your own choice, without a search:
@@ -30,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m mistral_prune_lora.pruning.layeronly_drop",
         description="Drop a block of consecutive layers: the one with the smallest angular distance between what enters"
-        " and what leaves it. Writes A without those layers, and the bundles B (lower half) and C that hold them.",
+        " and what leaves it. Writes A without those layers, and the bundles B (the lower half, the smaller one of an"
+        " odd block) and C that hold them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,21 +55,46 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto, cpu or cuda:N, for the search (default: %(default)s)")
     p.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="for the search (default: bf16)")
     p.add_argument(
-        "--drop_frac", type=float, default=0.25, help="share of the layers to drop, rounded (default: %(default)s)"
+        "--drop_frac", type=share, default=0.25, help="share of the layers to drop, rounded (default: %(default)s)"
     )
     p.add_argument("--keep_last_layer", action="store_true", help="never drop the last layer (default: it may go)")
+    p.add_argument(
+        "--candidates",
+        default="all",
+        choices=("all", "original"),
+        help="blocks to choose from: all of them, or all but the last, as the original scripts do (default: all)",
+    )
     p.add_argument("--dataset", default="wikitext2", help="calibration text: wikitext2, c4, ptb, pydoc or a path")
     p.add_argument("--mirror", metavar="DIR", help="a local copy of the dataset (default: the Hub)")
     p.add_argument("--text_file", action="append", default=[], metavar="FILE", help="calibrate on text files instead")
     p.add_argument("--nsamples", type=positive, default=128, help="calibration windows (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="draws the windows (default: %(default)s)")
+    p.add_argument("--seed", type=seed, default=0, help="draws the windows (default: %(default)s)")
     p.add_argument("--seqlen", type=positive, default=2048, help="tokens in a window (default: %(default)s)")
+    p.add_argument("--batch_size", type=positive, default=1, help="windows at once (default: %(default)s)")
+    p.add_argument(
+        "--max_memory",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="e.g. 8GB, for the search (default: a share of what is free)",
+    )
     p.add_argument("--max_batches", type=positive, help="look at so many windows at most (default: all)")
     p.add_argument("--save_dir", required=True, metavar="DIR", help="where A goes")
     p.add_argument("--save_removed_dir", required=True, metavar="DIR", help="where B/ and C/ go")
     p.add_argument("--split_policy", default="half", choices=("half", "ratio"), help="B and C (default: %(default)s)")
-    p.add_argument("--split_ratio", type=float, default=0.5, help="B's share with 'ratio' (default: %(default)s)")
-    p.add_argument("--prune_log", metavar="FILE", help="also write the search's record here (always in A's directory)")
+    p.add_argument("--split_ratio", type=share, default=0.5, help="B's share with 'ratio' (default: %(default)s)")
+    p.add_argument(
+        "--prune_log",
+        metavar="FILE",
+        default=PRUNE_LOG,
+        help="the search's record; a relative name is meant inside --save_dir, where prune_log.json is always written",
+    )
+    p.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="defaults of the original scripts: "
+        + " ".join(f"--{key} {value}" for key, value in PRESETS["original"].items())
+        + "; flags that are given go before them",
+    )
     p.add_argument("--b_layers", type=int, nargs="+", metavar="N", help="fix B's layers; no search")
     p.add_argument("--c_layers", type=int, nargs="+", metavar="N", help="fix C's layers; no search")
     return p
@@ -61,13 +103,14 @@ def parser() -> argparse.ArgumentParser:
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
-    given = parser().parse_args(argv)
+    given = parse(argv)
+    log_name, log_file = _log_places(given)
     from mistral_prune_lora.model_place import model_directory
     from mistral_prune_lora.prune import FIXED_LAYERS, prune_model
 
     named, given.model = given.model, model_directory(given.model)
     if given.b_layers or given.c_layers:
-        from mistral_prune_lora.checkpoint import read_config
+        from mistral_prune_lora.families import read_config
 
         count = read_config(given.model)["num_hidden_layers"]
         layout = Layout(count, tuple(given.b_layers or ()), tuple(given.c_layers or ()))
@@ -81,19 +124,59 @@ def main(argv: list[str] | None = None) -> None:
         save_removed_dir=given.save_removed_dir,
         selection=selection,
         log=log,
+        log_name=log_name,
         base_model=None if os.path.exists(named) else named,
     )
-    if given.prune_log:
-        with atomic_file(given.prune_log) as fresh:
-            fresh.write_bytes((Path(given.save_dir) / "prune_log.json").read_bytes())
-    written = layout_from_manifest(read_manifest(given.save_dir))
+    if log_file:
+        _copy_log(Path(given.save_dir) / PRUNE_LOG, log_file)
+    written = read_layout(given.save_dir)
     print(f"A keeps {len(written.kept)} of {written.num_layers} layers: {os.path.abspath(given.save_dir)}")
     print(f"B holds {list(written.b)}, C holds {list(written.c)}: {os.path.abspath(given.save_removed_dir)}")
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command's arguments; flags that are not given have the preset's values, if one is named, or else ours."""
+    p = parser()
+    preset = p.parse_args(argv).preset
+    p.set_defaults(**PRESETS.get(preset, {}))
+    return p.parse_args(argv)
+
+
+def _log_places(given: argparse.Namespace) -> tuple[str, Path | None]:
+    """(the name of the search's record in A's directory, a place outside of it where it is written as well)."""
+    file = Path(given.prune_log)
+    if file.is_absolute() and os.path.realpath(file.parent) != os.path.realpath(given.save_dir):
+        return PRUNE_LOG, file
+    if file.name in ("", "..") or (not file.is_absolute() and file.name != given.prune_log):
+        raise PipelineError(
+            f"{given.prune_log} is not a file name",
+            where="--prune_log",
+            mend="give a name, which is meant inside --save_dir, or an absolute path",
+        )
+    if file.name != PRUNE_LOG and is_usual_name(file.name):
+        raise PipelineError(
+            f"{file.name} is the name of another file of an A model", where="--prune_log", mend="choose another name"
+        )
+    return file.name, None
+
+
+def _copy_log(written: Path, file: Path) -> None:
+    try:
+        with atomic_file(file) as fresh:
+            fresh.write_bytes(written.read_bytes())
+    except OSError as error:
+        raise PipelineError(
+            f"cannot be written: {error.strerror}",
+            where=f"--prune_log {file}",
+            mend=f"copy {written}; all else is done",
+        ) from None
+
+
 def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
-    from mistral_prune_lora.checkpoint import read_config
+    import torch
+
     from mistral_prune_lora.device import resolve_device
+    from mistral_prune_lora.families import read_config
     from mistral_prune_lora.importance import angular_distances, last_token_states
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.prune import split_block
@@ -121,12 +204,14 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
     )
     states = last_token_states(
         given.model,
-        [ids for ids, _ in loader],
+        torch.cat([ids for ids, _ in loader[: given.max_batches]]),
+        beside=given.save_dir,
         dtype=DTYPES[given.dtype],
         device=given.device,
-        max_batches=given.max_batches,
+        batch_size=given.batch_size,
+        max_memory=given.max_memory,
     )
-    table = angular_distances(states, size, keep_last_layer=given.keep_last_layer)
+    table = angular_distances(states, size, keep_last_layer=given.keep_last_layer, all_blocks=given.candidates == "all")
     best = table[table.recommended].iloc[0]
     b, c = split_block(int(best.start), size, policy=given.split_policy, ratio=given.split_ratio)
     selection = {
@@ -135,9 +220,16 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
         "angular_distance": float(best.angular_distance),
         "keep_last_layer": given.keep_last_layer,
     }
-    keys = ("dataset", "text_file", "nsamples", "seed", "seqlen", "max_batches", "dtype", "split_policy", "split_ratio")
-    blocks = json.loads(table[["start", "end", "angular_distance", "rank"]].to_json(orient="records"))
-    return Layout(count, b, c), selection, {"settings": {key: getattr(given, key) for key in keys}, "blocks": blocks}
+    log = {
+        **{key: getattr(given, key) for key in ("seed", "seqlen", "drop_frac", "keep_last_layer")},
+        "split": {"policy": given.split_policy, "ratio": given.split_ratio},
+        "settings": {
+            key: getattr(given, key)
+            for key in ("preset", "dataset", "text_file", "nsamples", "max_batches", "dtype", "candidates")
+        },
+        "blocks": json.loads(table[["start", "end", "angular_distance", "rank"]].to_json(orient="records")),
+    }
+    return Layout(count, b, c), selection, log
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
-from mistral_prune_lora.argument_types import size
 from mistral_prune_lora.errors import reports_errors
 
 EXAMPLES = """examples:
@@ -20,6 +20,14 @@ EXAMPLES = """examples:
       --adapter_path ./mistral_kd_lora_results/adapters/B_lora/stageB \\
       --output_dir ./merged_models_mistral_7b/B_merged --device cuda:0
 """
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +58,14 @@ def parser() -> argparse.ArgumentParser:
         help="the A model a bundle belongs to (default: what the adapter names as its base)",
     )
     p.add_argument(
-        "--max_shard_size", type=size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
+        "--adapter_indices",
+        default="original",
+        choices=("original", "compact"),
+        help="how the adapters count layers: by the dense model's indices, or from 0 over the layers that A keeps"
+        " (default: %(default)s)",
+    )
+    p.add_argument(
+        "--max_shard_size", type=_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
     )
     return p
 
@@ -72,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         save_bundle_only=given.save_bundle_only,
         save_full_model=given.save_full_model,
         max_shard_size=given.max_shard_size,
+        adapter_indices=given.adapter_indices,
     )
 
 

@@ -1,0 +1,160 @@
+"""Which part of a pruned model an adapter is for, and whether it can be meant for it.
+
+PEFT matches names: an adapter that counts layers in another way is loaded onto whatever layers have the same numbers,
+and the rest of it is dropped. Here such an adapter is refused, by the merge and by the evaluation alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mistral_prune_lora.adapter import WEIGHTS_FILE, Adapter, open_adapter
+from mistral_prune_lora.checkpoint import LAYER_PREFIX
+from mistral_prune_lora.digest import file_sha256
+from mistral_prune_lora.errors import AdapterError
+from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.layout import Layout
+
+INDICES = ("original", "compact")
+_PART_IN_NAME = re.compile(r"(?:^|[^a-z])(?:([abc])_?(?:lora|adapter)|stage_?([abc]))(?![a-z])", re.IGNORECASE)
+
+
+def from_compact(adapter: Adapter, layout: Layout) -> Adapter:
+    """An adapter whose layer i is the i-th layer that A keeps, under original indices.
+
+    Raises:
+        AdapterError: it has layers beyond those that A keeps, so it cannot count in that way.
+    """
+    beyond = [layer for layer in adapter.layers if layer >= len(layout.kept)]
+    if beyond or not adapter.layers:
+        raise AdapterError(
+            f"has tensors of layers {_spans(adapter.layers)}, and A keeps {len(layout.kept)} layers: it does not count"
+            " them from 0",
+            where=adapter.path,
+            mend="leave --adapter_indices compact out (adapter_indices in the configuration)",
+        )
+    updates = {}
+    for module, update in adapter.updates.items():
+        match = LAYER_PREFIX.match(module)
+        name = f"model.layers.{layout.kept[update.layer]}.{module[match.end() :]}" if match else module
+        updates[name] = replace(update, module=name)
+    return replace(adapter, updates=updates, compact=layout.kept)
+
+
+def is_compact(adapter: Adapter, layout: Layout) -> bool:
+    """Whether an adapter's layers are 0 .. n-1 for the n layers that A keeps, and these are not A's layers."""
+    counted = tuple(range(len(layout.kept)))
+    return adapter.layers == counted != layout.kept
+
+
+def check_for_a(adapter: Adapter, layout: Layout) -> None:
+    """Raise an AdapterError if an adapter cannot be meant for the kept layers, under original indices.
+
+    Trainers that save every layer leave B = 0 where nothing was trained; a dropped layer's B that is not zero says
+    that the adapter was trained on other layers than those that A keeps.
+    """
+    if is_compact(adapter, layout):
+        raise AdapterError(
+            f"has tensors of layers {_spans(adapter.layers)} and of no others, and A keeps layers"
+            f" {_spans(layout.kept)}: it counts the kept layers from 0",
+            where=adapter.path,
+            mend="say so with --adapter_indices compact (adapter_indices: compact in the configuration)",
+        )
+    for module, update in adapter.updates.items():
+        layer = update.layer
+        if layer is not None and layer in layout.dropped and torch.count_nonzero(update.b.read()):
+            raise AdapterError(
+                f"changes {module}, a layer that A runs without: it was trained on other layers than A's",
+                where=adapter.path,
+                mend=f"use an adapter that was trained for layers {_spans(layout.kept)}, under their original indices",
+            )
+
+
+def part_of_adapter(adapter: Adapter, layout: Layout) -> str:
+    """The part that an adapter is for: by its layers, or, where it has several parts', by its path.
+
+    Raises:
+        AdapterError: it has layers of several parts and its path names none, or it has no layer of this model.
+    """
+    layers = set(adapter.layers)
+    if not layers & set(range(layout.num_layers)):
+        raise AdapterError(f"has weights for none of the model's {layout.num_layers} layers", where=adapter.path)
+    known = "A" if layout.unassigned else "ABC"
+    inside = [part for part in known if layers <= set(layout.layers_of(part))]
+    if inside:
+        return inside[0]
+    if is_compact(adapter, layout):
+        return "A"
+    for name in (adapter.path.name, *(parent.name for parent in adapter.path.parents)):
+        match = _PART_IN_NAME.search(name)
+        if match:
+            return (match[1] or match[2]).upper()
+    raise AdapterError(
+        f"has weights for layers of several parts ({_spans(adapter.layers)}), and its path does not say which one it is"
+        " for",
+        where=adapter.path,
+        mend="name its directory A_lora, B_lora or C_lora",
+    )
+
+
+def open_adapters(paths: Sequence[str | Path], bases: Iterable[Path]) -> list[Adapter]:
+    """Read adapters, each of which must be another one, and none of which the bases have merged already.
+
+    Args:
+        paths: adapter directories.
+        bases: the directories of models and bundles that they go onto; their merge.json is asked.
+
+    Raises:
+        AdapterError: as `adapter.open_adapter`; the same weights twice.
+    """
+    adapters = [open_adapter(path) for path in paths]
+    seen: dict[str, str] = {}
+    for base in bases:
+        for digest in merged_before(base):
+            seen[digest] = f"is merged into {base} already, as its merge.json says"
+    for adapter in adapters:
+        digest = file_sha256(adapter.path / WEIGHTS_FILE)
+        if digest in seen:
+            raise AdapterError(seen[digest], where=adapter.path, mend="give each adapter once")
+        seen[digest] = f"has the weights of {adapter.path}: the same adapter would count twice"
+    return adapters
+
+
+def merged_before(base: Path) -> dict[str, dict]:
+    """What a directory's merge.json says of adapters merged into it and into what it was made from.
+
+    Returns:
+        The recorded adapters by the sha256 of their weights; {} for what no merge has written.
+    """
+    file = base / "merge.json"
+    if not file.is_file():
+        return {}
+    record = read_json(file)
+    found = {}
+    for entry in (*_listed(record, "merged_before"), *_listed(record, "adapters")):
+        files = entry.get("files")
+        digest = files.get(WEIGHTS_FILE) if isinstance(files, Mapping) else None
+        if isinstance(digest, str):
+            found[digest] = entry
+    return found
+
+
+def _listed(record: Mapping, key: str) -> list[dict]:
+    entries = record.get(key)
+    return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+
+
+def _spans(layers: Iterable[int]) -> str:
+    """Layer numbers as people write them: "0-20, 29-31"."""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,345 @@
+"""What the training command is asked for: its own flags and those of the original trainer, made into one request.
+
+`--stage A`, `B` or `C` is this project's spelling, `--stage 1`, `2` or `3` the original trainer's. The two may stand in
+one command line as long as no one thing is said twice. What a line leaves out takes the defaults of its spelling.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.manifest import read_layout
+from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir
+
+PARTS = {"A": "A", "B": "B", "C": "C", "1": "A", "2": "B", "3": "C"}  # by what --stage says
+DEFAULTS = {
+    "dataset": "wikitext2",
+    "seqlen": 2048,
+    "nsamples": None,
+    "rank": 16,
+    "alpha": 32,
+    "dropout": 0.0,
+    "target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+    "use_rslora": False,
+    "use_dora": False,
+    "kd_alpha": 0.9,
+    "temperature": 2.0,
+    "steps": 1000,
+    "epochs": None,
+    "batch_size": 1,
+    "gradient_accumulation": 8,
+    "learning_rate": 2e-4,
+    "warmup_steps": 50,
+    "warmup_ratio": None,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "seed": 0,
+    "gradient_checkpointing": False,
+    "device": "auto",
+    "dtype": "bf16",
+}
+# What the original trainer takes where its command line says nothing, if that differs; there is no default text.
+ORIGINAL_DEFAULTS = {
+    "dataset": None,
+    "seqlen": 1024,
+    "nsamples": 20000,
+    "rank": 8,
+    "alpha": 16,
+    "dropout": 0.05,
+    "kd_alpha": 0.1,
+    "steps": None,
+    "epochs": 1,
+    "gradient_accumulation": 32,
+    "warmup_steps": None,
+    "warmup_ratio": 0.1,
+}
+# The original's flags that say what one of ours says, in the same way ...
+SAME = {
+    "base_dir": "student",
+    "teacher_model": "teacher",
+    "seq_len": "seqlen",
+    "max_samples": "nsamples",
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "grad_acc": "gradient_accumulation",
+    "kd_T": "temperature",
+}
+# ... and in another.
+INSTEAD = {
+    "out_adapters": "output_dir",
+    "bundles_dir": "bundle",
+    "b_merged_dir": "bundle",
+    "epochs": "steps",
+    "warmup_ratio": "warmup_steps",
+}
+# Where the original nests an adapter under --out_adapters.
+ADAPTER_FOLDERS = {"A": "A_lora/stageA/stageA", "B": "B_lora/stageB", "C": "C_lora/stageC"}
+
+_NOT_EVALUATED = "nothing is evaluated while training; mistral_eval_ppl_mergedmodel does that after the merge"
+_SAVED_ONCE = "the adapter is saved once, at the end"
+NOT_TAKEN = {
+    "qa_dataset": "training is on plain text, which --dataset or --text_file names",
+    "max_eval_samples": _NOT_EVALUATED,
+    "eval_steps": _NOT_EVALUATED,
+    "save_steps": _SAVED_ONCE,
+    "save_total_limit": _SAVED_ONCE,
+    "teacher_4bit": "the teacher is not quantised; --teacher_states FILE runs it before the student is loaded",
+}
+_ZERO_ASKS_FOR_NOTHING = ("eval_steps", "save_steps")
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """One adapter to train.
+
+    Attributes:
+        stage: as written: a part, or the original trainer's number.
+        part: "A", "B" or "C", whose layers are adapted.
+        student, bundles: what is trained: the A model or the merged A, and the bundles restored into it.
+        teacher: the dense model; None trains on cross-entropy alone.
+        output_dir: the adapter's directory.
+        settings: everything else, by flag in this project's spelling; every flag of `DEFAULTS` is there.
+        limit: what the number of windows was limited by, in words.
+    """
+
+    stage: str
+    part: str
+    student: str
+    bundles: tuple[str, ...]
+    teacher: str | None
+    output_dir: str
+    settings: Mapping
+    limit: str
+
+    @property
+    def lora(self) -> dict:
+        """Settings by the names that `LoraSettings` has."""
+        modules = tuple(name.strip() for name in self.settings["target_modules"].split(","))
+        alpha = self.settings["alpha"]
+        names = ("rank", "dropout", "use_rslora", "use_dora")
+        # PEFT writes alpha as it is given: 16, as everybody has it, and not 16.0.
+        whole = {"alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": modules}
+        return {**{name: self.settings[name] for name in names}, **whole}
+
+    @property
+    def loss(self) -> dict:
+        """Settings by the names that `LossSettings` has."""
+        return {name: self.settings[name] for name in ("kd_alpha", "temperature")}
+
+    def optimiser(self, windows: int) -> dict:
+        """Settings by the names that `OptimiserSettings` has, for so many training windows."""
+        given = self.settings
+        steps, warmup = given["steps"], given["warmup_steps"]
+        if given["epochs"] is not None:
+            steps = math.ceil(given["epochs"] * windows / (given["batch_size"] * given["gradient_accumulation"]))
+        if given["warmup_ratio"] is not None:
+            warmup = math.ceil(given["warmup_ratio"] * steps)
+        names = ("batch_size", "gradient_accumulation", "learning_rate", "weight_decay", "max_grad_norm")
+        return {"steps": steps, "warmup_steps": warmup, **{name: given[name] for name in names}}
+
+    def told(self, windows: int, text_windows: int) -> str:
+        """What is about to be done, a line a matter.
+
+        Args:
+            windows: training windows.
+            text_windows: how many the whole text has.
+        """
+        given, fit = self.settings, self.optimiser(windows)
+        part = self.part if self.stage == self.part else f"{self.part} (stage {self.stage})"
+        restored = f", with {' and '.join(self.bundles)} restored" if self.bundles else ""
+        loss = "cross-entropy alone, no teacher"
+        if self.teacher:
+            loss = f"{given['kd_alpha']:g} T^2 KL(teacher || student) + {1 - given['kd_alpha']:g} cross-entropy"
+            loss += f", T {given['temperature']:g}, teacher {self.teacher}"
+        cut = f" ({self.limit})" if windows < text_windows else ""
+        batch = f"{fit['batch_size']} x {fit['gradient_accumulation']}"
+        passes = fit["steps"] * fit["batch_size"] * fit["gradient_accumulation"] / windows
+        lines = [
+            f"student: {self.student}{restored}; adapter of {part}",
+            f"loss:    {loss}",
+            f"text:    {windows} of {text_windows} windows of {given['seqlen']} tokens{cut}",
+            f"LoRA:    rank {given['rank']}, alpha {given['alpha']:g}, dropout {given['dropout']:g}",
+            f"updates: {fit['steps']} of {batch} windows, {passes:.2f} times the text; {fit['warmup_steps']} to warm up"
+            f" to learning rate {fit['learning_rate']:g}",
+        ]
+        if "logging_steps" in given:
+            lines.append("log:     training.csv keeps every update, whatever --logging_steps says")
+        return "\n".join(lines)
+
+
+def training_request(given: Mapping[str, Any]) -> TrainingRequest:
+    """Make one request of the flags that a command line gives.
+
+    Args:
+        given: what stands in the command line, by flag without its dashes; nothing that was left out.
+
+    Raises:
+        PipelineError: a flag that is not taken, one thing said twice or left out, flags that contradict each other.
+        LayoutError, CheckpointError: bundles that are not those of the student, or not what their flag says.
+    """
+    _refuse_not_taken(given)
+    _refuse_said_twice(given)
+    stage = given["stage"]
+    part, original = PARTS[stage], stage != PARTS[stage]
+    settings = {**DEFAULTS, **(ORIGINAL_DEFAULTS if original else {})}
+    settings |= {SAME.get(name, name): value for name, value in given.items()}
+    if "steps" in given:
+        settings["epochs"] = None
+    if "warmup_steps" in given:
+        settings["warmup_ratio"] = None
+    if original and "use_kd" not in given:
+        _refuse_unused_teacher(given)
+        settings["kd_alpha"] = 0.0
+    _check_teacher(settings, "--teacher_model" if original else "--teacher")
+    if "dataset" in given and "text_file" in given:
+        raise PipelineError("--dataset and --text_file name two texts", mend="give one of them")
+    if settings["dataset"] is None and "text_file" not in given:
+        raise PipelineError(
+            "no text is named, and the original's default, SQuAD, is not taken",
+            where=f"--stage {stage}",
+            mend="name a text with --dataset or --text_file",
+        )
+    student = _needed(settings, "student", "base_dir")
+    limit = next((f"--{name}" for name in ("nsamples", "max_samples") if name in given), "the default of --max_samples")
+    return TrainingRequest(
+        stage=stage,
+        part=part,
+        student=student,
+        bundles=_bundles(given, part, student),
+        teacher=settings.get("teacher"),
+        output_dir=_output_dir(settings, part),
+        settings=settings,
+        limit=limit,
+    )
+
+
+def _refuse_not_taken(given: Mapping) -> None:
+    """Raise a PipelineError that names every flag of the original that cannot be followed."""
+    refused = [n for n in NOT_TAKEN if n in given and not (n in _ZERO_ASKS_FOR_NOTHING and given[n] == 0)]
+    if not refused:
+        return
+    flags: dict[str, list[str]] = {}
+    for name in refused:
+        flags.setdefault(NOT_TAKEN[name], []).append(f"--{name}")
+    raise PipelineError(
+        "not taken: " + "; ".join(f"{', '.join(named)} ({reason})" for reason, named in flags.items()),
+        mend="leave them out" if len(refused) > 1 else "leave it out",
+    )
+
+
+def _refuse_said_twice(given: Mapping) -> None:
+    for theirs, ours in (*SAME.items(), *INSTEAD.items()):
+        if theirs in given and ours in given:
+            raise PipelineError(f"--{theirs} and --{ours} say one thing twice", mend="give one of them")
+
+
+def _refuse_unused_teacher(given: Mapping) -> None:
+    """Raise a PipelineError for a teacher without --use_kd, which is what makes the original learn from one."""
+    said = [name for name in ("teacher_model", "teacher", "teacher_states", "kd_T", "temperature") if name in given]
+    said += ["kd_alpha"] if given.get("kd_alpha") else []
+    if said:
+        raise PipelineError(
+            f"{', '.join(f'--{name}' for name in said)} without --use_kd, and so without a teacher",
+            mend="give --use_kd, or leave them out to train on cross-entropy alone",
+        )
+
+
+def _check_teacher(settings: Mapping, flag: str) -> None:
+    """Raise a PipelineError unless there is a teacher where one is needed, on the student's device."""
+    needed = settings["kd_alpha"] or "teacher_states" in settings or "use_kd" in settings
+    if needed and "teacher" not in settings:
+        raise PipelineError("there is no teacher to learn from", where=flag, mend="name the dense model")
+    place = settings.get("teacher_device", "auto")
+    if place not in ("auto", settings["device"]):
+        raise PipelineError(
+            f"the teacher runs where the student does, --device {settings['device']}, not on {place}",
+            where="--teacher_device",
+            mend=f"leave it out, or give --device {place}; --teacher_states FILE runs the teacher before the student"
+            " is loaded",
+        )
+
+
+def _needed(settings: Mapping, ours: str, theirs: str) -> str:
+    if ours not in settings:
+        raise PipelineError(f"neither --{ours} nor --{theirs} is given", mend="see --help for whole command lines")
+    return settings[ours]
+
+
+def _output_dir(settings: Mapping, part: str) -> str:
+    if "out_adapters" in settings:
+        return str(Path(settings["out_adapters"]) / ADAPTER_FOLDERS[part])
+    return _needed(settings, "output_dir", "out_adapters")
+
+
+def _bundles(given: Mapping, part: str, student: str) -> tuple[str, ...]:
+    """The bundles to restore: those named outright, or found for the part where the original looks for them.
+
+    --bundles_dir holds B and C; for stage 3 the original is given C's own directory, which is taken too.
+    """
+    merged, pruned = given.get("b_merged_dir"), given.get("bundles_dir")
+    if merged is not None and part != "C":
+        raise PipelineError(
+            f"only C's adapter is trained with the merged B, and this is {part}'s",
+            where="--b_merged_dir",
+            mend="leave it out",
+        )
+    if part == "A":
+        if pruned is not None:
+            _check_same_pruning(student, Path(pruned))
+        return tuple(given.get("bundle", ()))
+    if "bundle" in given:
+        return tuple(given["bundle"])
+    if pruned is None or (part == "C" and merged is None):
+        flag = "bundles_dir" if pruned is None else "b_merged_dir"
+        needs = "bundle B" if part == "B" else "the merged B and bundle C"
+        raise PipelineError(
+            f"{part}'s adapter is trained with {needs} restored", where=f"--{flag}", mend=f"give --{flag} (or --bundle)"
+        )
+    own = _bundle_in(Path(pruned), part)
+    if part == "B":
+        return (own,)
+    _check_merged(Path(merged))
+    return (merged, own)
+
+
+def _bundle_in(folder: Path, part: str) -> str:
+    return str(folder if is_bundle_dir(folder) else folder / part)
+
+
+def _check_merged(bundle: Path) -> None:
+    """Raise an error for a B whose bundle_meta.json does not say that its adapter is merged in."""
+    if not is_bundle_dir(bundle):
+        raise CheckpointError("is not a bundle", where=bundle, mend="give the directory that merging B wrote")
+    bundle_layers(bundle)  # words the error of a malformed bundle_meta.json
+    meta = bundle / "bundle_meta.json"
+    if meta.is_file() and read_json(meta, LayoutError).get("merged") is not True:
+        raise LayoutError(
+            "this bundle is not a merged one, and C would be trained on a B without its adapter",
+            where=bundle,
+            mend="merge B's adapter first; to train on the pruned B all the same, name both bundles with --bundle",
+        )
+
+
+def _check_same_pruning(student: str, folder: Path) -> None:
+    """Raise a LayoutError where the bundles of a directory, which A's training does not need, are another model's."""
+    found = {part: folder / part for part in "BC" if is_bundle_dir(folder / part)}
+    if not found:
+        raise LayoutError("holds neither B nor C", where=folder, mend="give the directory that pruning wrote them to")
+    layout = read_layout(student)
+    if layout is None or layout.unassigned:
+        return  # training refuses a student without parts; of one that does not tell B from C nothing can be said
+    for part, bundle in found.items():
+        held = bundle_layers(bundle)
+        if held != layout.layers_of(part):
+            raise LayoutError(
+                f"{part} holds layers {list(held)}, and {student} was cut into {list(layout.layers_of(part))}",
+                where=bundle,
+                mend="give the bundles of the same pruning",
+            )
