@@ -168,6 +168,7 @@ def _record(plan: ExportPlan, fresh: Path, digests: Mapping[str, str], written: 
     layout = plan.subject.layout
     stock = plan.form == "stock"
     return {
+        "command": "export",
         "stage": plan.stage,
         "format": plan.form,
         "model": os.fspath(plan.subject.model.path),
