@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, and for subprocesses too: tiny matrices gain nothing from threads, and threads that wait for
@@ -12,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from output_project import write_inputs
 from tiny import save_adapter, save_tokenizer, tiny_config
 from transformers import MistralForCausalLM
 from workflow_project import Project
@@ -32,6 +35,39 @@ def dense_dir(tmp_path: Path) -> Path:
     model = MistralForCausalLM(tiny_config()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
+
+
+@pytest.fixture
+def mount() -> Iterator[Callable[..., Path]]:
+    """Mounts something on a directory for the length of a test; the test is skipped where the user may not."""
+    mounted: list[Path] = []
+
+    def mount(place: Path, *options: str) -> Path:
+        place.mkdir(parents=True, exist_ok=True)
+        if subprocess.run(["mount", *options, str(place)], capture_output=True).returncode != 0:
+            pytest.skip("this user may not mount")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in reversed(mounted):
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def one_of_everything(tmp_path_factory) -> Path:
+    """What output_project.INPUTS names."""
+    folder = tmp_path_factory.mktemp("everything")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def user_folder(one_of_everything: Path, tmp_path: Path, monkeypatch) -> Path:
+    """The working directory, with one of everything. Not to be changed: what a test writes goes to tmp_path."""
+    monkeypatch.chdir(one_of_everything)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return one_of_everything
 
 
 @pytest.fixture(scope="session")

@@ -7,4 +7,5 @@ with job(snakemake.log[0]):
         snakemake.output.record.removesuffix("/export.json"),
         stage=snakemake.params.stage,
         bundles=snakemake.params.bundle_dirs,
+        overwrite=True,
     )

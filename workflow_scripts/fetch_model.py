@@ -2,4 +2,4 @@ from mistral_prune_lora.console import job
 from mistral_prune_lora.dense import fetch_dense
 
 with job(snakemake.log[0]):
-    fetch_dense(snakemake.params.source, snakemake.output.config.removesuffix("/config.json"))
+    fetch_dense(snakemake.params.source, snakemake.output.config.removesuffix("/config.json"), overwrite=True)

@@ -10,4 +10,5 @@ with job(snakemake.log[0]):
         device=granted_device(snakemake.resources.get("gpu", 0)),
         skeleton=snakemake.params.get("skeleton_dir"),
         adapter_indices=snakemake.params.get("adapter_indices", "original"),
+        overwrite=True,
     )

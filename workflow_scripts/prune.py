@@ -9,4 +9,5 @@ with job(snakemake.log[0]):
         Layout(params.num_layers, tuple(params.b_layers), tuple(params.c_layers)),
         save_dir=f"{results}/A",
         save_removed_dir=f"{results}/bundles",
+        overwrite=True,
     )

@@ -15,4 +15,5 @@ with job(snakemake.log[0]):
         device=device,
         batch_size=4,
         max_memory=granted_memory(resources.get("mem_mb"), device),
+        overwrite=True,
     )

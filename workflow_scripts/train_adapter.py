@@ -21,4 +21,5 @@ with job(snakemake.log[0]):
         device=granted_device(snakemake.resources.get("gpu", 1)),
         seed=params.seed,
         gradient_checkpointing=params.gradient_checkpointing,
+        overwrite=True,
     )

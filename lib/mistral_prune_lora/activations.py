@@ -1,25 +1,29 @@
 """Boundary activations on disk: the hidden states between two segments, written batch by batch.
 
-A finished file is ordinary safetensors with one tensor "hidden_states", shape (windows, seqlen, hidden), in the compute
-dtype; its metadata say what was run. Until it is complete it lies hidden beside its place, with a journal that names
-every finished batch and the CRC-32 of its bytes. Whatever a kill or a power cut left is therefore known to be whole or
-not, without waiting for the disk after every batch.
+A finished file is ordinary safetensors: the tensor "hidden_states", shape (windows, seqlen, hidden), in the compute
+dtype, and "crc32", the CRC-32 of each window's bytes, which is checked whenever the window is read. Its metadata say
+what was run, with a checksum too. Until it is complete it lies hidden beside its place, with a journal that names every
+finished batch and its checksums. Whatever a kill or a power cut left is therefore known to be whole or not, without
+waiting for the disk after every batch.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from mistral_prune_lora.errors import CheckpointError, PipelineError
+from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, PipelineError, printable
+from mistral_prune_lora.finite import first_not_finite, mend_for
+from mistral_prune_lora.journal import Journal, open_own, say_left_out
 from mistral_prune_lora.safetensors_file import (
     DTYPE_NAMES,
     TensorSpec,
@@ -30,8 +34,9 @@ from mistral_prune_lora.safetensors_file import (
 )
 from mistral_prune_lora.transaction import nearest_directory
 
-_TENSOR = "hidden_states"
-_METADATA = "run"
+_TENSOR, _SUMS = "hidden_states", "crc32"
+_METADATA, _METADATA_SUM = "run", "run_crc32"
+_AGAIN = "Delete it and run the same again"
 
 
 class ActivationReader:
@@ -47,19 +52,50 @@ class ActivationReader:
         """Open a finished file.
 
         Raises:
-            CheckpointError: it is not a file of boundary activations, or is cut short.
+            CheckpointError: it is not a file of boundary activations, is cut short, has no checksums (as those of
+                former versions), or its metadata are not those that it was written with.
         """
-        self._entry = read_header(path).get(_TENSOR)
-        if self._entry is None:
+        self.path = Path(path)
+        entries = read_header(path)
+        entry, sums = entries.get(_TENSOR), entries.get(_SUMS)
+        if entry is None or len(entry.shape) != 3:
             raise CheckpointError("holds no boundary activations", where=path, mend="Run its segment again")
-        with safe_open(path, "pt") as file:
-            self.run = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-        self.path, self.shape = Path(path), self._entry.shape
-        self.dtype = next(dtype for dtype, name in DTYPE_NAMES.items() if name == self._entry.dtype)
+        if sums is None or (sums.dtype, sums.shape) != ("U32", entry.shape[:1]):
+            raise CheckpointError("has no checksums of its windows", where=path, mend=_AGAIN)
+        self.run = _sealed_run(path, entry.dtype, entry.shape)
+        self.shape = entry.shape
+        self.dtype = next(dtype for dtype, name in DTYPE_NAMES.items() if name == entry.dtype)
+        self._entry, self._sums = entry, sums.read().numpy()
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        """The windows first..last-1 as a CPU tensor (last - first, seqlen, hidden)."""
-        return self._entry.read(slice(first, last))
+        """The windows first..last-1 as a CPU tensor (last - first, seqlen, hidden).
+
+        Raises:
+            DataError: they are not the ones that were written there.
+            CheckpointError: the file cannot be read.
+        """
+        if not 0 <= first < last <= self.shape[0]:
+            raise ValueError(f"there are {self.shape[0]} windows, none {first}..{last - 1}")
+        hidden = self._entry.read(slice(first, last))
+        for window, found in enumerate(_checksums(hidden), first):
+            if found != self._sums[window]:
+                raise DataError(f"window {window} is not the one that was written", where=self.path, mend=_AGAIN)
+        return hidden
+
+
+def open_finished(path: Path, run: Mapping) -> ActivationReader | None:
+    """The finished file of a run, to be used instead of running it once more; None if it is not there.
+
+    One that cannot be believed, or is of another run, counts as not there; of the former this says so on stderr.
+    """
+    if not path.is_file():
+        return None
+    try:
+        reader = ActivationReader(path)
+    except CheckpointError as error:
+        print(f"warning: {printable(str(path))} {error.what}; it is made anew", file=sys.stderr)
+        return None
+    return reader if reader.run == json.loads(_record_text(run)) else None
 
 
 class ActivationWriter:
@@ -82,68 +118,125 @@ class ActivationWriter:
             run: JSON-serialisable, names everything that the content depends on; kept in the file.
 
         Raises:
-            PipelineError: the disk has not enough space, or another process is writing this file.
+            PipelineError: the disk has not enough space, the place cannot be written to, or another process is writing
+                this file.
         """
-        self.path, self._shape, self._batch_size = Path(path), shape, batch_size
-        spec = TensorSpec(_TENSOR, DTYPE_NAMES[dtype], shape)
-        record = json.dumps(dict(run), sort_keys=True)
-        self._head, _ = plan_file([spec], {_METADATA: record})
-        self._window_bytes = spec.nbytes // shape[0]
+        self.path, self._shape, self._dtype, self._batch_size = Path(path), tuple(shape), dtype, batch_size
+        spec = TensorSpec(_TENSOR, DTYPE_NAMES[dtype], self._shape)
+        record = _record_text(run)
+        metadata = {_METADATA: record, _METADATA_SUM: _seal(record, spec.dtype, self._shape)}
+        self._head, ordered = plan_file([spec, TensorSpec(_SUMS, "U32", self._shape[:1])], metadata)
+        starts = np.cumsum([len(self._head), *(tensor.nbytes for tensor in ordered)])
+        self._starts = {tensor.name: int(start) for tensor, start in zip(ordered, starts, strict=False)}
+        self._window_bytes = spec.nbytes // self._shape[0]
+        self._sums = np.zeros(self._shape[0], dtype="<u4")
         self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"), {"run": record, "shape": shape})
-        self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
+        header = {"run": record, "shape": self._shape, "dtype": spec.dtype, "batch_size": batch_size}
+        self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"), header)
         try:
-            self.done = {e["batch"] for e in self._journal.entries if self._is_whole(e["batch"], e["crc32"])}
+            self._file = open_own(self._partial)
+        except BaseException:
+            self._journal.close()
+            raise
+        try:
+            self.done: set[int] = set()
+            refused = [entry for entry in self._journal.entries if not self._believe(entry)]
+            if refused:
+                say_left_out(self._journal.path, len(refused))
             if not self.done:
                 self._journal.clear()
                 os.truncate(self._file, 0)
             require_space(self.path.parent, spec.nbytes - len(self.done) * batch_size * self._window_bytes)
-            os.pwrite(self._file, self._head, 0)
+            self._put(memoryview(self._head), 0)
         except BaseException:
             self.close()
             raise
 
-    def _span(self, batch: int) -> tuple[int, int]:
-        """Offset and length in bytes of a batch."""
-        first = batch * self._batch_size
-        count = min(self._batch_size, self._shape[0] - first)
-        return len(self._head) + first * self._window_bytes, count * self._window_bytes
+    @property
+    def batches(self) -> int:
+        """How many batches the windows make."""
+        return -(-self._shape[0] // self._batch_size)
 
-    def _is_whole(self, batch: int, crc32: int) -> bool:
-        start, length = self._span(batch)
-        buffer = bytearray(length)
+    def _windows(self, batch: int) -> slice:
+        first = batch * self._batch_size
+        return slice(first, min(first + self._batch_size, self._shape[0]))
+
+    def _believe(self, entry: Mapping) -> bool:
+        """Whether a journal's entry names a batch that there is, and its bytes are on disk; if so, it is done."""
+        batch, sums = entry.get("batch"), entry.get(_SUMS)
+        if type(batch) is not int or not 0 <= batch < self.batches or not isinstance(sums, list):
+            return False
+        windows = self._windows(batch)
+        buffer = bytearray((windows.stop - windows.start) * self._window_bytes)
         try:
-            read_into(self._file, memoryview(buffer), start, self._partial)
+            read_into(self._file, memoryview(buffer), self._offset(windows.start), self._partial)
         except CheckpointError:
             return False
-        return zlib.crc32(buffer) == crc32
+        hidden = torch.frombuffer(buffer, dtype=self._dtype).view(-1, *self._shape[1:])
+        if sums != _checksums(hidden):
+            return False
+        self._sums[windows] = sums
+        self.done.add(batch)
+        return True
+
+    def _offset(self, window: int) -> int:
+        return self._starts[_TENSOR] + window * self._window_bytes
 
     def write(self, batch: int, hidden: torch.Tensor) -> None:
         """Write one batch, a CPU tensor (n, seqlen, hidden) in the file's dtype.
 
         Raises:
+            NumberError: it holds NaN or infinity; nothing of it is kept.
             PipelineError: the disk is full or fails.
         """
-        view, (offset, _) = tensor_bytes(hidden), self._span(batch)
-        crc32 = zlib.crc32(view)
+        windows = self._windows(batch)
+        expected = (windows.stop - windows.start, *self._shape[1:])
+        if (tuple(hidden.shape), hidden.dtype) != (expected, self._dtype):
+            raise ValueError(f"batch {batch} is {hidden.dtype} {tuple(hidden.shape)}, not {self._dtype} {expected}")
+        fault = first_not_finite(hidden)
+        if fault is not None:
+            window = windows.start + fault
+            raise NumberError(
+                f"the hidden states of window {window} hold NaN or infinity",
+                where=self.path,
+                mend=mend_for(self._dtype),
+                window=window,
+            )
+        sums = _checksums(hidden)
+        self._put(tensor_bytes(hidden), self._offset(windows.start))
+        self._journal.append({"batch": batch, _SUMS: sums})
+        self._sums[windows] = sums
+        self.done.add(batch)
+
+    def _put(self, view: memoryview, offset: int) -> None:
         try:
             while view:
                 written = os.pwrite(self._file, view, offset)
                 view, offset = view[written:], offset + written
-            self._journal.append({"batch": batch, "crc32": crc32})
         except OSError as error:
-            raise PipelineError(
-                f"activations cannot be written: {error.strerror}",
-                where=self.path,
-                mend="Mend that and run the same again: finished batches are kept",
-            ) from None
-        self.done.add(batch)
+            raise self._unwritten(error) from None
+
+    def _unwritten(self, error: OSError) -> PipelineError:
+        return PipelineError(
+            f"activations cannot be written: {error.strerror}",
+            where=self.path,
+            mend="Mend that and run the same again: finished batches are kept",
+        )
 
     def finish(self) -> None:
-        """Put the complete file in its place, fsynced."""
-        os.fsync(self._file)
-        os.replace(self._partial, self.path)
+        """Put the complete file in its place, fsynced.
+
+        Raises:
+            PipelineError: the disk is full or fails, or the file's place is taken by a directory.
+        """
+        if len(self.done) != self.batches:
+            raise ValueError(f"{self.batches - len(self.done)} batches are missing")
+        self._put(memoryview(self._sums.tobytes()), self._starts[_SUMS])
+        try:
+            os.fsync(self._file)
+            os.replace(self._partial, self.path)
+        except OSError as error:
+            raise self._unwritten(error) from None
         self._journal.remove()
 
     def close(self) -> None:
@@ -158,74 +251,33 @@ class ActivationWriter:
         self.close()
 
 
-class Journal:
-    """A file of JSON lines that names finished work; a torn last line, or another header, counts as absent.
-
-    Attributes:
-        entries: what former runs with an equal header have appended.
-    """
-
-    def __init__(self, path: Path, header: Mapping) -> None:
-        """Open it and hold it until `close`.
-
-        Raises:
-            PipelineError: another process holds it.
-        """
-        self._path, self._header = path, json.loads(json.dumps(dict(header)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (held open on purpose: it carries the lock)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise PipelineError(
-                "another process is computing this right now", where=path, mend="Wait for it, or end it"
-            ) from None
-        self._file.seek(0)
-        header_line, *lines = self._file.read().split("\n")
-        same = _parsed(header_line) == self._header
-        self.entries = [e for e in map(_parsed, lines) if e is not None] if same else []
-        # Rewritten, so that what is appended never follows a torn line.
-        kept = list(self.entries)
-        self.clear()
-        for entry in kept:
-            self.append(entry)
-
-    def clear(self) -> None:
-        """Forget all entries."""
-        self._file.truncate(0)
-        self.entries = []
-        self._line(self._header)
-
-    def append(self, entry: Mapping) -> None:
-        """Add an entry; it survives the death of this process."""
-        self.entries.append(dict(entry))
-        self._line(entry)
-
-    def _line(self, entry: Mapping) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-
-    def remove(self) -> None:
-        """Delete the file: the work is complete."""
-        self._path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Let go of it."""
-        self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+def _checksums(hidden: torch.Tensor) -> list[int]:
+    """The CRC-32 of the bytes of each window."""
+    return [zlib.crc32(tensor_bytes(window)) for window in hidden]
 
 
-def _parsed(line: str) -> dict | None:
+def _record_text(run: Mapping) -> str:
+    return json.dumps(dict(run), sort_keys=True)
+
+
+def _seal(record: str, dtype: str, shape: Sequence[int]) -> str:
+    """The checksum of what the header says: what was run, and how the bytes are to be taken."""
+    told = json.dumps([record, dtype, list(shape)])
+    return f"{zlib.crc32(told.encode()):08x}"
+
+
+def _sealed_run(path: str | Path, dtype: str, shape: Sequence[int]) -> dict:
+    """The record in a file's metadata, once its checksum is found right."""
     try:
-        return json.loads(line)
-    except ValueError:
-        return None
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        run = json.loads(metadata[_METADATA])
+        whole = metadata[_METADATA_SUM] == _seal(metadata[_METADATA], dtype, shape) and isinstance(run, dict)
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise CheckpointError("does not say what was run, or not as it was written", where=path, mend=_AGAIN)
+    return run
 
 
 def require_space(folder: Path, nbytes: int) -> None:

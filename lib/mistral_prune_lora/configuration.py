@@ -5,21 +5,32 @@ Snakemake's own `validate` stops at the first mistake and knows nothing of refer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
-from mistral_prune_lora.errors import LayoutError, PipelineError
+from mistral_prune_lora.errors import LayoutError, PipelineError, printable, shortened
 from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, weight_files
 
+_LONGEST_LINE = 500
+
 
 class ConfigError(PipelineError):
-    """The configuration has mistakes; its text lists all of them."""
+    """The configuration has mistakes; its text lists all of them, a line each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__(f"the configuration has {len(faults)} mistake{'s' * (len(faults) > 1)}")
+        self._faults = tuple(faults)
+
+    def __str__(self) -> str:
+        listed = "".join(f"\n  {shortened(printable(fault), _LONGEST_LINE)}" for fault in self._faults)
+        return f"{self.what}:{listed}\n"
 
 
 def check_config(config: dict, schema_path: str | Path) -> dict:
@@ -40,8 +51,7 @@ def check_config(config: dict, schema_path: str | Path) -> dict:
     # References can only be followed in a configuration whose shape is right.
     faults = faults or list(_broken_references(config))
     if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults)
-        raise ConfigError(f"the configuration has {len(faults)} mistake{'s' * (len(faults) > 1)}:{listed}\n")
+        raise ConfigError(faults)
     return config
 
 
@@ -84,8 +94,20 @@ def _set_defaults(validate_properties):
     return validate
 
 
+def _is_number(_, instance: object) -> bool:
+    """A number that can be computed with: YAML also knows .nan and .inf, and every bound lets NaN pass."""
+    return isinstance(instance, (int, float)) and not isinstance(instance, bool) and math.isfinite(instance)
+
+
+def _is_integer(_, instance: object) -> bool:
+    """A whole number that Python takes for one: 16.0 is none, whatever JSON says."""
+    return isinstance(instance, int) and not isinstance(instance, bool)
+
+
 _WithDefaults = validators.extend(
-    Draft202012Validator, {"properties": _set_defaults(Draft202012Validator.VALIDATORS["properties"])}
+    Draft202012Validator,
+    {"properties": _set_defaults(Draft202012Validator.VALIDATORS["properties"])},
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many({"number": _is_number, "integer": _is_integer}),
 )
 
 

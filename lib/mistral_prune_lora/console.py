@@ -14,7 +14,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.errors import as_mistake
 
 _QUIET_SECONDS = 15  # between two lines of one bar, wherever no cursor can move
 
@@ -38,19 +38,23 @@ def progress(*, total: int | float, description: str, unit: str, **tqdm_options)
 def job(log: str | Path) -> Iterator[None]:
     """Run a workflow job: everything printed goes to the terminal and into `log`, errors too.
 
-    A PipelineError ends the process with exit code 1 after its one line; anything else keeps its traceback.
+    A PipelineError, or lack of memory or disk space, ends the process with exit code 1 after its one line; anything
+    else keeps its traceback.
     """
-    with open(log, "w", encoding="utf-8") as file:
+    # Names may hold what is no UTF-8, and a log must not fail for it.
+    with open(log, "w", encoding="utf-8", errors="backslashreplace") as file:
         out, err = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = _Tee(out, file), _Tee(err, file)
         try:
             yield
-        except PipelineError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except BaseException as error:
+            mistake = as_mistake(error)
+            if mistake is None:
+                if isinstance(error, Exception):
+                    file.write(traceback.format_exc())
+                raise
+            print(f"error: {mistake}", file=sys.stderr)
             raise SystemExit(1) from None
-        except Exception:
-            file.write(traceback.format_exc())
-            raise
         finally:
             sys.stdout, sys.stderr = out, err
 

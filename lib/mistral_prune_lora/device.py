@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
 from mistral_prune_lora.errors import DeviceError
 
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
 _PROCESS_BYTES = 800_000_000  # Python with torch and transformers imported, and their buffers
 
 
@@ -15,14 +17,14 @@ def resolve_device(name: str) -> torch.device:
     """The torch device of a `--device` value; "auto" means the first GPU if there is one, else the CPU.
 
     Raises:
-        DeviceError: not a device, or one that this machine does not have.
+        DeviceError: not a device that is computed on here, or one that this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError(f"{name!r} is not a device", where="--device", mend="use auto, cpu or cuda:N") from None
+    # Of torch's other devices, meta computes nothing and would give numbers of nothing.
+    if not _DEVICE.fullmatch(name):
+        raise DeviceError(f"{name!r} is not a device", where="--device", mend="use auto, cpu or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             f"{name} is not there: this machine has {torch.cuda.device_count()} CUDA devices",

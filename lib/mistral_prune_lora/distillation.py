@@ -7,8 +7,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -21,60 +21,37 @@ from transformers import PreTrainedModel
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.distillation_settings import LoraSettings, LossSettings, OptimiserSettings
+from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
+from mistral_prune_lora.finite import all_finite
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
 from mistral_prune_lora.model_files import bundle_layers
+from mistral_prune_lora.outputs import Output, Record, claim, listed_files
+from mistral_prune_lora.space import reserved_space
 from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
-from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
+from mistral_prune_lora.transaction import atomic_directory
+from mistral_prune_lora.window_warnings import warn_of
 from mistral_prune_lora.windows import Windows
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CALMER = "Use a smaller learning rate, or bf16 or fp32 instead of fp16; nothing was written"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "training.csv", "training.json")
+_SMALL_FILES = 4 << 20  # room for configuration, card and curve beside the weights
 _BLOCK_LOGITS = 1 << 25  # logits of one block of tokens: 128 MB of float32, once each for student and teacher
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """The adapter's shape, in PEFT's terms."""
-
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = PROJECTIONS
-    use_rslora: bool = False
-    use_dora: bool = False
+def _recorded(content: dict) -> set[str] | None:
+    """The files of an adapter that was trained here by its record; None if it is no such record."""
+    # A record that was written before records named their command is told by all that it holds.
+    shape = {"stage", "layers", "student", "teacher", "windows", "settings", "versions"}
+    if "command" not in content:
+        return set(_ADAPTER_FILES) if shape <= content.keys() else None
+    ours = content["command"] == "train" and isinstance(content.get("files"), list)
+    return {str(name) for name in content["files"]} if ours else None
 
 
-@dataclass(frozen=True)
-class LossSettings:
-    """loss = kd_alpha * temperature^2 * KL(teacher || student) + (1 - kd_alpha) * cross-entropy."""
-
-    kd_alpha: float = 0.9
-    temperature: float = 2.0
-
-
-@dataclass(frozen=True)
-class OptimiserSettings:
-    """AdamW with linear warm-up and cosine decay to zero.
-
-    Attributes:
-        steps: updates of the weights.
-        batch_size: windows in one forward pass.
-        gradient_accumulation: forward passes in one update.
-        learning_rate: its peak.
-        warmup_steps: updates until the peak.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are scaled down to this norm.
-    """
-
-    steps: int = 1000
-    batch_size: int = 1
-    gradient_accumulation: int = 8
-    learning_rate: float = 2e-4
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+RECORD = Record("training.json", "training", _recorded)
 
 
 def distillation_loss(
@@ -100,7 +77,7 @@ def distillation_loss(
     kl = functional.kl_div(
         (student / t).log_softmax(-1), (teacher.float() / t).log_softmax(-1), log_target=True, reduction="sum"
     )
-    return settings.kd_alpha * t**2 * kl + (1 - settings.kd_alpha) * ce, kl, ce
+    return settings.kd_alpha * (t * t) * kl + (1 - settings.kd_alpha) * ce, kl, ce
 
 
 def stage_layers(stage: str, layout: Layout) -> tuple[int, ...]:
@@ -131,6 +108,7 @@ def train_adapter(
     device: str = "cpu",
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Train the adapter of one part and write it as a stock PEFT directory with training.csv and training.json.
 
@@ -143,20 +121,24 @@ def train_adapter(
         student_dir: the A model for stage A, else the merged A.
         teacher_dir: the dense model; None trains on cross-entropy alone (kd_alpha 0), and no KL is measured.
         windows: training windows; their order is drawn anew for every pass over them.
-        output_dir: the adapter's directory, written whole or not at all.
+        output_dir: the adapter's directory, written whole or not at all; that it can be is known before training.
         bundles: what to restore into the student: for B its bundle; for C the merged B and then C's bundle.
         states: what `teacher_states` wrote for the same windows; without it the teacher's layers run along.
         lora, loss, optimiser, dtype, device, seed: settings.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        overwrite: replace what is no adapter that was trained here, too; never an input.
 
     Raises:
+        PipelineError: the output may not or cannot be written, see `outputs.claim` and `transaction.atomic_directory`.
         LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
         DataError: the teacher's states belong to other windows or another teacher.
         PipelineError: there is no teacher, and kd_alpha or states ask for one.
+        NumberError: a loss, a gradient or a weight becomes NaN or infinity; nothing is written then.
     """
     if teacher_dir is None and (loss.kd_alpha or states):
         raise PipelineError("there is no teacher to learn from", where="teacher_dir", mend="name the dense model")
-    refuse_foreign(output_dir)
+    read = [student_dir, teacher_dir, *bundles, states]
+    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     device = resolve_device(device)
     torch.manual_seed(seed)
     checkpoint = open_checkpoint(student_dir)
@@ -165,31 +147,43 @@ def train_adapter(
     layout = _told_by_bundles(checkpoint.layout, stage, bundles)
     layers = stage_layers(stage, layout)
     _check_restored(stage, layout, bundles)
+    doubts = warn_of(checkpoint, windows)
     started = time.monotonic()
-    student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
-    model = _with_adapter(student, layers, lora)
-    if gradient_checkpointing:
-        # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
-        student.activation_checkpointing_enable({"use_reentrant": False})
-    teacher = None if teacher_dir is None else _Teacher(teacher_dir, windows, states, dtype, device)
-    curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
-    about = {
-        "stage": stage,
-        "layers": list(layers),
-        "student": {"dir": os.fspath(student_dir), "weights": weight_digests(student_dir)},
-        "bundles": {os.fspath(b): weight_digests(b) for b in bundles},
-        "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
-        "windows": asdict(windows.identity),
-        "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": seed,
-        "seconds": round(time.monotonic() - started, 1),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
-    }
-    with atomic_directory(output_dir) as fresh:
+    # Entered before the training, which would be lost if its result could not be written.
+    with atomic_directory(output_dir, check=check) as fresh:
+        student = load_model(student_dir, dtype=dtype, device=device, bundles=tuple(bundles))
+        model = _with_adapter(student, layers, lora)
+        if gradient_checkpointing:
+            # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the
+            # adapter.
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        teacher = None if teacher_dir is None else _Teacher(teacher_dir, windows, states, dtype, device)
+        with reserved_space(fresh, _adapter_bytes(model), where=output_dir):
+            curve = _fit(model.train(), teacher, windows, loss, optimiser, random.Random(seed), device)
         model.save_pretrained(fresh)
         curve.to_csv(fresh / "training.csv", index=False)
-        write_json(fresh / "training.json", about)
+        about = {
+            "command": "train",
+            "stage": stage,
+            "layers": list(layers),
+            "student": {"dir": os.fspath(student_dir), "weights": weight_digests(student_dir)},
+            "bundles": {os.fspath(b): weight_digests(b) for b in bundles},
+            "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
+            "windows": asdict(windows.identity),
+            "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
+            "dtype": str(dtype).removeprefix("torch."),
+            "seed": seed,
+            "warnings": doubts,
+            "seconds": round(time.monotonic() - started, 1),
+            "files": [*listed_files(fresh), RECORD.name],
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        }
+        write_json(fresh / RECORD.name, about)
+
+
+def _adapter_bytes(model: PeftModel) -> int:
+    """The size of an adapter's directory, at most."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + _SMALL_FILES
 
 
 def _told_by_bundles(layout: Layout, stage: str, bundles: Sequence[str | Path]) -> Layout:
@@ -277,7 +271,11 @@ def _fit(
     order: random.Random,
     device,
 ) -> pd.DataFrame:
-    """The training loop; one row a step: step, loss, kl, ce (means over tokens), learning_rate, grad_norm, tokens."""
+    """The training loop; one row a step: step, loss, kl, ce (means over tokens), learning_rate, grad_norm, tokens.
+
+    Raises:
+        NumberError: a loss or the gradient's norm is NaN or infinity, at once; or a weight is, at the end.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     updater = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     batches = _endless_batches(len(windows.ids), settings.batch_size, order)
@@ -297,11 +295,21 @@ def _fit(
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
             updater.step()
             updater.zero_grad(set_to_none=True)
-            mean = (sums / total).tolist()
-            rows.append((step + 1, *mean, rate, float(norm), tokens))
+            mean, length = (sums / total).tolist(), float(norm)
+            told = dict(zip(("loss", "KL", "cross-entropy"), mean, strict=True), gradient=length)
+            _check_step(step + 1, told if teacher else {name: v for name, v in told.items() if name != "KL"})
+            rows.append((step + 1, *mean, rate, length, tokens))
             bar.set_postfix_str(f"loss {mean[0]:.4f}", refresh=False)
             bar.update()
+    if not all(all_finite(weight) for weight in trained):
+        raise NumberError(f"after {settings.steps} steps weights are NaN or infinity", mend=_CALMER)
     return pd.DataFrame(rows, columns=["step", "loss", "kl", "ce", "learning_rate", "grad_norm", "tokens"])
+
+
+def _check_step(step: int, values: Mapping[str, float]) -> None:
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        raise NumberError(f"the {wrong[0]} of step {step} is {values[wrong[0]]}, so training ends here", mend=_CALMER)
 
 
 def _backward(model, teacher: _Teacher | None, ids, taught, loss: LossSettings, total: int) -> torch.Tensor:

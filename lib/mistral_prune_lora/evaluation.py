@@ -6,7 +6,6 @@ activations as files between them. `evaluate_stages` does all of it in one proce
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from mistral_prune_lora.activations import open_finished
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora.errors import LayoutError, NumberError
 from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
 from mistral_prune_lora.json_file import write_json
@@ -26,6 +26,7 @@ from mistral_prune_lora.model import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
 from mistral_prune_lora.statistics import WindowScores, summarise
 from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.window_warnings import warn_of
 from mistral_prune_lora.windows import PROTOCOL, Windows
 
 
@@ -81,6 +82,7 @@ def run_segment(
     Raises:
         DataError: `windows` or `source` is not what it should be, or `source` was made of other windows.
         CheckpointError, LayoutError: weights are missing or do not fit.
+        NumberError: weights or hidden states hold NaN or infinity.
         PipelineError: memory or disk space does not suffice, or another process is writing `output`.
     """
     compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
@@ -126,16 +128,18 @@ def score_stage(
         names: added to the result: experiment, dataset, variant, whatever the caller calls it.
 
     Raises:
-        As `run_segment`.
+        As `run_segment`. NumberError also for a score or perplexity that is no number; nothing is written then.
     """
     compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
     subject, holder = Subject.open(model_dir), _open_weights(model_dir, weights_dir)
     teacher = Teacher(open_checkpoint(dense_dir), Path(teacher_hidden)) if teacher_hidden and dense_dir else None
     cut = Windows.load(windows)
+    doubts = warn_of(subject.model, cut)
     job = Scoring(subject.model, cut, compute, _beside(result_json, "scores"), teacher, final_hidden or None)
     start = Start(subject.model, cut, compute, source or None)
     record, scores = job.run(start, [LayerSource(i, holder) for i in layers], f"stage {stage}")
-    result = _result(subject.label(stage), stage, record, scores, cut, compute, names or {})
+    about = {"stage": stage, "label": subject.label(stage)}
+    result = _result({**(names or {}), **about}, record, scores, cut, compute, doubts)
     result.save(result_json, window_parquet)
     job.forget()
     return result
@@ -156,7 +160,8 @@ def evaluate_stages(
 
     Everything finished stays in `work_dir` under names that follow from weights, token ids, dtype, batch size and
     versions. So a killed run is continued by the next one, and after a change of one bundle only what depends on it is
-    computed. Deleting the folder is up to the caller.
+    computed. What lies there is believed as far as its checksums go: a file or an entry that is not what was written is
+    made anew where that is seen before it is used, or ends the run. Deleting the folder is up to the caller.
 
     Args:
         subject: the model, and the bundles that the stages need.
@@ -170,9 +175,9 @@ def evaluate_stages(
             space for a later evaluation with another bundle.
 
     Raises:
-        LayoutError: a stage needs a bundle that is not given. Others as `run_segment`.
+        LayoutError: a stage needs a bundle that is not given. Others as `score_stage`.
     """
-    wanted = stages_of(subject, stages)
+    wanted, doubts = stages_of(subject, stages), warn_of(subject.model, windows)
     tree = segment_tree(subject.layout, wanted)
     sources = {segment.name: subject.sources(segment.layers) for segment in tree}
     config, folder = model_config(subject.model), Path(work_dir)
@@ -181,15 +186,17 @@ def evaluate_stages(
         records[segment.name] = extend_record(records[segment.parent], sources[segment.name], compute)
     files = {name: folder / f"{record_digest(record)[:24]}.safetensors" for name, record in records.items() if name}
     # What an earlier evaluation has left is started from, whether this one would keep it or not.
-    kept = _kept(tree, keep_parts, {name for name, file in files.items() if file.is_file()})
+    there = {name for name, file in files.items() if open_finished(file, records[name])}
+    kept = _kept(tree, keep_parts, there)
 
     def boundary(name: str | None) -> Start:
         """The activations at the end of a shared segment, computed now if they are not there."""
         if name is None:
             return Start(subject.model, windows, compute, None)
-        if not files[name].is_file():
+        if name not in there:
             start, layers = _way(tree, kept, kept[name])
             run_to_file(boundary(start), subject.sources(layers), windows, config, compute, files[name])
+            there.add(name)
         return Start(subject.model, windows, compute, files[name])
 
     for stage in wanted:
@@ -200,7 +207,8 @@ def evaluate_stages(
         place = folder / f"{record_digest(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
         job = Scoring(subject.model, windows, compute, place, teacher, final)
         record, scores = job.run(lambda parent=parent: boundary(parent), tail_sources, f"stage {stage}", record)
-        yield _result(subject.label(stage), stage, record, scores, windows, compute, {})
+        about = {"stage": stage, "label": subject.label(stage)}
+        yield _result(about, record, scores, windows, compute, doubts)
 
 
 def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
@@ -278,27 +286,27 @@ def hidden_bytes(model: Checkpoint, windows: Windows, dtype: torch.dtype) -> int
 
 
 def _result(
-    label: str,
-    stage: str,
+    about: Mapping[str, str],
     record: dict,
     scores: WindowScores,
     windows: Windows,
     compute: Compute,
-    names: Mapping[str, str],
+    doubts: Sequence[str],
 ) -> StageResult:
     """Everything that a number needs in order to be compared with another."""
     told = windows.identity
-    numbers = summarise(
-        scores,
-        predicted_per_window=windows.seqlen - 1,
-        tokens_per_byte=windows.ids.numel() / told.utf8_bytes if told.utf8_bytes else math.nan,
-    )
+    try:
+        numbers = summarise(
+            scores,
+            predicted_per_window=windows.seqlen - 1,
+            tokens_per_byte=windows.ids.numel() / told.utf8_bytes if told.utf8_bytes else None,
+        )
+    except NumberError as error:
+        raise NumberError(error.what, where=about["label"], mend=error.mend) from None
     weights = record["weights"]
     return StageResult(
         {
-            **names,
-            "stage": stage,
-            "label": label,
+            **about,
             "active_layers": len(record["layers"]),
             "parameters": record["parameters"],
             **numbers,
@@ -321,6 +329,7 @@ def _result(
             "weights_sha256": record_digest(weights),
             "weights": weights,
             **({"dense_sha256": record["dense"]} if "dense" in record else {}),
+            "warnings": list(doubts),
         },
         scores,
     )

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mistral_prune_lora.activations import require_space
@@ -21,9 +21,11 @@ from mistral_prune_lora.evaluation_adapters import open_peft_adapters
 from mistral_prune_lora.evaluation_inputs import Inputs, sort_inputs
 from mistral_prune_lora.evaluation_report import (
     box,
+    csv_output,
     details,
     differences,
     differences_table,
+    json_output,
     model_heading,
     model_lines,
     opening,
@@ -36,8 +38,10 @@ from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.model import DTYPES
+from mistral_prune_lora.outputs import Output, claim
 from mistral_prune_lora.text import Text, load_text
-from mistral_prune_lora.tokenizer import load_tokenizer
+from mistral_prune_lora.tokenizer import find_tokenizer, load_tokenizer
+from mistral_prune_lora.transaction import check_place
 from mistral_prune_lora.windows import Windows, make_windows
 
 _WEEK = 7 * 24 * 3600.0
@@ -58,8 +62,12 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     Raises:
         PipelineError: of any kind that the parts raise.
     """
+    _claim(args)
+    _check_places(args)
     inputs = sort_inputs(args.model_path, b_bundle=args.b_bundle, c_bundle=args.c_bundle, bundles_dir=args.bundles_dir)
     stages = _stages(args.stages, inputs)
+    folders = [folder for _, folder in inputs.models]
+    check = _claim(args, [*folders, *(_tokenizer_place(args, folder) for folder in folders)])
     compute = Compute(resolve_device(args.device), DTYPES[args.dtype], args.batch_size, args.max_memory)
     print(
         opening(
@@ -79,9 +87,6 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     subjects.sort(key=lambda subject: not subject.is_dense)
     for subject in subjects:
         _stages_of(subject, stages)
-    outputs = [(path, write) for path, write in ((args.json, write_json), (args.csv, write_csv)) if path]
-    for path, _ in outputs:
-        _check_writable(Path(path))
     text = load_text(args.dataset, split=args.split, mirror=args.mirror, text_files=args.text_file, column=args.column)
     evaluation = _Evaluation(args, inputs, compute, text, stages)
     for number, subject in enumerate(subjects, 1):
@@ -91,20 +96,52 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     pairs = differences(evaluation.results)
     if pairs:
         print("\n" + differences_table(pairs))
-    for path, write in outputs:
+    for path, write in ((args.json, write_json), (args.csv, write_csv)):
         try:
-            write(path, evaluation.results)
+            if path:
+                write(path, evaluation.results, check)
         except OSError as error:
             raise PipelineError(f"cannot be written: {error.strerror}", where=path, mend=_AGAIN) from error
     evaluation.clean()
     return evaluation.results
 
 
-def _check_writable(path: Path) -> None:
-    """Raise a PipelineError where a file could not be written, before hours are spent on what should go there."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise PipelineError("cannot be written", where=path, mend="Name a file in a directory that you may write to")
+def _claim(args: argparse.Namespace, found: Sequence[str | Path] = ()) -> Callable[[], None]:
+    """Raise a PipelineError unless the outputs may be written; `found`: inputs that are not named as they lie."""
+    read = [*found, *args.model_path, args.b_bundle, args.c_bundle, args.bundles_dir, *args.lora_paths]
+    read += [args.tokenizer_path, args.dataset, args.mirror, *args.text_file]
+    outputs = [Output.folder(args.work_dir, "--work_dir")] if args.work_dir else []
+    outputs += [make(path) for path, make in ((args.json, json_output), (args.csv, csv_output)) if path]
+    return claim(outputs, read, overwrite=args.overwrite)
+
+
+def _tokenizer_place(args: argparse.Namespace, model: Path) -> Path | str:
+    adapter = args.lora_paths[0] if args.lora_paths else None
+    return find_tokenizer(model, tokenizer_path=args.tokenizer_path, adapter_path=adapter)
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Raise a PipelineError unless the outputs can be written, before hours are spent on what should go there."""
+    check_place(*(path for path in (args.json, args.csv) if path), directory=False)
+    work = Path(args.work_dir) if args.work_dir else default_work_dir(args)
+    check_work_dir(work)
+    check_place(work / "activations", directory=False)
+
+
+def check_work_dir(folder: Path) -> None:
+    """Raise a PipelineError where no work could be kept: a file, or a place that may not be written to."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    fault = None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else "that is no directory to write to"
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, a link that leads to itself
+        fault = error.strerror
+    if fault:
+        raise PipelineError(
+            f"finished work cannot be kept: {fault}", where=folder, mend="Name another folder with --work_dir"
+        )
 
 
 def default_work_dir(args: argparse.Namespace) -> Path:
@@ -113,7 +150,7 @@ def default_work_dir(args: argparse.Namespace) -> Path:
     XDG_CACHE_HOME is respected.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    asked = {**vars(args), "cwd": os.getcwd(), "json": None, "csv": None}
+    asked = {**vars(args), "cwd": os.getcwd(), "json": None, "csv": None, "overwrite": None}
     name = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return cache / "mistral_prune_lora" / "evaluation" / name
 

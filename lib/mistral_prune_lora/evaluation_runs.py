@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from mistral_prune_lora.activations import ActivationReader, ActivationWriter, Journal
+from mistral_prune_lora.activations import ActivationReader, ActivationWriter, open_finished
 from mistral_prune_lora.checkpoint import Checkpoint
 from mistral_prune_lora.console import progress
+from mistral_prune_lora.errors import CheckpointError, DataError, NumberError
+from mistral_prune_lora.evaluation_faults import layers_blamed
 from mistral_prune_lora.evaluation_subject import (
     check_continues,
     extend_record,
@@ -28,6 +30,8 @@ from mistral_prune_lora.evaluation_subject import (
     start_record,
     tensors_digest,
 )
+from mistral_prune_lora.finite import all_finite, mend_for, tensor_fault
+from mistral_prune_lora.journal import Journal, say_left_out
 from mistral_prune_lora.layers import (
     Backbone,
     Compute,
@@ -75,12 +79,26 @@ class Start:
             self.read = self._embed
         else:
             reader = ActivationReader(source)
-            check_continues(reader.run, model, windows, compute, reader.path)
+            check_continues(reader, model, windows, compute)
             self.record, self.read = reader.run, reader.read
+        self._file = None if source is None else Path(source)
 
     def _embed(self, first: int, last: int) -> torch.Tensor:
         self._embedding = self._embedding or Embedding(self._model, self._dtype)
         return self._embedding(self._windows.ids[first:last])
+
+    def fault(self, window: int) -> NumberError | None:
+        """The error for a window whose hidden states hold NaN or infinity; None if they are numbers."""
+        hidden = self.read(window, window + 1)[0]
+        if all_finite(hidden):
+            return None
+        if self._file:
+            return NumberError(
+                f"window {window} holds NaN or infinity", where=self._file, mend="Delete it and run the same again"
+            )
+        position = next(i for i, token in enumerate(hidden) if not all_finite(token))
+        row = int(self._windows.ids[window, position])
+        return tensor_fault(self._model.entries["model.embed_tokens.weight"], self._dtype, slice(row, row + 1))
 
 
 @dataclass(frozen=True)
@@ -115,24 +133,25 @@ def run_to_file(
         ending: what is kept in it; None means the hidden states that leave the last layer, with the run's record.
     """
     shape, scratch, remaining = (*windows.ids.shape, config.hidden_size), None, sources
-    record, read, reserved = start.record, start.read, start.nbytes
+    record, read, reserved, origin = start.record, start.read, start.nbytes, start
     # A killed run may have come some groups far, whatever memory it had.
     for number in reversed(range(1, len(sources))):
         file = _scratch_file(output, sources[number - 1].index)
-        if file.is_file():
-            reader = ActivationReader(file)
-            if reader.run == extend_record(start.record, sources[:number], compute):
-                scratch, remaining, record, read, reserved = file, sources[number:], reader.run, reader.read, 0
-                break
+        if file.is_file() and (reader := open_finished(file, extend_record(start.record, sources[:number], compute))):
+            scratch, remaining, record, read, reserved = file, sources[number:], reader.run, reader.read, 0
+            origin = None
+            break
     groups = resident_groups(remaining, compute, config, windows.seqlen, reserved)
     backbone = Backbone(config, compute)
     for group in backbone.resident(groups):
         last = ending if group is groups[-1] else None
         target = output if group is groups[-1] else _scratch_file(output, group[-1].index)
         record = last.record if last else extend_record(record, group, compute)
+        words = f"layers {group[0].index}-{group[-1].index}"
         with (
             ActivationWriter(target, shape, compute.dtype, compute.batch_size, record) as writer,
-            _bar(f"layers {group[0].index}-{group[-1].index}", windows, compute, writer.done) as bar,
+            _bar(words, windows, compute, writer.done) as bar,
+            layers_blamed(origin, group, compute, words),
         ):
             store = DelayedStore(writer.write, compute)
             missing = [b for b in range(_batches(windows, compute)) if b not in writer.done]
@@ -144,7 +163,7 @@ def run_to_file(
             writer.finish()
         if scratch:
             scratch.unlink()
-        scratch = target
+        scratch, origin = target, None
         read = ActivationReader(target).read
     for leftover in output.parent.glob(f".{output.name}.after-*"):
         leftover.unlink()
@@ -184,11 +203,11 @@ class Scoring:
         record = self._with_head(record)
         teacher = self._teacher and ActivationReader(self._teacher.hidden)
         if teacher:
-            check_continues(teacher.run, self._teacher.model, self._windows, self._compute, teacher.path)
+            check_continues(teacher, self._teacher.model, self._windows, self._compute)
             record = {**record, "dense": self._teacher_record(teacher)}
         with ExitStack() as held:
             journal = held.enter_context(Journal(self._place, {"run": record}))
-            scores = {entry["batch"]: _scores(entry) for entry in journal.entries}
+            scores = self._believed(journal)
             writer = self._final_writer(final_record)
             if writer:
                 held.enter_context(writer)
@@ -204,30 +223,39 @@ class Scoring:
                 writer.finish()
         return record, WindowScores.concatenate(scores[b] for b in sorted(scores))
 
+    def _believed(self, journal: Journal) -> dict[int, WindowScores]:
+        """The scores in a journal by batch, without entries that cannot be of these windows."""
+        scores, size = {}, self._compute.batch_size
+        for entry in journal.entries:
+            batch = entry.get("batch")
+            if type(batch) is int and 0 <= batch < _batches(self._windows, self._compute) and batch not in scores:
+                found = _scores(entry, min(size, len(self._windows) - batch * size), self._teacher is not None)
+                scores |= {batch: found} if found else {}
+        if len(scores) < len(journal.entries):
+            say_left_out(journal.path, len(journal.entries) - len(scores))
+        return scores
+
     def _final_writer(self, record: dict) -> ActivationWriter | None:
-        if self._final is None or (self._final.is_file() and ActivationReader(self._final).run == record):
+        if self._final is None or open_finished(self._final, record):
             return None
         shape = (*self._windows.ids.shape, self._config.hidden_size)
         return ActivationWriter(self._final, shape, self._compute.dtype, self._compute.batch_size, record)
 
     def _compute_missing(self, wanted, start, tail, words, journal, scores, writer, teacher) -> None:
         windows, compute = self._windows, self._compute
-        heads = [Head(self._model, compute.dtype, compute.device)]
-        if teacher:
-            heads.append(Head(self._teacher.model, compute.dtype, compute.device))
+        heads = self._heads()
         reserved = sum(head.nbytes for head in heads) + start.nbytes
         *earlier, last = resident_groups(tail, compute, self._config, windows.seqlen, reserved) or [[]]
         scratch = self._place.with_suffix(".tail.safetensors")
         if earlier:
             before = [source for group in earlier for source in group]
-            reached = extend_record(start.record, before, compute)
-            if not (scratch.is_file() and ActivationReader(scratch).run == reached):
+            if not open_finished(scratch, extend_record(start.record, before, compute)):
                 run_to_file(start, before, windows, self._config, compute, scratch)
             start = Start(self._model, windows, compute, scratch)
         backbone = Backbone(self._config, compute)
         for _ in backbone.resident([last]):
             done = set(range(_batches(windows, compute))) - set(wanted)
-            with _bar(words, windows, compute, done) as bar:
+            with _bar(words, windows, compute, done) as bar, layers_blamed(start, last, compute, words):
                 store = DelayedStore(writer.write, compute) if writer else None
                 for batch, hidden in stream_batches(start.read, wanted, len(windows), compute):
                     hidden = backbone(hidden)
@@ -238,12 +266,48 @@ class Scoring:
                     taught = (heads[1], teacher.read(span.start, span.stop)) if teacher else None
                     if batch not in scores:
                         scores[batch] = score_batch(heads[0], hidden, windows.ids[span], taught)
+                        self._check_scores(scores[batch], first, hidden, teacher, words)
                         journal.append({"batch": batch, **_listed(scores[batch])})
                     bar.set_postfix_str(f"ppl {_running_ppl(scores, windows.seqlen - 1):.4f}", refresh=False)
                     bar.update(hidden.shape[0] * hidden.shape[1])
                 if store:
                     store.flush()
         scratch.unlink(missing_ok=True)
+
+    def _heads(self) -> list[Head]:
+        """The model's head, and the dense model's where there is one."""
+        models = [self._model, *([self._teacher.model] if self._teacher else [])]
+        heads = [Head(model, self._compute.dtype, self._compute.device) for model in models]
+        if len({head.vocabulary for head in heads}) > 1:
+            raise CheckpointError(
+                f"predicts {heads[0].vocabulary} tokens and the dense model {heads[1].vocabulary}, which cannot be"
+                " compared",
+                where=self._model.path,
+                mend="Evaluate the two apart from each other",
+            )
+        highest = int(self._windows.ids.max())
+        if highest >= heads[0].vocabulary:
+            raise DataError(
+                f"there is the token id {highest}, and the model predicts {heads[0].vocabulary} tokens",
+                where=self._windows.identity.tokenizer,
+                mend="Use the tokenizer that the model was trained with",
+            )
+        return heads
+
+    def _check_scores(self, scores: WindowScores, first: int, hidden, teacher, words: str) -> None:
+        """Raise a NumberError if a batch's scores are none; with its window if the hidden states are none already."""
+        fault = scores.first_not_finite()
+        if fault is None:
+            return
+        window = first + fault
+        said = f"{words}: the score of window {window} is NaN or infinity"
+        if not all_finite(hidden[fault]):
+            raise NumberError(said, window=window)
+        if teacher and not all_finite(teacher.read(window, window + 1)):
+            raise NumberError(
+                f"window {window} holds NaN or infinity", where=teacher.path, mend="Delete it and run the same again"
+            )
+        raise NumberError(f"{said}: its logits are", where=self._model.path, mend=mend_for(self._compute.dtype))
 
     def _with_head(self, record: dict) -> dict:
         outside = outside_entries(self._model)
@@ -294,6 +358,16 @@ def _listed(scores: WindowScores) -> dict:
     return {name: None if column is None else column.tolist() for name, column in vars(scores).items()}
 
 
-def _scores(entry: Mapping) -> WindowScores:
-    columns = {name: entry[name] for name in ("nll", "correct", "kl", "agree")}
-    return WindowScores(**{n: None if v is None else np.array(v, dtype=np.float64) for n, v in columns.items()})
+def _scores(entry: Mapping, windows: int, taught: bool) -> WindowScores | None:
+    """The scores of a journal's entry; None if they are not those of so many windows, all of them numbers."""
+    columns = {}
+    for name, there in (("nll", True), ("correct", True), ("kl", taught), ("agree", taught)):
+        values = entry.get(name)
+        if not there:
+            columns[name] = None
+        elif isinstance(values, list) and len(values) == windows and all(type(v) is float for v in values):
+            columns[name] = np.array(values, dtype=np.float64)
+        else:
+            return None
+    scores = WindowScores(**columns)
+    return scores if scores.first_not_finite() is None else None

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from mistral_prune_lora.activations import ActivationReader
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layers import Compute, LayerSource, UnmergedAdapter
 from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout
-from mistral_prune_lora.model import DTYPES, head_name
+from mistral_prune_lora.model import DTYPES, head_name, model_config
 from mistral_prune_lora.safetensors_file import TensorEntry
 from mistral_prune_lora.windows import Windows
 
@@ -181,16 +182,19 @@ def machine_record(compute: Compute) -> dict:
     }
 
 
-def check_continues(record: Mapping, model: Checkpoint, windows: Windows, compute: Compute, where: Path) -> None:
+def check_continues(file: ActivationReader, model: Checkpoint, windows: Windows, compute: Compute) -> None:
     """Raise a DataError if activations on disk are not of these windows, this dtype and this kind of model."""
     wanted = start_record(model, windows, compute.dtype)
-    for key in ("ids_sha256", "windows", "seqlen", "dtype", "config_sha256"):
-        if record.get(key) != wanted[key]:
+    told = {key: file.run.get(key) for key in wanted}
+    shape = (*windows.ids.shape, model_config(model).hidden_size)
+    compared = [(key, told[key], wanted[key]) for key in ("ids_sha256", "windows", "seqlen", "dtype", "config_sha256")]
+    for key, found, needed in (*compared, ("shape", (file.shape, file.dtype), (shape, compute.dtype))):
+        if found != needed:
             raise DataError(
-                f"was made with another {key} ({record.get(key)}, not {wanted[key]})",
-                where=where,
-                mend="Run its segment again",
+                f"was made with another {key} ({found}, not {needed})", where=file.path, mend="Run its segment again"
             )
+    if any(type(told[key]) is not type(wanted[key]) for key in wanted):
+        raise DataError("does not say what was run", where=file.path, mend="Run its segment again")
 
 
 def record_digest(record: Mapping) -> str:

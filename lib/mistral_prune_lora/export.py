@@ -23,13 +23,23 @@ from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_plan import shard_index
 from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
 from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, LAYERS_MAP
+from mistral_prune_lora.outputs import Output, Record, claim
+from mistral_prune_lora.space import require_space
 from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
-from mistral_prune_lora.transaction import atomic_directory, nearest_directory, refuse_foreign
+from mistral_prune_lora.transaction import atomic_directory
 
-RECORD = "export.json"
 _GENERATION = "generation_config.json"
 _DESCRIPTIONS = ("config.json", MANIFEST, PRUNE_LOG, BUNDLE_META, INDEX_FILE)
 _SMALL_FILES = 64 << 20  # room for configuration and tokenizer beside the weights
+
+
+def _recorded(content: dict) -> set[str] | None:
+    """The files of an export by its record; None if it is no such record."""
+    ours = content.get("command") == "export" and isinstance(content.get("outputs"), dict)
+    return {*content["outputs"], "export.json"} if ours else None
+
+
+RECORD = Record("export.json", "an export", _recorded)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ def export_stage(
     form: str = "stock",
     max_shard_size: int | None = None,
     tokenizer_path: str | Path | None = None,
+    overwrite: bool = False,
 ) -> ExportReport:
     """Write one stage of a pruned or merged model as a checkpoint that other software loads.
 
@@ -73,45 +84,39 @@ def export_stage(
 
     Args:
         model_path: an A model, a merged A, or a dense model, whose only stage is FULL.
-        output_dir: written beside and renamed; what was there before is replaced whole.
+        output_dir: written beside and renamed; a former export is replaced whole.
         stage: "A", "AB" or "FULL".
         bundles: directories by part, "B" and "C"; what the stage does not need is left out, and said.
         form: "stock" or "stage_files".
         max_shard_size: bytes in a weight file; None writes one file.
         tokenizer_path: whose tokenizer files are copied; None follows the chain of `tokenizer.find_tokenizer`.
+        overwrite: replace what is no former export, too; never an input.
 
     Raises:
         LayoutError: a bundle that the stage needs is missing, or its layers are not the manifest's.
         CheckpointError: weights are missing, left over or quantised; an architecture that is not taken, or one that
             depends on layer numbers in a way that cannot be written out; no tokenizer.
-        PipelineError: the output is or touches an input, holds somebody's files, or does not fit on the disk.
+        PipelineError: see `outputs.claim`; there is no space. Nothing is written in any of these cases.
     """
-    plan = plan_export(model_path, bundles or {}, output_dir, stage=stage, form=form, max_shard_size=max_shard_size)
-    refuse_foreign(output_dir)
+    plan = plan_export(model_path, bundles or {}, stage=stage, form=form, max_shard_size=max_shard_size)
     model = plan.subject.model.path
     tokenizer = local_tokenizer_files(model, tokenizer_path=tokenizer_path)
     generation = next((f for f in (model / _GENERATION, model / "original_config" / _GENERATION) if f.is_file()), None)
     descriptions = _descriptions(plan, generation)
-    _require_space(Path(output_dir), plan.nbytes + _SMALL_FILES)
-    inputs, written = InputDigests(), {}
+    read = [model, *(bundles or {}).values(), *(file.parent for file in tokenizer)]
+    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
+    require_space({Path(output_dir): plan.nbytes + _SMALL_FILES})
     try:
-        with atomic_directory(output_dir) as fresh:
-            with (
-                exact_arithmetic(),
-                progress(total=plan.nbytes, description=f"export {Path(output_dir).name}", unit="B") as bar,
-            ):
-                for name, items in plan.files.items():
-                    written[name] = stream_file(
-                        fresh / name, items, device=torch.device("cpu"), inputs=inputs, on_bytes=bar.update
-                    )
+        with atomic_directory(output_dir, check=check) as fresh:
+            inputs, written = _stream(plan, fresh, f"export {Path(output_dir).name}")
             for name, content in descriptions.items():
                 if isinstance(content, Path):
                     shutil.copyfile(content, fresh / name)
                 else:
                     write_json(fresh / name, content)
             copy_settings(tokenizer, fresh)
-            small = [*tokenizer, *([generation] if generation else [])]
-            write_json(fresh / RECORD, _record(plan, fresh, _digests(plan, inputs, small), written))
+            digests = _digests(plan, inputs, [*tokenizer, *([generation] if generation else [])])
+            write_json(fresh / RECORD.name, _record(plan, fresh, digests, written))
     except OSError as error:
         raise PipelineError(
             f"the export cannot be written: {error.strerror}",
@@ -121,6 +126,17 @@ def export_stage(
     report = ExportReport(Path(output_dir), plan.layers, len(plan.items), plan.nbytes, plan.remarks)
     _tell(plan, report)
     return report
+
+
+def _stream(plan: ExportPlan, fresh: Path, description: str) -> tuple[InputDigests, dict[str, str]]:
+    """Write the weights; returns what was seen of the inputs, and the sha256 of each file."""
+    inputs, written = InputDigests(), {}
+    with exact_arithmetic(), progress(total=plan.nbytes, description=description, unit="B") as bar:
+        for name, items in plan.files.items():
+            written[name] = stream_file(
+                fresh / name, items, device=torch.device("cpu"), inputs=inputs, on_bytes=bar.update
+            )
+    return inputs, written
 
 
 def _descriptions(plan: ExportPlan, generation: Path | None) -> dict[str, Mapping | Path]:
@@ -183,17 +199,6 @@ def _record(plan: ExportPlan, fresh: Path, digests: Mapping[str, str], written: 
         "outputs": {**written, **other_files_sha256(fresh, written)},
         "versions": {n: importlib.metadata.version(n) for n in ("mistral-prune-lora", "torch", "transformers")},
     }
-
-
-def _require_space(output: Path, nbytes: int) -> None:
-    folder = nearest_directory(output.absolute().parent)
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise PipelineError(
-            f"{nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
-            where=folder,
-            mend="free space or choose another --output_dir",
-        )
 
 
 def _tell(plan: ExportPlan, report: ExportReport) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +66,6 @@ class ExportPlan:
 def plan_export(
     model_path: str | Path,
     bundles: Mapping[str, str | Path],
-    output_dir: str | Path,
     *,
     stage: str,
     form: str,
@@ -82,13 +80,14 @@ def plan_export(
         raise PipelineError(what, mend=f"Use one of {', '.join(STAGES)}, and of {', '.join(FORMATS)}")
     remarks: list[str] = []
     subject = _subject(model_path, bundles, stage, form, remarks)
-    _refuse_overlap(output_dir, [subject.model.path, *(bundle.path for bundle in subject.bundles.values())])
     layers = subject.layout.active(stage)
     stored = {source.index: source.checkpoint.layer(source.index) for source in subject.sources(layers)}
     outside, tied = _outside(subject.model, remarks)
     stock = _items(outside, stored, {layer: new for new, layer in enumerate(layers)})
     _refuse_quantised(stock)
     dtypes = sorted({item.spec.dtype for item in stock})
+    if len(dtypes) > 1:
+        remarks.append(f"the weights are of several dtypes ({', '.join(dtypes)}); config.json names the model's own")
     config = stage_config(subject.model, layers, tied=tied, dtypes=dtypes)
     _check_stock(stock, config.content, subject.model)
     whole = form == "stock"
@@ -138,18 +137,6 @@ def _bundle(path: str | Path, part: str) -> Checkpoint:
     if bundle.kind != "bundle":
         raise CheckpointError("is a model, not a bundle", where=path, mend=f"give the directory of the {part} bundle")
     return bundle
-
-
-def _refuse_overlap(output_dir: str | Path, inputs: Sequence[Path]) -> None:
-    output = Path(os.path.realpath(output_dir))
-    for path in inputs:
-        source = Path(os.path.realpath(path))
-        if output == source or output in source.parents or source in output.parents:
-            raise PipelineError(
-                f"the output directory is, holds or lies in an input, {path}",
-                where=output_dir,
-                mend="choose another --output_dir",
-            )
 
 
 def _outside(model: Checkpoint, remarks: list[str]) -> tuple[dict[str, TensorEntry], bool]:

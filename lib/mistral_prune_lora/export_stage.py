@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--bundles_dir", metavar="DIR", help="a directory with the bundles B and C in it, as pruning writes it"
     )
     p.add_argument("--stage", required=True, choices=("A", "AB", "FULL"), help="which layers")
-    p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former one is replaced whole")
+    p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former export is replaced whole")
     p.add_argument(
         "--format",
         default="stock",
@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
         "--max_shard_size", type=shard_size, metavar="SIZE", help="e.g. 5GB; split the model (default: one file)"
     )
     p.add_argument("--tokenizer_path", metavar="DIR", help="take the tokenizer from here (default: found by itself)")
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is at --output_dir even if no export has written it; never an input (default: refuse)",
+    )
     return p
 
 
@@ -71,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         form=given.format,
         max_shard_size=given.max_shard_size,
         tokenizer_path=given.tokenizer_path,
+        overwrite=given.overwrite,
     )
 
 

@@ -74,7 +74,9 @@ def convert_gguf(gguf: str | Path, output_dir: str | Path) -> dict:
     # Not AutoTokenizer: to learn the tokenizer's class it would read the file a second, slow way, ten times as long.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with _answers_remembered():
-        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+        source = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        ).eval()
     config = MistralConfig(
         **{name: getattr(source.config, name) for name in _KEPT}, sliding_window=description.pop("sliding_window")
     )

@@ -21,7 +21,7 @@ from mistral_prune_lora.activations import ActivationReader, ActivationWriter
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora.errors import LayoutError, PipelineError
 from mistral_prune_lora.layers import (
     Backbone,
     Compute,
@@ -65,7 +65,7 @@ def last_token_states(
     Raises:
         CheckpointError: weights are missing or do not fit.
         DataError: an id that the model has no embedding for.
-        PipelineError: memory or disk space does not suffice.
+        PipelineError: memory or disk space does not suffice; the model overflows.
     """
     compute = Compute(resolve_device(device), dtype, batch_size, max_memory)
     model = open_checkpoint(model_dir)
@@ -102,8 +102,19 @@ class _LastTokens:
         self.states, self.first = states, 0
 
     def __call__(self, layer: int, hidden: torch.Tensor) -> None:
-        """Take what leaves a layer, shape (n, tokens, hidden)."""
-        self.states[layer + 1, self.first : self.first + len(hidden)] = hidden[:, -1].float().cpu()
+        """Take what leaves a layer, shape (n, tokens, hidden).
+
+        Raises:
+            PipelineError: NaN or infinity, which would be ranked as no change at all.
+        """
+        last = hidden[:, -1].float().cpu()
+        if not torch.isfinite(last).all():
+            raise PipelineError(
+                f"the hidden states that leave layer {layer} hold NaN or infinity",
+                where="--dtype",
+                mend="use bf16 or fp32, whose range is wider than that of fp16; if that is no help, check the weights",
+            )
+        self.states[layer + 1, self.first : self.first + len(hidden)] = last
 
 
 def _run_group(
@@ -122,7 +133,7 @@ def _run_group(
             hidden_shape = (windows, seqlen, seen.states.shape[-1])
             writer = held.enter_context(ActivationWriter(kept, hidden_shape, compute.dtype, compute.batch_size, {}))
             store = DelayedStore(writer.write, compute)
-        for batch, hidden in stream_batches(read, range(-(-windows // compute.batch_size)), windows, compute):
+        for batch, hidden in stream_batches(read, range(math.ceil(windows / compute.batch_size)), windows, compute):
             seen.first = batch * compute.batch_size
             hidden = backbone(hidden, seen)
             if store:

@@ -23,13 +23,26 @@ from mistral_prune_lora.merge_descriptions import describe_merge
 from mistral_prune_lora.merge_plan import MergePlan, plan_merge
 from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
 from mistral_prune_lora.merge_verify import verify_merge
-from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE
+from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, is_model_dir
+from mistral_prune_lora.outputs import Output, Record, claim
+from mistral_prune_lora.space import require_space
 from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
-from mistral_prune_lora.transaction import atomic_directory, nearest_directory, refuse_foreign
+from mistral_prune_lora.transaction import atomic_directory
 
 ARITHMETIC = "PEFT merge_and_unload: 16-bit factors cast to float32, delta = (B @ A) * scaling, one rounding an adapter"
 _SETTINGS = ("config.json", MANIFEST, PRUNE_LOG, BUNDLE_META, INDEX_FILE)
 _SMALL_FILES = 64 << 20  # room for configuration and tokenizer beside the weights
+
+
+def _recorded(content: dict) -> set[str] | None:
+    """The files of a merge by its record; None if it is no such record."""
+    # A record that was written before records named their command is told by all that it holds.
+    shape = {"kind", "layers", "arithmetic", "inputs", "adapters", "tensors", "outputs", "versions"}
+    ours = content["command"] == "merge" if "command" in content else shape <= content.keys()
+    return {*content["outputs"], "merge.json"} if ours and isinstance(content.get("outputs"), dict) else None
+
+
+RECORD = Record("merge.json", "a merge", _recorded)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ def merge_adapters(
     save_full_model: bool = False,
     max_shard_size: int | None = None,
     adapter_indices: str = "original",
+    overwrite: bool = False,
 ) -> MergeReport:
     """Merge adapters into an A model (a full model is written) or a bundle (layer files are written).
 
@@ -73,7 +87,7 @@ def merge_adapters(
     Args:
         base_model: a directory with config.json, or a bundle directory.
         adapter_paths: PEFT LoRA adapters, merged in this order.
-        output_dir: written beside and renamed; what was there before is replaced whole.
+        output_dir: written beside and renamed; a former merge is replaced whole.
         device: where the arithmetic runs: "auto", "cpu" or "cuda:N".
         skeleton: for a bundle, the A model it belongs to; None means what the first adapter names as its base.
         tokenizer_path: whose tokenizer files a full model gets; None follows the chain of `tokenizer.find_tokenizer`.
@@ -82,29 +96,31 @@ def merge_adapters(
         save_full_model: write skeleton and bundle as one model.
         max_shard_size: bytes in a weight file of a full model; None writes one file.
         adapter_indices: how the adapters count layers: "original", or "compact", from 0 over the layers that A keeps.
+        overwrite: replace what is no former merge, too; never an input.
 
     Raises:
-        PipelineError and its kinds: see `merge_plan.plan_merge`; no space; no tokenizer; the check failed. Nothing is
-            written then.
+        PipelineError and its kinds: see `merge_plan.plan_merge` and `outputs.claim`; no space; no tokenizer; the check
+            failed. Nothing is written then.
     """
     where = resolve_device(device)
     plan = plan_merge(
         base_model,
         adapter_paths,
-        output_dir,
         skeleton=skeleton,
         save_bundle_only=save_bundle_only,
         save_full_model=save_full_model,
         max_shard_size=max_shard_size,
         adapter_indices=adapter_indices,
     )
-    refuse_foreign(output_dir)
     described = describe_merge(plan)
     small_files = _settings(plan, tokenizer_path) if plan.kind == "model" else []
-    _require_space(Path(output_dir), plan.nbytes + _SMALL_FILES)
+    named = [adapter.base_model for adapter in plan.adapters if adapter.base_model and is_model_dir(adapter.base_model)]
+    read = [base_model, *adapter_paths, skeleton, tokenizer_path, *named, *(file.parent for file in small_files)]
+    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
+    require_space({Path(output_dir): plan.nbytes + _SMALL_FILES})
     inputs, written = InputDigests(), {}
     try:
-        with atomic_directory(output_dir) as fresh:
+        with atomic_directory(output_dir, check=check) as fresh:
             with (
                 exact_arithmetic(),
                 progress(total=plan.nbytes, description=f"merge {Path(output_dir).name}", unit="B") as bar,
@@ -135,17 +151,6 @@ def _settings(plan: MergePlan, tokenizer_path) -> list[Path]:
     return [file for file in named if file.is_file()] + tokenizer
 
 
-def _require_space(output: Path, nbytes: int) -> None:
-    folder = nearest_directory(output.absolute().parent)
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise PipelineError(
-            f"{nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
-            where=folder,
-            mend="free space or choose another --output_dir",
-        )
-
-
 def _write_descriptions(described: Mapping[str, Mapping | Path], fresh: Path, small_files: Sequence[Path]) -> None:
     copy_settings(small_files, fresh)
     for name, content in described.items():
@@ -163,6 +168,7 @@ def _write_record(
     digests |= {file: file_sha256(file) for file in [*settings, *small_files] if file.is_file()}
     merged = [item.spec.name for item in plan.items if item.updates]
     record = {
+        "command": "merge",
         "kind": plan.kind,
         "layers": list(plan.layers),
         "arithmetic": ARITHMETIC,
@@ -185,7 +191,7 @@ def _write_record(
         "outputs": written | other_files_sha256(fresh, written),
         "versions": {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch")},
     }
-    write_json(fresh / "merge.json", record)
+    write_json(fresh / RECORD.name, record)
 
 
 def _tell(plan: MergePlan, report: MergeReport) -> None:

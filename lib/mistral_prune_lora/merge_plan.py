@@ -70,7 +70,6 @@ class MergePlan:
 def plan_merge(
     base_model: str | Path,
     adapter_paths: Sequence[str | Path],
-    output_dir: str | Path,
     *,
     skeleton: str | Path | None = None,
     save_bundle_only: bool = False,
@@ -83,7 +82,7 @@ def plan_merge(
     Args: as for `merge.merge_adapters`.
 
     Raises:
-        PipelineError: output and an input are one directory; contradicting flags; no adapter.
+        PipelineError: contradicting flags; no adapter.
         AdapterError: an adapter that cannot be merged, matches nothing here, was trained for another model or other
             layers, or comes twice.
         CheckpointError, LayoutError: base or skeleton cannot be read or contradict each other.
@@ -98,7 +97,6 @@ def plan_merge(
     frame = None
     if base.kind == "bundle":
         frame = _find_skeleton(skeleton, adapters, required=save_full_model)
-    _refuse_same_directory(output_dir, base_model, *adapter_paths, *([frame] if frame else []))
     if base.kind == "model":
         layout, num_layers = base.layout, base.config["num_hidden_layers"]
     else:
@@ -137,18 +135,6 @@ def _from_compact(adapters: Sequence[Adapter], base: Checkpoint, layout: Layout 
             mend="leave --adapter_indices compact out (adapter_indices in the configuration)",
         )
     return tuple(from_compact(adapter, layout) for adapter in adapters)
-
-
-def _refuse_same_directory(output_dir, *inputs) -> None:
-    output = Path(os.path.realpath(output_dir))
-    for path in inputs:
-        source = Path(os.path.realpath(path))
-        if output == source or output in source.parents:
-            raise PipelineError(
-                f"the output directory is or holds an input, {path}",
-                where=output_dir,
-                mend="choose another --output_dir",
-            )
 
 
 def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Path | None:

@@ -93,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     out = p.add_argument_group("output, besides the table")
     out.add_argument("--json", metavar="FILE", help="all results with their identity and paired differences")
     out.add_argument("--csv", metavar="FILE", help="a row a result")
+    out.add_argument("--overwrite", action="store_true",
+        help="replace a file that no evaluation has written, too; never an input (default: it is refused)")  # fmt: skip
     return p
 
 

@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
         help="the dense model: a directory or a Hub id; needed unless --kd_alpha is 0")  # fmt: skip
     p.add_argument("--student", metavar="DIR", help="the pruned A for stage A, else the merged A")
     p.add_argument("--bundle", action="append", metavar="DIR", help="a bundle to restore; may be repeated")
-    p.add_argument("--output_dir", metavar="DIR", help="the adapter's directory")
+    p.add_argument("--output_dir", metavar="DIR", help="the adapter's directory; a former one is replaced")
+    p.add_argument("--overwrite", action="store_true",
+        help="replace what is there even if it is no such adapter; never an input")  # fmt: skip
     p.add_argument("--teacher_states", metavar="FILE", help="reuse the teacher's states; made here if not there yet")
     _add_text(p.add_argument_group("text"))
     _add_adapter(p.add_argument_group("adapter"))
@@ -160,13 +162,21 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.families import read_config
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.model_place import model_directory
-    from mistral_prune_lora.teacher_states import teacher_states
+    from mistral_prune_lora.outputs import Output, claim
+    from mistral_prune_lora.teacher_states import holds_states, states_output, teacher_states
     from mistral_prune_lora.text import load_text
     from mistral_prune_lora.tokenizer import load_tokenizer
+    from mistral_prune_lora.transaction import check_place
     from mistral_prune_lora.windows import make_windows
 
-    given = request.settings
+    given, overwrite = request.settings, request.settings["overwrite"]
     device, dtype, states = given["device"], DTYPES[given["dtype"]], given.get("teacher_states")
+    read = [request.teacher, request.student, *request.bundles, *given.get("text_file", ()), given["dataset"]]
+    outputs = [Output.directory(request.output_dir, "--output_dir", distillation.RECORD)]
+    kept = [states] if states else []
+    claim([*outputs, *map(states_output, kept)], [*read, given.get("mirror")], overwrite=overwrite)
+    check_place(request.output_dir)
+    check_place(*kept, directory=False)
     teacher = model_directory(request.teacher) if request.teacher else None
     if teacher:
         _check_vocabularies(request.student, teacher)
@@ -175,8 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(teacher or request.student)
     windows = make_windows(text, tokenizer, seqlen=given["seqlen"], max_windows=given["nsamples"])
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
-    if states and not Path(states).exists():
-        teacher_states(teacher, windows, states, dtype=dtype, device=device)
+    if states and not holds_states(states):
+        teacher_states(teacher, windows, states, dtype=dtype, device=device, overwrite=overwrite)
     distillation.train_adapter(
         request.part,
         student_dir=request.student,
@@ -192,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         device=device,
         seed=given["seed"],
         gradient_checkpointing=given["gradient_checkpointing"],
+        overwrite=overwrite,
     )
     print(f"adapter of {request.part}: {request.output_dir}")
 

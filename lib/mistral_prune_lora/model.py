@@ -79,7 +79,7 @@ def load_model(
     checkpoint = open_checkpoint(path)
     config = model_config(checkpoint)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     layers = model.model.layers
     for index in set(range(len(layers))) - set(checkpoint.layers):
         if checkpoint.layout is None or index not in checkpoint.layout.dropped:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from mistral_prune_lora.checkpoint import Checkpoint
+from mistral_prune_lora.finite import all_finite, tensor_fault
 from mistral_prune_lora.layers import build_norm
 from mistral_prune_lora.model import head_name, model_config
 from mistral_prune_lora.statistics import WindowScores
@@ -32,9 +33,14 @@ class Head:
 
         Raises:
             CheckpointError: a tensor is missing.
+            NumberError: one holds NaN or infinity. A projection's row of -infinity would pass unseen: its token, if it
+                is never the true one, only makes the others likelier.
         """
         self._norm: nn.Module = build_norm(model_config(checkpoint), checkpoint, dtype, device)
         self._weight = checkpoint.read(head_name(checkpoint), dtype).to(device)
+        for name, weight in (("model.norm.weight", self._norm.weight), (head_name(checkpoint), self._weight)):
+            if not all_finite(weight):
+                raise tensor_fault(checkpoint.entries[name], dtype)
         self.vocabulary = self._weight.shape[0]
         self.nbytes = head_bytes(checkpoint, dtype)
 

@@ -18,15 +18,32 @@ from mistral_prune_lora.descriptions import (
     make_prune_log,
     parameter_counts,
 )
-from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.model_files import BUNDLE_META, LAYER_PREFIX, LAYERS_MAP, SINGLE_FILE, layer_file_name
+from mistral_prune_lora.outputs import Output, Record, claim, listed_files, read_record
 from mistral_prune_lora.safetensors_file import TensorSpec, write_file
-from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
-from mistral_prune_lora.transaction import atomic_directory, refuse_foreign
+from mistral_prune_lora.space import require_space
+from mistral_prune_lora.tokenizer import TOKENIZER_FILES, copy_settings, find_tokenizer, local_tokenizer_files
+from mistral_prune_lora.transaction import atomic_directories
 
+RECORD_FILE = "prune.json"
+# What else lies in A's directory; prune_log.json may have a second name that is none of these.
+FILES_OF_A = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "original_config",
+        MANIFEST,
+        LAYERS_MAP,
+        SINGLE_FILE,
+        RECORD_FILE,
+        *TOKENIZER_FILES,
+    }
+)
+_SMALL_FILES = 64 << 20  # room for configuration and tokenizer beside the weights
 FIXED_LAYERS: dict = {"method": "fixed"}
 
 
@@ -64,8 +81,12 @@ def prune_model(
     log: Mapping | None = None,
     log_name: str = PRUNE_LOG,
     base_model: str | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write A to `save_dir` and the bundles to `save_removed_dir`/B and /C, each directory whole or not at all.
+    """Write A to `save_dir` and the bundles to `save_removed_dir`/B and /C, all three whole or none at all.
+
+    Of a former pruning in the same place, all parts are replaced one right after the other when the last is written. If
+    a run is killed between two of them, the next one puts the rest in place before it begins.
 
     Weights keep their bytes, dtype and original layer indices, so A with both bundles restored is the dense model.
 
@@ -78,20 +99,20 @@ def prune_model(
             added to it.
         log_name: a second name for prune_log.json, in `save_dir` as well.
         base_model: what the descriptions call the dense model, such as its Hub id; None means its path.
+        overwrite: replace what no pruning has written, too; never the dense model.
 
     Raises:
+        PipelineError: a directory may not or cannot be written, see `outputs.claim` and `transaction`; no space.
         LayoutError: the layout is for a model of another number of layers.
         CheckpointError: the model is incomplete, pruned already, or has no tokenizer.
     """
     model_dir = Path(os.path.abspath(model_dir))
     dense = _open_dense(model_dir, layout)
     save_dir, removed = Path(save_dir), Path(save_removed_dir)
-    _refuse_overlap(model_dir, save_dir, removed)
-    bundles = {part: layout.layers_of(part) for part in "BC"}
-    refuse_foreign(save_dir, {log_name})
-    for part in bundles:
-        refuse_foreign(removed / part)
     base_model = base_model or os.fspath(model_dir)
+    places = prune_outputs(save_dir, removed)
+    check = claim(places, [model_dir, find_tokenizer(model_dir)], overwrite=overwrite)
+    require_space({output.path: _part_bytes(dense, layout, part) for part, output in zip("ABC", places, strict=True)})
     manifest = make_manifest(
         layout,
         base_model=base_model,
@@ -105,34 +126,73 @@ def prune_model(
         },
     )
     total = sum(entry.nbytes for entry in dense.entries.values())
-    with progress(total=total, description="prune", unit="B") as bar:
+    with (
+        progress(total=total, description="prune", unit="B") as bar,
         # A last: its manifest speaks of bundles that are there.
-        for part, layers in bundles.items():
-            with atomic_directory(removed / part) as fresh:
-                for layer in layers:
-                    _copy_tensors(dense, {f"model.layers.{layer}.": ""}, fresh / layer_file_name(layer), bar)
-                write_json(fresh / BUNDLE_META, bundle_meta(part, layers, dense_facts(dense.config, layout, manifest)))
-        with atomic_directory(save_dir, {log_name}) as fresh:
-            kept = {f"model.layers.{layer}.": f"model.layers.{layer}." for layer in layout.kept}
-            written = _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
-            write_json(fresh / MANIFEST, manifest)
-            write_json(fresh / LAYERS_MAP, layers_map(layout.num_layers, {name: name for name in written}))
-            for name in {PRUNE_LOG, log_name}:
-                write_json(fresh / name, _prune_log(dense, base_model, layout, selection, log))
-            _copy_settings(model_dir, fresh)
+        atomic_directories([removed / "B", removed / "C", save_dir], check=check) as (fresh_b, fresh_c, fresh),
+    ):
+        facts = dense_facts(dense.config, layout, manifest)
+        for part, layers, bundle in (("B", layout.b, fresh_b), ("C", layout.c, fresh_c)):
+            for layer in layers:
+                _copy_tensors(dense, {f"model.layers.{layer}.": ""}, bundle / layer_file_name(layer), bar)
+            write_json(bundle / BUNDLE_META, bundle_meta(part, layers, facts))
+            _write_record(part, bundle)
+        kept = {f"model.layers.{layer}.": f"model.layers.{layer}." for layer in layout.kept}
+        written = _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
+        write_json(fresh / MANIFEST, manifest)
+        write_json(fresh / LAYERS_MAP, layers_map(layout.num_layers, {name: name for name in written}))
+        for name in {PRUNE_LOG, log_name}:
+            write_json(fresh / name, _prune_log(dense, base_model, layout, selection, log))
+        _copy_settings(model_dir, fresh)
+        _write_record("A", fresh)
 
 
-def _refuse_overlap(model_dir: Path, save_dir: Path, removed: Path) -> None:
-    """Raise a PipelineError if one of the directories would be written into or over another."""
-    a, dense = Path(os.path.realpath(save_dir)), Path(os.path.realpath(model_dir))
-    for bundle in (Path(os.path.realpath(removed / part)) for part in "BC"):
-        for first, second in ((a, bundle), (a, dense), (bundle, dense)):
-            if first == second or first in second.parents or second in first.parents:
-                raise PipelineError(
-                    f"{first} and {second} lie in one another",
-                    where="--save_dir, --save_removed_dir",
-                    mend="give the A model and the bundles directories of their own, outside of the dense model",
-                )
+def prune_outputs(save_dir: str | Path, save_removed_dir: str | Path) -> list[Output]:
+    """The directories of A, B and C as outputs of a command."""
+    removed = Path(save_removed_dir)
+    return [
+        Output.directory(save_dir, "--save_dir", _record_of("A")),
+        Output.directory(removed / "B", "--save_removed_dir", _record_of("B")),
+        Output.directory(removed / "C", "--save_removed_dir", _record_of("C")),
+    ]
+
+
+def prune_log_output(path: str | Path) -> Output:
+    """A further copy of prune_log.json as an output of a command."""
+    return Output.file(path, "--prune_log", _is_prune_log, "pruning")
+
+
+def _record_of(part: str) -> Record:
+    """How pruning knows a part that it has written; another part is no such output."""
+
+    def names(content: dict) -> set[str] | None:
+        ours = content.get("command") == "prune" and content.get("part") == part
+        return {str(name) for name in content["files"]} if ours and isinstance(content.get("files"), list) else None
+
+    return Record(RECORD_FILE, f"pruning {part}", names)
+
+
+def _write_record(part: str, fresh: Path) -> None:
+    versions = {"mistral-prune-lora": importlib.metadata.version("mistral-prune-lora")}
+    files = [*listed_files(fresh), RECORD_FILE]
+    write_json(fresh / RECORD_FILE, {"command": "prune", "part": part, "files": files, "versions": versions})
+
+
+def _is_prune_log(path: Path) -> bool:
+    content = read_record(path)
+    versions = content.get("versions")
+    return "selection" in content and isinstance(versions, dict) and "mistral-prune-lora" in versions
+
+
+def _part_bytes(dense: Checkpoint, layout: Layout, part: str) -> int:
+    """The bytes of a part's directory, at most."""
+    layers = set(layout.layers_of(part))
+    inside = (
+        entry.nbytes
+        for name, entry in dense.entries.items()
+        if (int(match[1]) in layers if (match := LAYER_PREFIX.match(name)) else part == "A")
+    )
+    return sum(inside) + _SMALL_FILES
 
 
 def _open_dense(model_dir: Path, layout: Layout) -> Checkpoint:

@@ -10,10 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.errors import DataError, NumberError
 from mistral_prune_lora.transaction import atomic_file
-
-_LARGEST_EXPONENT = 700.0  # beyond it, exp overflows a float64
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,12 @@ class WindowScores:
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
         return cls(**{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()})
 
+    def first_not_finite(self) -> int | None:
+        """The first window of which a score is NaN or infinity; None if all are numbers."""
+        known = [column for column in vars(self).values() if column is not None]
+        bad = np.flatnonzero(~np.isfinite(known).all(axis=0))
+        return int(bad[0]) if len(bad) else None
+
     def save(self, path: str | Path, predicted_per_window: int) -> None:
         """Write them as parquet: window, tokens (predicted ones), and the columns that are known."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -48,7 +52,7 @@ class WindowScores:
             table.to_parquet(fresh, index=False)
 
 
-def summarise(scores: WindowScores, *, predicted_per_window: int, tokens_per_byte: float) -> dict:
+def summarise(scores: WindowScores, *, predicted_per_window: int, tokens_per_byte: float | None) -> dict:
     """The numbers of one evaluation.
 
     Mean NLL is the total over all predicted tokens divided by their count. Windows are equally long, so it is the mean
@@ -59,23 +63,31 @@ def summarise(scores: WindowScores, *, predicted_per_window: int, tokens_per_byt
         scores: of all windows.
         predicted_per_window: seqlen - 1.
         tokens_per_byte: token ids of the windows for each UTF-8 byte of text that they cover. Bits per byte are mean
-            NLL / ln 2 times this: the first token of a window, which nothing predicts, is taken to cost the mean.
+            NLL / ln 2 times this: the first token of a window, which nothing predicts, is taken to cost the mean. None
+            if they cover no text.
 
     Returns:
-        ppl, ppl_se, mean_nll, mean_nll_se (standard errors are None for a single window), bits_per_byte, tokens,
-        windows, top1_accuracy; with a dense model also kl_dense (nats a token), kl_dense_se, top1_agreement.
+        ppl, ppl_se, mean_nll, mean_nll_se (standard errors are None for a single window), bits_per_byte (None without
+        text), tokens, windows, top1_accuracy; with a dense model also kl_dense (nats a token), kl_dense_se,
+        top1_agreement.
+
+    Raises:
+        NumberError: one of them is NaN or infinity: a window's score is none, or the perplexity is beyond a float64.
     """
+    fault = scores.first_not_finite()
+    if fault is not None:
+        raise NumberError(f"a score of window {fault} is NaN or infinity", window=fault)
     windows = len(scores.nll)
     tokens = windows * predicted_per_window
     mean = math.fsum(scores.nll) / tokens
-    ppl = math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
+    ppl = perplexity_of(mean)
     error = standard_error(scores.nll / predicted_per_window)
     result = {
         "ppl": ppl,
         "ppl_se": None if error is None else ppl * error,
         "mean_nll": mean,
         "mean_nll_se": error,
-        "bits_per_byte": mean / math.log(2) * tokens_per_byte,
+        "bits_per_byte": None if tokens_per_byte is None else mean / math.log(2) * tokens_per_byte,
         "tokens": tokens,
         "windows": windows,
         "top1_accuracy": math.fsum(scores.correct) / tokens,
@@ -86,7 +98,25 @@ def summarise(scores: WindowScores, *, predicted_per_window: int, tokens_per_byt
             "kl_dense_se": standard_error(scores.kl / predicted_per_window),
             "top1_agreement": math.fsum(scores.agree) / tokens,
         }
+    wrong = [name for name, value in result.items() if value is not None and not math.isfinite(value)]
+    if wrong:
+        raise NumberError(f"{wrong[0]} is NaN or infinity, at a mean NLL of {mean:g} nats a token")
     return result
+
+
+def perplexity_of(mean_nll: float) -> float:
+    """exp(mean NLL), or the ratio of two perplexities from the difference of their mean NLL.
+
+    Raises:
+        NumberError: it is beyond the largest float64.
+    """
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        raise NumberError(
+            f"exp({mean_nll:g}), the perplexity, is beyond the largest number",
+            mend="Look at the weights: a blind guess among 32000 tokens costs 10.4 nats",
+        ) from None
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> dict:
@@ -103,6 +133,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0
 
     Raises:
         DataError: they are not scores of the same number of windows.
+        NumberError: the ratio is beyond the largest number.
     """
     if first.shape != second.shape:
         raise DataError(f"{len(first)} and {len(second)} windows cannot be compared in pairs")
@@ -113,7 +144,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0
         "difference": mean,
         "low": None if half is None else mean - half,
         "high": None if half is None else mean + half,
-        "ppl_ratio": math.exp(min(mean, _LARGEST_EXPONENT)),
+        "ppl_ratio": perplexity_of(mean),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ COLUMNS = (
     "experiment", "dataset", "variant", "stage", "label", "active_layers", "parameters", "ppl", "mean_nll", "tokens",
     "windows", "seqlen", "dtype", "ppl_se", "mean_nll_se", "bits_per_byte", "top1_accuracy", "kl_dense", "kl_dense_se",
     "top1_agreement", "device", "batch_size", "ids_sha256", "weights_sha256", "adapter_tensors_out_of_scope",
+    "warnings",
 )  # fmt: skip
 
 
@@ -40,8 +42,8 @@ def write_summary(
             that its parts' merges left out, since they are for layers that the part does not hold.
 
     Raises:
-        DataError: a result or a merge's record cannot be read, or results of one experiment and dataset are of
-            different token ids.
+        DataError: a result or a merge's record cannot be read, a result contradicts its windows or is no number; or
+            results of one experiment and dataset are of different token ids.
     """
     records = [_read(Path(path)) for path in results]
     for record in records:
@@ -98,10 +100,38 @@ def _name(record: Mapping) -> str:
 
 
 def _read(path: Path) -> dict:
+    """A result with its warnings as one text, and `nll_per_token`, the mean NLL of each of its windows."""
+    mend = "delete it and run again"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         table = pd.read_parquet(path.with_suffix(".parquet"))
-        per_token: np.ndarray = (table.nll / table.tokens).to_numpy()
-        return {**record, "nll_per_token": per_token}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"cannot be read as a result: {error}", where=path, mend="delete it and run again") from None
+        fault = _fault(record, table)
+        read = {
+            **record,
+            "warnings": "; ".join(record.get("warnings", [])),
+            "nll_per_token": (table.nll / table.tokens).to_numpy(),
+        }
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(f"cannot be read as a result: {error}", where=path, mend=mend) from None
+    if fault:
+        raise DataError(fault, where=path, mend=mend)
+    return read
+
+
+def _fault(record: Mapping, table: pd.DataFrame) -> str | None:
+    """What in a result's record is no number, or is not what its windows say; None if nothing."""
+    if record["variant"] not in VARIANTS or record["stage"] not in STAGES:
+        return f"is of variant {record['variant']!r}, stage {record['stage']!r}"
+    numbers = {name: value for name in COLUMNS if isinstance(value := record.get(name), (int, float))}
+    wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if wrong or not np.isfinite(table.nll.to_numpy()).all():
+        return f"{wrong[0] if wrong else 'the NLL of a window'} is NaN or infinity"
+    if len(table) != record["windows"] or (table.tokens != record["seqlen"] - 1).any():
+        return f"speaks of {record['windows']} windows of {record['seqlen']} tokens, and those beside it are others"
+    # A sum of the same float64: anything more than its rounding is another number.
+    mean = math.fsum(table.nll) / int(table.tokens.sum())
+    if not math.isclose(record["mean_nll"], mean, rel_tol=1e-12):
+        return f"has the mean NLL {record['mean_nll']}, and its windows have {mean}"
+    if not math.isclose(record["ppl"], math.exp(mean), rel_tol=1e-12):
+        return f"has the PPL {record['ppl']}, and its windows have {math.exp(mean)}"
+    return None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from mistral_prune_lora.activations import ActivationReader
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
+from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.evaluation_runs import Ending, Start, run_to_file
+from mistral_prune_lora.evaluation_subject import DTYPE_NAMES
 from mistral_prune_lora.layers import Compute, LayerSource, build_norm
 from mistral_prune_lora.model import model_config
+from mistral_prune_lora.outputs import Output, claim
 from mistral_prune_lora.teacher_record import teacher_record, weight_digests
 from mistral_prune_lora.windows import Windows
 
@@ -24,6 +30,7 @@ def teacher_states(
     device: str = "cpu",
     batch_size: int = 1,
     max_memory: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Run the dense model over the training windows once and keep its final hidden states (after the norm).
 
@@ -37,11 +44,14 @@ def teacher_states(
             which are checked when it is read.
         dtype, device, batch_size: of the teacher's forward pass.
         max_memory: bytes to use on the device; None means a share of what is free.
+        overwrite: replace what holds no such states, too; never the teacher.
 
     Raises:
         CheckpointError: weights are missing or do not fit.
-        PipelineError: memory or disk space does not suffice, or another process is writing `output`.
+        PipelineError: the output may not be written, see `outputs.claim`; memory or disk space does not suffice,
+            another process is writing `output`, or the model overflows.
     """
+    claim([states_output(output)], [teacher_dir], overwrite=overwrite)
     compute = Compute(resolve_device(device), dtype, batch_size, max_memory)
     teacher = open_checkpoint(teacher_dir)
     config = model_config(teacher)
@@ -50,4 +60,33 @@ def teacher_states(
     record = teacher_record(windows, weight_digests(teacher_dir)) | {"batch_size": batch_size}
     layers = [LayerSource(index, teacher) for index in range(config.num_hidden_layers)]
     start = Start(teacher, windows, compute, None)
-    run_to_file(start, layers, windows, config, compute, Path(output), Ending(norm, record))
+    run_to_file(start, layers, windows, config, compute, Path(output), Ending(_finite(norm, dtype), record))
+
+
+def states_output(path: str | Path) -> Output:
+    """The file of the teacher's states as an output of a command."""
+    return Output.file(path, "--teacher_states", holds_states, "the teacher's run")
+
+
+def holds_states(path: str | Path) -> bool:
+    """Whether a file is there and holds a teacher's states, of whatever windows."""
+    try:
+        return "teacher" in ActivationReader(path).run
+    except PipelineError:
+        return False
+
+
+def _finite(norm: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The norm, which raises a PipelineError where a student would be taught NaN."""
+
+    def apply(hidden: torch.Tensor) -> torch.Tensor:
+        states = norm(hidden)
+        if not torch.isfinite(states).all():
+            raise PipelineError(
+                f"the teacher's final hidden states hold NaN or infinity in {DTYPE_NAMES[dtype]}",
+                where="--dtype",
+                mend="use bf16 or fp32, whose range is wider than that of fp16; if that is no help, check the weights",
+            )
+        return states
+
+    return apply

@@ -61,7 +61,8 @@ def load_tokenizer(
         A transformers tokenizer whose `name_or_path` is the absolute path or Hub id that it came from.
 
     Raises:
-        CheckpointError: there is none in any place (names every place tried), or its files are malformed.
+        CheckpointError: there is none in any place (names every place tried), its files are malformed, or it brings
+            code of its own, which is never run.
     """
     from transformers import AutoTokenizer
 
@@ -71,7 +72,7 @@ def load_tokenizer(
             tried.append(f"{step}: {problem}")
             continue
         try:
-            return AutoTokenizer.from_pretrained(os.fspath(place))
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(place), trust_remote_code=False)
         except Exception as error:  # whatever a malformed file provokes in one of three tokenizer libraries
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             if isinstance(place, Path):
@@ -79,6 +80,10 @@ def load_tokenizer(
                     f"the tokenizer cannot be loaded: {first}", where=place, mend="copy the tokenizer files there again"
                 ) from error
             tried.append(f"{step}: {place} on the Hub: {first}")
+            continue
+        if getattr(tokenizer, "init_kwargs", {}).get("auto_map"):
+            raise _brings_code(place)
+        return tokenizer
     raise _not_found(tried)
 
 
@@ -90,7 +95,7 @@ def find_tokenizer(
     Arguments as for `load_tokenizer`.
 
     Raises:
-        CheckpointError: there is none in any place; names every place tried.
+        CheckpointError: there is none in any place (names every place tried), or it brings code of its own.
     """
     tried = []
     for step, place, problem in _places(base_model_path, tokenizer_path, adapter_path):
@@ -137,6 +142,43 @@ def copy_settings(files: Iterable[Path], folder: Path) -> None:
         below = file.parent.name if file.parent.name == _MORE_TEMPLATES else ""
         (folder / below).mkdir(exist_ok=True)
         shutil.copyfile(file, folder / below / file.name)
+
+
+def own_tokenizer(model_dir: str | Path) -> Path | None:
+    """The directory of the tokenizer that a model brings along: its own or its original_config; None without one."""
+    folders = (Path(model_dir), Path(model_dir) / "original_config")
+    return next((folder for folder in folders if tokenizer_files(folder)), None)
+
+
+def is_tokenizer_of(own: Path, name: str, identity: str) -> bool:
+    """Whether token ids were made with a tokenizer that gives the ids of another one.
+
+    Equal files do. So do files of another version of the library, which are written otherwise; such tokenizers are
+    loaded and compared.
+
+    Args:
+        own: the directory of the other one.
+        name: directory or Hub id that the ids' tokenizer came from; a Hub id is looked up in the local cache only.
+        identity: its `tokenizer_identity`.
+    """
+    if tokenizer_identity(own) == identity:
+        return True
+    try:
+        theirs = Path(name) if os.path.isdir(name) else _cached(name)
+        if tokenizer_identity(theirs) != identity:  # no longer what it was
+            return False
+        meanings = [_meaning(load_tokenizer(folder, tokenizer_path=folder)) for folder in (own, theirs)]
+    except CheckpointError:
+        return False
+    return meanings[0] is not None and meanings[0] == meanings[1]
+
+
+def _meaning(tokenizer) -> dict | None:
+    """What a tokenizer does with a text, as one version of the library writes it; None if it does not say."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    return {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
 
 
 def tokenizer_identity(path: str | Path) -> str:
@@ -194,6 +236,7 @@ def _resolve(path: str | Path) -> tuple[Path | str | None, str | None]:
         # Absolute, because transformers may take a relative path for the id of a Hub repository.
         folder = Path(os.path.abspath(path))
         if tokenizer_files(folder):
+            _refuse_code(folder)
             return folder, None
         bare = (folder / "tokenizer.model").is_file()
         return (
@@ -204,6 +247,25 @@ def _resolve(path: str | Path) -> tuple[Path | str | None, str | None]:
     if isinstance(path, str) and _HUB_ID.fullmatch(name):
         return name, None
     return None, f"{name} does not exist"
+
+
+def _refuse_code(folder: Path) -> None:
+    """Raise a CheckpointError for a tokenizer whose files name code to be imported, before anything loads them."""
+    for name in ("tokenizer_config.json", "config.json"):  # of both, transformers follows the auto_map
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # said by whoever needs what stands there
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise _brings_code(folder / name)
+
+
+def _brings_code(where: Path | str) -> CheckpointError:
+    return CheckpointError(
+        "there is an auto_map: this tokenizer or model brings code of its own, and such ones are not taken",
+        where=where,
+        mend="give --tokenizer_path a tokenizer of transformers' own classes",
+    )
 
 
 def _named_in(file: Path | None, key: str) -> tuple[str, None] | tuple[None, str]:

@@ -44,6 +44,7 @@ DEFAULTS = {
     "gradient_checkpointing": False,
     "device": "auto",
     "dtype": "bf16",
+    "overwrite": False,
 }
 # What the original trainer takes where its command line says nothing, if that differs; there is no default text.
 ORIGINAL_DEFAULTS = {

@@ -100,10 +100,15 @@ class Windows:
             with safe_open(path, "pt") as file:
                 ids = file.get_tensor("ids")
                 identity = WindowsIdentity(**json.loads(file.metadata()["windows"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"is not a file of windows: {error}", where=path, mend=mend) from None
         if ids_digest(ids) != identity.ids_sha256 or tuple(ids.shape) != (identity.windows, identity.seqlen):
             raise DataError("its ids are not those that it was written with", where=path, mend=mend)
+        if ids.dtype is not torch.int32 or ids.shape[0] < 1 or ids.shape[1] < 2 or int(ids.min()) < 0:
+            raise DataError("its ids are no windows of token ids", where=path, mend=mend)
+        # The types of the fields stand there as text, as all annotations of this module do.
+        if not all(type(getattr(identity, f.name)).__name__ == f.type for f in fields(identity)):
+            raise DataError("does not say what it was cut from", where=path, mend=mend)
         return cls(ids, identity)
 
 

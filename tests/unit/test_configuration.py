@@ -54,6 +54,42 @@ def test_every_mistake_is_reported_at_once_with_its_path(example):
     assert "5 mistakes" in text
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1.0e+400"])
+def test_numbers_that_are_none_are_mistakes_with_their_paths(example, value):
+    """YAML has words for them, and NaN is below no bound."""
+    number, distill = yaml.safe_load(value), example["experiments"]["smollm2"]["distill"]
+    distill["lora"] |= {"alpha": number, "dropout": number}
+    distill["loss"] |= {"kd_alpha": number, "temperature": number}
+    distill["stages"]["A"] |= {name: number for name in ("learning_rate", "weight_decay", "max_grad_norm", "steps")}
+    example["experiments"]["smollm2"]["perplexity"]["windows"] = number
+    text = mistakes(example)
+    for path in (
+        "lora.alpha", "lora.dropout", "loss.kd_alpha", "loss.temperature", "stages.A.learning_rate",
+        "stages.A.weight_decay", "stages.A.max_grad_norm",
+    ):  # fmt: skip
+        assert f"experiments.smollm2.distill.{path}: {number} is not of type 'number'" in text
+    assert f"distill.stages.A.steps: {number} is not of type 'integer'" in text
+    assert f"perplexity.windows: {number} is not of type 'integer', 'null'" in text
+
+
+def test_numbers_that_training_would_break_on_are_mistakes(example):
+    distill = example["experiments"]["smollm2"]["distill"]
+    distill["stages"]["A"] |= {"learning_rate": 1e30, "steps": 100.0}
+    distill["loss"]["temperature"] = 0
+    text = mistakes(example)
+    assert "distill.stages.A.learning_rate: 1e+30 is greater than the maximum of 1" in text
+    assert "distill.stages.A.steps: 100.0 is not of type 'integer'" in text
+    assert "distill.loss.temperature: 0 is less than or equal to the minimum of 0" in text
+
+
+def test_every_mistake_is_one_printable_line(example):
+    example["experiments"]["smollm2"] |= {"a\nb\x1b[31m": 1, "k" * 2000: 2}
+    lines = mistakes(example).splitlines()
+    assert lines[0] == "the configuration has 2 mistakes:" and len(lines) == 3
+    assert any(r"experiments.smollm2.a\nb\x1b[31m: unknown key" in line for line in lines)
+    assert all(line.isprintable() and len(line) <= 502 for line in lines)
+
+
 def test_references_and_layers_are_checked_together(example):
     experiment = example["experiments"]["smollm2"]
     experiment["perplexity"]["datasets"] = ["pydoc", "wikitext3"]

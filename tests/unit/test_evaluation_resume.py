@@ -1,19 +1,24 @@
 """A killed evaluation goes on where it stopped: same bits, nothing computed twice."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
 from evaluation_project import LAYOUT
+from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 
 from mistral_prune_lora import evaluation_command, evaluation_runs
+from mistral_prune_lora.activations import ActivationReader
+from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_command import forget_old_work
 from mistral_prune_lora.evaluation_subject import Subject
@@ -181,6 +186,93 @@ def test_a_corrupted_batch_is_computed_again(folder, counted, damage):
         partial.unlink()
     repeated = 3 if damage == "gone" else 1
     assert counted(folder / "work") == (expected, 17 + repeated)
+
+
+def activation_files(work):
+    """By the number of layers that led there: [0-2, 3-4]."""
+    return sorted(work.glob("*.safetensors"), key=lambda file: len(ActivationReader(file).run["layers"]))
+
+
+def test_changed_activations_never_give_another_number(folder, counted):
+    expected, _ = counted(folder / "work")
+    first, second = activation_files(folder / "work")
+    for scores in (folder / "work").glob("*.scores"):
+        scores.unlink()
+    content = bytearray(second.read_bytes())
+    content[-1000] ^= 4
+    second.write_bytes(content)
+    with pytest.raises(
+        DataError, match=rf"window \d is not the one that was written \(in {second}\)\. Delete it and run"
+    ):
+        counted(folder / "work")
+    second.unlink()
+    assert counted(folder / "work")[0] == expected
+    assert first.is_file()
+
+
+def test_activations_of_former_versions_are_made_anew(folder, counted, capsys):
+    expected, passes = counted(folder / "work")
+    files = activation_files(folder / "work")
+    for file in files:
+        hidden = load_file(file)["hidden_states"]
+        save_file({"hidden_states": hidden}, file, metadata={"run": json.dumps(ActivationReader(file).run)})
+    for scores in (folder / "work").glob("*.scores"):
+        scores.unlink()
+    assert counted(folder / "work") == (expected, passes)
+    said = capsys.readouterr().err
+    for file in files:
+        assert said.count(f"warning: {file} has no checksums of its windows; it is made anew") == 1
+    assert counted(folder / "work") == (expected, 0)
+
+
+def test_activations_under_another_name_are_not_used(folder, counted):
+    """Their names tell what they are of; what the file itself says is asked all the same."""
+    expected, passes = counted(folder / "work")
+    first, second = activation_files(folder / "work")
+    second.write_bytes(first.read_bytes())
+    for scores in (folder / "work").glob("*.scores"):
+        scores.unlink()
+    assert counted(folder / "work") == (expected, passes - 4), "only layers 0-2 were there"
+
+
+def edited(line: str, **changes) -> str:
+    """A line of a journal with another content and the checksum that fits it."""
+    text = json.dumps({**json.loads(line.split(" ", 1)[1]), **changes})
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+ONE = [1.0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "again"),
+    [
+        (lambda lines: [line.replace(".", "0.", 1) if i == 2 else line for i, line in enumerate(lines)], 1),
+        (lambda lines: [*lines, edited(lines[1], batch=4)], 0),
+        (lambda lines: [*lines, edited(lines[1], batch=-1)], 0),
+        (lambda lines: [*lines, edited(lines[2], nll=[9.0, 9.0])], 0),
+        (lambda lines: [*lines, edited(lines[2], batch=None)], 0),
+        (lambda lines: [*lines[:4], edited(lines[4], nll=ONE * 2)], 1),
+        (lambda lines: [*lines[:4], edited(lines[4], nll=[])], 1),
+        (lambda lines: [*lines[:4], edited(lines[4], nll=[math.nan])], 1),
+        (lambda lines: [*lines[:4], edited(lines[4], nll=["1.0"])], 1),
+        (lambda lines: [*lines[:4], edited(lines[4], nll=[10**400])], 1),
+        (lambda lines: [*lines[:4], edited(lines[4], nll=1.0)], 1),
+        (lambda lines: [*lines[:4], edited(lines[4], correct=None)], 1),
+        (lambda lines: [*lines[:4], edited(lines[4], batch="3")], 1),
+        (lambda lines: [*lines[:4], edited(lines[4], batch=True)], 1),
+    ],
+    ids=["digit", "beyond", "negative", "twice", "no batch", "longer", "shorter", "nan", "text", "huge", "bare", "none",
+         "text batch", "true"],
+)  # fmt: skip
+def test_scores_that_cannot_be_are_computed_again_and_said(folder, counted, capsys, spoil, again):
+    expected, _ = counted(folder / "work")
+    scores = min((folder / "work").glob("*.scores"))
+    lines = scores.read_text().splitlines()
+    assert len(lines) == 1 + 4, "7 windows, two a batch: the last one holds one"
+    scores.write_text("\n".join(spoil(lines)) + "\n")
+    assert counted(folder / "work") == (expected, again)
+    assert f"warning: {scores}: an entry is not what was written" in capsys.readouterr().err
 
 
 def test_an_interruption_says_how_to_go_on(folder, monkeypatch, capsys):

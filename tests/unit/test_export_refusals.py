@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from merge_oracle import edit_json, edit_tensors
-from safetensors.torch import save_file
 from test_export import LAYOUT, parts
 
-from mistral_prune_lora import export as export_module
-from mistral_prune_lora import transaction
+from mistral_prune_lora import space, transaction
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.export import export_stage
 from mistral_prune_lora.export_stage import main
@@ -91,9 +89,9 @@ def untie(a, bundles):
         (lambda a, b: (a / "generation_config.json").write_text("{"), {}, "generation_config.json.*|is not JSON"),
         (None, {"stage": "C"}, "there is no stage 'C'"),
         (None, {"form": "gguf"}, "there is no format 'gguf'"),
-        (None, {"output_dir": "A"}, "the output directory is, holds or lies in an input"),
-        (None, {"output_dir": "A/exported"}, "the output directory is, holds or lies in an input"),
-        (None, {"output_dir": "bundles"}, "the output directory is, holds or lies in an input"),
+        (None, {"output_dir": "A"}, "is an input, or a part of one"),
+        (None, {"output_dir": "A/exported"}, "lies in an input"),
+        (None, {"output_dir": "bundles"}, "holds an input"),
         (None, {"bundles": lambda b: {"B": b["B"].parents[1] / "A"}}, "is a model, not a bundle"),
     ],
 )
@@ -123,9 +121,19 @@ def state(folder: Path) -> set[tuple[str, bytes]]:
 def test_files_of_another_origin_are_not_replaced(given, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/model.gguf").write_bytes(b"mine")
-    with pytest.raises(PipelineError, match=r"files of another origin: model\.gguf"):
+    with pytest.raises(PipelineError, match=r"holds no record of an export \(export\.json\), but model\.gguf"):
         export_stage(given[0], tmp_path / "out", stage="A")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    export_stage(given[0], tmp_path / "out", stage="A", overwrite=True)
+    export_stage(given[0], tmp_path / "out", stage="A")
+    (tmp_path / "out/model.gguf").write_bytes(b"mine")
+    with pytest.raises(PipelineError, match=r"holds files that its export\.json does not name: model\.gguf"):
+        export_stage(given[0], tmp_path / "out", stage="A")
+    assert main(["--model_path", str(given[0]), "--stage", "A", "--output_dir", str(tmp_path / "out")]) == 1
+    assert (
+        main(["--model_path", str(given[0]), "--stage", "A", "--output_dir", str(tmp_path / "out"), "--overwrite"]) == 0
+    )
+    assert not (tmp_path / "out/model.gguf").exists()
 
 
 def test_weights_of_dropped_layers_in_a_are_left_out_and_said(given, tmp_path):
@@ -139,9 +147,16 @@ def test_weights_of_dropped_layers_in_a_are_left_out_and_said(given, tmp_path):
     assert (tmp_path / "clean/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 
 
+def test_parts_of_several_dtypes_are_said(given, tmp_path):
+    a, bundles = given
+    edit_tensors(bundles["B"] / "layer_003.safetensors", lambda t: t.update({n: v.float() for n, v in t.items()}))
+    report = export_stage(a, tmp_path / "out", stage="AB", bundles=bundles)
+    assert any("several dtypes (BF16, F32)" in remark for remark in report.remarks)
+
+
 def test_a_disk_that_is_too_small_is_seen_before(given, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(PipelineError, match=r"0\.07 GB are needed and 0\.00 GB are free"):
         export_stage(given[0], tmp_path / "deep/out", stage="A")
     assert not (tmp_path / "deep").exists()
@@ -238,6 +253,3 @@ def test_the_tokenizer_of_another_place(given, tmp_path):
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
     record = json.loads((tmp_path / "out/export.json").read_text())
     assert str(tmp_path / "other/tokenizer.json") in record["inputs"]
-    save_file({"x": torch.zeros(1)}, tmp_path / "out/stage3_layers_C.safetensors")  # a name of ours: replaced whole
-    export_stage(a, tmp_path / "out", stage="A", tokenizer_path=tmp_path / "other")
-    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
 import pandas as pd
 import pytest
 import torch
 from cut_model import random_windows, save_dense
+from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
@@ -77,6 +79,17 @@ def test_no_more_layers_are_in_memory_than_fit_and_files_are_gone_when_they_were
     monkeypatch.setattr(importance, "resident_groups", lambda layers, *_: [layers[:3], layers[3:6], layers[6:]])
     last_token_states(dense, random_windows(3, 16).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
     assert seen == [(3, 3, 0), (3, 3, 1), (2, 2, 1)]
+
+
+def test_a_model_that_overflows_is_not_ranked(dense, tmp_path):
+    """Of NaN, no cosine would be known, and the distance taken for zero."""
+    spoilt = shutil.copytree(dense, tmp_path / "spoilt")
+    weights = load_file(spoilt / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PipelineError, match="the hidden states that leave layer 2 hold NaN or infinity"):
+        last_token_states(spoilt, random_windows(1, 8).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
+    assert [p.name for p in tmp_path.iterdir()] == ["spoilt"]
 
 
 def test_what_a_killed_ranking_left_is_removed_by_the_next(dense, tmp_path):

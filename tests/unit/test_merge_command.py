@@ -53,9 +53,8 @@ def digest(path: Path) -> str:
 def test_the_nine_flags_and_three_more():
     flags = {word for action in parser()._actions for word in action.option_strings} - {"-h", "--help"}
     guide = "base_model adapter_path adapter_paths output_dir device tokenizer_path no_verify save_bundle_only"
-    assert flags == {
-        f"--{name}" for name in [*guide.split(), "save_full_model", "skeleton", "max_shard_size", "adapter_indices"]
-    }
+    more = ["save_full_model", "skeleton", "max_shard_size", "adapter_indices", "overwrite"]
+    assert flags == {f"--{name}" for name in [*guide.split(), *more]}
 
 
 def test_a_model_gives_a_full_model(there):

@@ -124,7 +124,7 @@ def test_a_full_disk(limit, former, inputs, tmp_path):
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "the merge cannot be written: File too large" in errors[0]
+    assert "the result cannot be written: File too large" in errors[0]
     assert "Traceback" not in done.stderr
     assert state(out) == before
     assert os.listdir(tmp_path) == (["out"] if former else [])
@@ -142,13 +142,13 @@ def test_an_input_that_shrinks_meanwhile(inputs, tmp_path, monkeypatch):
     """The reading thread fails; the others end, and nothing is kept."""
     base = tmp_path / "A"
     shutil.copytree(inputs[0], base)
-    require_space = merge_module._require_space
+    require_space = merge_module.require_space
 
     def shrink(*args):
         require_space(*args)
         os.truncate(base / "model.safetensors", 100_000)
 
-    monkeypatch.setattr(merge_module, "_require_space", shrink)
+    monkeypatch.setattr(merge_module, "require_space", shrink)
     with pytest.raises(PipelineError, match="ends before its tensors do"):
         merge_adapters(base, [inputs[1]], tmp_path / "out")
     assert os.listdir(tmp_path) == ["A"]

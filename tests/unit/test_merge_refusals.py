@@ -65,17 +65,6 @@ def arguments(there: Path, output: Path, base: str = "A") -> list:
     return ["--base_model", there / base, "--adapter_path", there / "adapter", "--output_dir", output]
 
 
-@pytest.mark.parametrize("output", ["A", "adapter", ".", "A/../A", "link"])
-def test_an_input_is_no_output(output, there, capsys):
-    (there / "link").symlink_to(there / "A")
-    refused(capsys, there, arguments(there, there / output), "is or holds an input")
-
-
-def test_the_skeleton_is_no_output(there, capsys):
-    words = [*arguments(there, there / "A", "bundles/B"), "--skeleton", there / "A"]
-    refused(capsys, there / "A", words, "is or holds an input")
-
-
 def test_flags_that_contradict_each_other(there, tmp_path, capsys):
     words = [*arguments(there, tmp_path / "out"), "--save_bundle_only", "--save_full_model"]
     refused(capsys, tmp_path / "out", words, "exclude each other")

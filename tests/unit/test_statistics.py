@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.errors import DataError, NumberError
 from mistral_prune_lora.statistics import (
     WindowScores,
     compare_stages,
@@ -68,11 +68,38 @@ def test_a_summary_is_the_direct_formulas():
     }
 
 
-def test_one_window_has_no_standard_error_and_no_perplexity_overflows():
-    found = summarise(WindowScores(np.array([1e6]), np.array([0.0])), predicted_per_window=10, tokens_per_byte=1)
-    assert found["ppl"] == math.inf and found["mean_nll"] == 1e5
+def test_one_window_has_no_standard_error():
+    found = summarise(WindowScores(np.array([7e3]), np.array([0.0])), predicted_per_window=10, tokens_per_byte=1)
+    assert found["ppl"] == math.exp(700) and found["mean_nll"] == 700
     assert found["ppl_se"] is None and found["mean_nll_se"] is None and "kl_dense" not in found
     assert standard_error(np.array([1.0])) is None and standard_error(np.array([1.0, 3.0])) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("nll", "told"),
+    [
+        ([10.0, math.nan, 10.0], "a score of window 1 is NaN or infinity"),
+        ([math.inf, 10.0, 10.0], "a score of window 0 is NaN or infinity"),
+        ([7.2e3, 7.2e3, 7.2e3], r"exp\(720\), the perplexity, is beyond the largest number"),
+        ([0.0, 0.0, 3 * 7.09e3], "ppl_se is NaN or infinity, at a mean NLL of 709 nats"),
+    ],
+)
+def test_a_perplexity_that_is_no_number_is_refused(nll, told):
+    scores = WindowScores(np.array(nll), np.zeros(3))
+    with pytest.raises(NumberError, match=told):
+        summarise(scores, predicted_per_window=10, tokens_per_byte=0.25)
+
+
+def test_without_text_there_are_no_bits_per_byte():
+    scores = WindowScores(np.array([10.0, 11.0]), np.zeros(2))
+    assert summarise(scores, predicted_per_window=10, tokens_per_byte=None)["bits_per_byte"] is None
+
+
+def test_a_ratio_of_perplexities_beyond_the_largest_number_is_refused():
+    """It was cut off at exp(700) before, which is a number, and a wrong one."""
+    assert paired_difference(np.zeros(2), np.full(2, 705.0))["ppl_ratio"] == math.exp(705)
+    with pytest.raises(NumberError, match="beyond the largest number"):
+        paired_difference(np.zeros(2), np.full(2, 720.0))
 
 
 def test_a_paired_difference_is_students_interval():

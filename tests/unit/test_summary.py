@@ -74,6 +74,54 @@ def test_results_on_different_token_ids_are_refused(tmp_path):
     assert not (tmp_path / "summary.csv").exists()
 
 
+def test_warnings_stand_in_the_table(tmp_path):
+    path = result(tmp_path, "pruned", "A", [30.0, 33.0])
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "warnings": ["windows are long", "another tokenizer, really"]}))
+    table, _ = summarised(tmp_path, [path, result(tmp_path, "merged", "A", [30.0, 33.0])])
+    assert table.warnings[0] == "windows are long; another tokenizer, really" and table.warnings.isna().tolist()[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ppl": math.nan}, "ppl is NaN or infinity"),
+        ({"mean_nll_se": math.inf}, "mean_nll_se is NaN or infinity"),
+        ({"mean_nll": 3.16}, r"has the mean NLL 3\.16, and its windows have 3\.15"),
+        ({"ppl": 23.5}, r"has the PPL 23\.5, and its windows have 23\.3"),
+        ({"windows": 3}, "speaks of 3 windows of 11 tokens"),
+        ({"seqlen": 12}, "speaks of 2 windows of 12 tokens"),
+        ({"variant": "mergd"}, "is of variant 'mergd'"),
+        ({"stage": ["A"]}, r"is of variant 'pruned', stage \['A'\]"),
+        ({"mean_nll": "3.15"}, "cannot be read as a result"),
+        ({"warnings": 7}, "cannot be read as a result"),
+    ],
+)
+def test_a_record_that_its_windows_contradict_is_refused(tmp_path, changes, told):
+    path = result(tmp_path, "pruned", "A", [30.0, 33.0])
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(DataError, match=told):
+        summarised(tmp_path, [path])
+    assert not (tmp_path / "summary.csv").exists()
+
+
+@pytest.mark.parametrize("changed", [math.nan, math.inf, 31.0])
+def test_windows_that_are_none_or_others_are_refused(tmp_path, changed):
+    path = result(tmp_path, "pruned", "A", [30.0, 33.0])
+    WindowScores(np.array([30.0, changed]), np.array([3.0, 4.0])).save(path.with_suffix(".parquet"), 10)
+    told = "its windows have 3.05" if changed == 31 else "the NLL of a window is NaN or infinity"
+    with pytest.raises(DataError, match=told):
+        summarised(tmp_path, [path])
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "[" * 100_000, '{"variant": {}}'], ids=lambda c: c[:9])
+def test_a_result_of_another_shape_is_one_line(tmp_path, content):
+    path = result(tmp_path, "pruned", "A", [30.0, 33.0])
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"pruned\.A\.json"):
+        summarised(tmp_path, [path])
+
+
 def test_a_result_that_cannot_be_read_is_named(tmp_path):
     path = result(tmp_path, "pruned", "A", [30.0, 33.0])
     path.with_suffix(".parquet").unlink()

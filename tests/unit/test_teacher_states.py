@@ -6,7 +6,7 @@ import pytest
 import torch
 from cut_model import random_windows, save_dense
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora import evaluation_runs
@@ -107,6 +107,15 @@ def test_a_killed_run_of_other_batches_is_not_gone_on_with(tmp_path, dense, monk
     teacher_states(dense, windows, tmp_path / "states", dtype=torch.float32, batch_size=2)
     expected = plain_states(dense, windows, torch.float32, 2)
     assert torch.equal(load_file(tmp_path / "states")["hidden_states"], expected)
+
+
+def test_a_teacher_that_overflows_is_refused(tmp_path, dense):
+    weights = load_file(dense / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PipelineError, match="hold NaN or infinity in fp16"):
+        teacher_states(dense, random_windows(2, 16), tmp_path / "states", dtype=torch.float16)
+    assert not (tmp_path / "states").exists()
 
 
 def test_a_teacher_that_is_too_large_or_incomplete_writes_nothing(tmp_path, dense):

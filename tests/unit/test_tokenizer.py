@@ -16,7 +16,9 @@ from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.tokenizer import (
     copy_settings,
     find_tokenizer,
+    is_tokenizer_of,
     load_tokenizer,
+    own_tokenizer,
     tokenizer_files,
     tokenizer_identity,
 )
@@ -115,12 +117,11 @@ def test_nothing_found_lists_what_was_tried(all_five):
     for function in (find_tokenizer, load_tokenizer):
         with pytest.raises(CheckpointError) as caught:
             function("base", adapter_path="adapter")
-        message = str(caught.value)
         here = Path.cwd()
         for folder in ("base", "base/original_config", "adapters_base", "manifests_base"):
-            assert f"{here / folder} has no tokenizer files" in message
-        assert "--tokenizer_path" in message
-        assert "\n" not in message
+            assert f"{here / folder} has no tokenizer files" in caught.value.what
+        assert "--tokenizer_path" in str(caught.value)
+        assert "\n" not in str(caught.value)
     write_json(Path("adapter/adapter_config.json"), {"peft_type": "LORA"})
     Path("base/manifest.json").unlink()
     with pytest.raises(
@@ -252,3 +253,81 @@ def test_finding_needs_no_transformers(place):
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+EVIL = """
+open("ran.txt", "w").close()
+from transformers import PreTrainedTokenizerFast
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+class EvilConfig:
+    pass
+"""
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_code_that_a_tokenizer_brings_is_never_run_whatever_standard_input_says(place, file):
+    folder = place("evil")
+    (folder / "evil.py").write_text(EVIL)
+    known = json.loads((folder / file).read_text()) if (folder / file).is_file() else {"model_type": "evil"}
+    maps = {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"], "AutoConfig": "evil.EvilConfig"}
+    # As somebody would write it who wants it run: no class of transformers' own is named beside it.
+    left = {key: value for key, value in known.items() if key != "tokenizer_class"}
+    write_json(folder / file, {**left, "auto_map": maps})
+    code = (
+        "from mistral_prune_lora.errors import CheckpointError\n"
+        "from mistral_prune_lora.tokenizer import find_tokenizer, load_tokenizer\n"
+        "for function in (load_tokenizer, find_tokenizer):\n"
+        "    try: function('base', tokenizer_path='evil')\n"
+        "    except CheckpointError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input="y\ny\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not Path("ran.txt").exists()
+    line = "there is an auto_map: this tokenizer or model brings code of its own, and such ones are not taken (in "
+    assert done.stdout.count(line) == done.stdout.count("\n") == 2 and f"evil/{file}" in done.stdout
+
+
+def test_a_repository_that_brings_code_is_not_taken_either(place, monkeypatch):
+    """Of one on the Hub nothing is known before it is loaded; what transformers made without the code is refused."""
+    folder, real = place("fetched"), transformers.AutoTokenizer.from_pretrained
+
+    def from_pretrained(name, *, trust_remote_code):
+        assert trust_remote_code is False
+        tokenizer = real(folder)
+        tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.EvilTokenizer", None]}
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(CheckpointError, match=r"brings code of its own, .* \(in owner/model\)"):
+        load_tokenizer("owner/model")
+
+
+def test_a_tokenizer_that_was_saved_again_is_the_same(place):
+    """Another version of a library writes the same tokenizer in other bytes."""
+    one, other = place("one"), place("other")
+    content = json.loads((one / "tokenizer.json").read_text())
+    Path("again").mkdir()
+    write_json(Path("again/tokenizer.json"), {**content, "truncation": None})
+    shutil.copy(one / "tokenizer_config.json", "again")
+    assert tokenizer_identity("again") != tokenizer_identity(one)
+    here = Path.cwd()
+    assert is_tokenizer_of(one, str(here / "again"), tokenizer_identity("again"))
+    assert is_tokenizer_of(one, str(here / "gone"), tokenizer_identity(one)), "equal files need not be there any more"
+    assert not is_tokenizer_of(one, str(here / "gone"), "0" * 64)
+    assert not is_tokenizer_of(one, "owner/model", "0" * 64)
+    assert not is_tokenizer_of(one, str(here / "again"), "0" * 64), "it has been changed since"
+    assert not is_tokenizer_of(one, str(here / "other"), tokenizer_identity(other)), "another padding token"
+    content["model"]["vocab"]["a"], content["model"]["vocab"]["b"] = (
+        content["model"]["vocab"][token] for token in "ba"
+    )
+    write_json(Path("again/tokenizer.json"), content)
+    assert not is_tokenizer_of(one, str(here / "again"), tokenizer_identity("again"))
+
+
+def test_a_models_own_tokenizer_is_beside_it_or_in_its_original_config(all_five):
+    assert own_tokenizer("base") == Path("base")
+    drop_tokenizer("base")
+    assert own_tokenizer("base") == Path("base/original_config")
+    drop_tokenizer("base/original_config")
+    assert own_tokenizer("base") is None, "what the manifest names is another model's"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mistral_prune_lora import transaction
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.transaction import atomic_directory, atomic_file, refuse_foreign, scratch_directory
+from mistral_prune_lora.transaction import (
+    atomic_directories,
+    atomic_directory,
+    atomic_file,
+    check_place,
+    scratch_directory,
+)
 
 
 @pytest.fixture(params=["exchange", "two renames"])
@@ -30,12 +34,6 @@ def old(tmp_path: Path) -> Path:
     (tmp_path / "out/config.json").write_text("old")
     (tmp_path / "out/manifest.json").write_text("old")
     return tmp_path / "out"
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_a_new_directory_appears_at_the_end(tmp_path, renaming):
@@ -64,22 +62,6 @@ def test_an_exception_leaves_what_was_there(old, error, renaming):
     assert os.listdir(old.parent) == ["out"]
 
 
-def test_a_rename_that_fails_puts_the_former_one_back(old, monkeypatch):
-    rename = os.rename
-
-    def failing(source, target):
-        if ".new-" in str(source):
-            raise OSError(errno.EIO, "no")
-        rename(source, target)
-
-    monkeypatch.setattr(transaction, "_exchange", lambda first, second: False)
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="no"), atomic_directory(old):
-        pass
-    assert (old / "config.json").read_text() == "old"
-    assert os.listdir(old.parent) == ["out"]
-
-
 def test_directories_are_exchanged_in_one_step(old, tmp_path):
     (tmp_path / "other").mkdir()
     assert transaction._exchange(tmp_path / "other", old)
@@ -104,6 +86,7 @@ def test_an_exchange_that_fails_for_another_reason_is_an_error(old, tmp_path):
 
 
 def test_permissions_are_those_of_any_new_directory(tmp_path):
+    os.chmod(tmp_path, 0o2755)  # a group's directory, whose group everything in it shall have
     with atomic_directory(tmp_path / "out") as fresh:
         (fresh / "config.json").write_text("new")
     (tmp_path / "plain").mkdir()
@@ -114,64 +97,25 @@ def test_permissions_are_those_of_any_new_directory(tmp_path):
     assert (tmp_path / "file.txt").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
 
 
-def test_of_a_link_the_directory_behind_it_is_replaced(old, tmp_path):
+def test_of_a_link_what_it_leads_to_is_replaced(old, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    link = tmp_path / "elsewhere/link"
+    link, file = tmp_path / "elsewhere/link", tmp_path / "elsewhere/file"
     link.symlink_to(old)
-    with atomic_directory(link) as fresh:
+    file.symlink_to(tmp_path / "table.csv")
+    with atomic_directory(link) as fresh, atomic_file(file) as fresh_file:
         (fresh / "config.json").write_text("new")
-    assert link.is_symlink()
-    assert (old / "config.json").read_text() == "new"
-    assert os.listdir(tmp_path / "elsewhere") == ["link"]
-
-
-def test_files_of_somebody_are_never_replaced(old):
-    (old / "thesis.docx").write_text("years of work")
-    with pytest.raises(PipelineError, match=r"thesis\.docx"), atomic_directory(old):
-        raise AssertionError("must not come here")
-    assert (old / "thesis.docx").is_file()
-
-
-def test_a_file_is_no_output_directory(tmp_path):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(PipelineError, match="is a file"):
-        refuse_foreign(tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", ["new", "old"])
-def test_what_killed_runs_left_is_removed(old, kind):
-    for pid in (dead_pid(), os.getpid()):  # ours: in a container, a killed run had the same number
-        left = old.with_name(f".out.{kind}-{pid}-abc")
-        left.mkdir()
-        (left / "model.safetensors").write_text("half")
-    with atomic_directory(old) as fresh:
-        assert sorted(os.listdir(old.parent)) == [fresh.name, "out"]
-
-
-def test_what_others_are_writing_is_left_alone(old):
-    others = [old.with_name(f".out.new-{os.getppid()}-abc"), old.with_name(f".out2.new-{dead_pid()}-abc")]
-    for other in others:
-        other.mkdir()
-    with atomic_directory(old) as first, atomic_directory(old) as second:
-        assert first.is_dir()
-        (second / "config.json").write_text("second")
-    assert all(other.is_dir() for other in others)
-
-
-def test_a_kill_between_two_renames_is_mended(old):
-    os.rename(old, old.with_name(f".out.old-{dead_pid()}-abc"))
-    with pytest.raises(ValueError, match="again"), atomic_directory(old):
-        raise ValueError("killed again")
-    assert (old / "config.json").read_text() == "old"
-    assert os.listdir(old.parent) == ["out"]
+        fresh_file.write_text("new")
+    assert link.is_symlink() and file.is_symlink()
+    assert (old / "config.json").read_text() == (tmp_path / "table.csv").read_text() == "new"
+    assert sorted(os.listdir(tmp_path / "elsewhere")) == ["file", "link"]
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "out", "table.csv"]
 
 
 def test_a_file_is_replaced_at_the_end(tmp_path):
     target = tmp_path / "table.csv"
     target.write_text("old")
-    (tmp_path / f".table.csv.new-{dead_pid()}-abc.csv").write_text("half")
     with atomic_file(target) as fresh:
-        assert fresh.suffix == ".csv"
+        assert fresh.suffix == ".csv", "writers choose the format by it"
         fresh.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"
@@ -189,14 +133,160 @@ def test_an_exception_leaves_the_former_file(tmp_path):
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_a_directory_for_work_is_gone_when_the_work_ends(tmp_path, error):
-    left = tmp_path / f".table.csv.new-{dead_pid()}-x"
-    left.mkdir()
     with contextlib.suppress(error or ()), scratch_directory(tmp_path / "table.csv") as folder:
         (folder / "part").write_text("half")
-        assert [*tmp_path.iterdir()] == [folder], "what a killed run left is gone"
         with atomic_file(tmp_path / "table.csv") as fresh:
             fresh.write_text("whole")
         assert (folder / "part").exists()
         if error:
             raise error
     assert os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_several_directories_appear_together(old, tmp_path, renaming):
+    with atomic_directories([tmp_path / "bundles/B", old]) as (b, out):
+        (b / "layer").write_text("new")
+        (out / "config.json").write_text("new")
+        assert not (tmp_path / "bundles/B").exists() and (old / "config.json").read_text() == "old"
+    assert (tmp_path / "bundles/B/layer").read_text() == (old / "config.json").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["bundles", "out"] and os.listdir(tmp_path / "bundles") == ["B"]
+
+
+def test_a_check_at_the_end_has_the_last_word(old):
+    """Hours have passed since the first one; what stands there now may be another's."""
+
+    def check():
+        if (old / "thesis.docx").exists():
+            raise PipelineError("holds files of somebody", where=old)
+
+    with (
+        pytest.raises(PipelineError, match="cannot be put in place: holds files of somebody") as caught,
+        atomic_directory(old, check=check) as fresh,
+    ):
+        (fresh / "config.json").write_text("new")
+        (old / "thesis.docx").write_text("years of work")
+    assert (old / "thesis.docx").is_file()
+    kept = the_one_kept(old)
+    assert (kept / "config.json").read_text() == "new"
+    assert f"moved by hand: {kept} is to become {old}" in str(caught.value)
+
+
+def the_one_kept(target: Path) -> Path:
+    """Where the finished result lies, which a later run with the same target leaves alone."""
+    (kept,) = [path for path in target.parent.iterdir() if ".finished-" in path.name]
+    with pytest.raises(ValueError, match="again"), atomic_directory(target):
+        raise ValueError("again")
+    assert kept.exists()
+    return kept
+
+
+def failing(monkeypatch, which: int) -> None:
+    """Let the n-th attempt to put something in place fail."""
+    rename, count = os.rename, []
+
+    def rename_or_fail(source, target):
+        if Path(source).parent.name == "new" and ".finished-" not in str(target):
+            count.append(target)
+            if len(count) == which:
+                raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(transaction, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(os, "rename", rename_or_fail)
+
+
+def test_a_rename_that_fails_puts_the_former_one_back_and_keeps_the_new_one(old, monkeypatch):
+    failing(monkeypatch, 1)
+    with (
+        pytest.raises(PipelineError, match="finished but cannot be put in place: Input/output error"),
+        atomic_directory(old) as fresh,
+    ):
+        (fresh / "config.json").write_text("new")
+    assert (old / "config.json").read_text() == "old"
+    assert (the_one_kept(old) / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_of_several_none_is_put_in_place_if_one_cannot_be(which, tmp_path, monkeypatch):
+    targets = [tmp_path / name for name in ("B", "C", "A")]
+    for target in targets[1:]:  # B is new
+        target.mkdir()
+        (target / "file").write_text("old")
+    failing(monkeypatch, which)
+    with (
+        pytest.raises(PipelineError, match="finished but cannot be put in place") as caught,
+        atomic_directories(targets) as fresh,
+    ):
+        for folder in fresh:
+            (folder / "file").write_text("new")
+    assert not targets[0].exists()
+    assert all((target / "file").read_text() == "old" for target in targets[1:])
+    kept = sorted(path for path in tmp_path.iterdir() if path not in targets)
+    assert [path.name.split(".")[0] for path in kept] == ["A", "B", "C"]
+    assert all((path / "file").read_text() == "new" and str(path) in str(caught.value) for path in kept)
+
+
+def test_an_interrupt_between_two_of_several_undoes_the_first(tmp_path, monkeypatch):
+    exchange, targets = transaction._exchange, [tmp_path / "B", tmp_path / "A"]
+    for target in targets:
+        target.mkdir()
+        (target / "file").write_text("old")
+
+    def interrupted(first, second):
+        if second == targets[1]:
+            raise KeyboardInterrupt
+        return exchange(first, second)
+
+    monkeypatch.setattr(transaction, "_exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directories(targets) as fresh:
+        for folder in fresh:
+            (folder / "file").write_text("new")
+    assert [(target / "file").read_text() for target in targets] == ["old", "old"]
+    assert sorted(os.listdir(tmp_path)) == ["A", "B"]
+
+
+def test_a_file_that_cannot_be_put_in_place_is_kept(tmp_path):
+    target = tmp_path / "table.csv"
+    with pytest.raises(PipelineError, match="Is a directory"), atomic_file(target) as fresh:
+        fresh.write_text("new")
+        target.mkdir()
+    (kept,) = [path for path in tmp_path.iterdir() if path != target]
+    assert kept.suffix == ".csv" and kept.read_text() == "new"
+
+
+def test_a_full_disk_is_one_line(old):
+    with (
+        pytest.raises(PipelineError, match="the result cannot be written: No space left on device"),
+        atomic_directory(old),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(old.parent) == ["out"]
+
+
+@pytest.mark.parametrize("length", [1, 100, 143, 200, 255])
+def test_any_name_that_the_file_system_takes(length, tmp_path):
+    name = ("é" * 200).encode()[: length // 2 * 2].decode() + "x" * (length % 2)
+    for _ in range(2):
+        with atomic_directory(tmp_path / "a" / name) as fresh, atomic_file(tmp_path / "b" / name) as file:
+            (fresh / "config.json").touch()
+            file.write_text("new")
+    assert os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b") == [name]
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    long = "x" * 256
+    places = {long: "name too long", "file/out": "file is a file, not a directory", f"deep/{long}/out": "name too long"}
+    for place, reason in places.items():
+        for write in (atomic_directory, atomic_file):
+            with pytest.raises(PipelineError, match=reason), write(tmp_path / place):
+                raise AssertionError("must not come here")
+        with pytest.raises(PipelineError, match=reason):
+            check_place(tmp_path / place)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_question_leaves_nothing_behind(tmp_path):
+    check_place(tmp_path / "deep/deeper/out", tmp_path / "other")
+    check_place(tmp_path / "deep/table.csv", directory=False)
+    assert os.listdir(tmp_path) == []

@@ -97,6 +97,24 @@ def test_saved_windows_come_back_and_damage_is_noticed(tmp_path, tokenizer):
             Windows.load(file)
 
 
+@pytest.mark.parametrize(
+    ("ids", "changes", "told"),
+    [
+        ([[3, -1, 5]], {}, "no windows of token ids"),
+        ([[3], [4]], {}, "no windows of token ids"),
+        ([[3, 4, 5]], {"utf8_bytes": "9"}, "does not say what it was cut from"),
+        ([[3, 4, 5]], {"tokenizer": None}, "does not say what it was cut from"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(tmp_path, ids, changes, told):
+    """An id of -1 would be taken for the vocabulary's last one."""
+    ids = torch.tensor(ids, dtype=torch.int32)
+    identity = replace(random_windows(*ids.shape).identity, ids_sha256=ids_digest(ids), **changes)
+    Windows(ids, identity).save(tmp_path / "windows.safetensors")
+    with pytest.raises(DataError, match=told):
+        Windows.load(tmp_path / "windows.safetensors")
+
+
 def test_first_windows_are_those_of_a_shorter_cut(tokenizer):
     text = text_of("abcdefghij" * 12)
     cut = first_windows(make_windows(text, tokenizer, seqlen=10), 5)

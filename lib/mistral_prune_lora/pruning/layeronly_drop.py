@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from mistral_prune_lora.argument_types import positive, seed, share, size_in_bytes
 from mistral_prune_lora.errors import LayoutError, PipelineError, reports_errors
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import PRUNE_LOG, read_layout
-from mistral_prune_lora.transaction import atomic_file, is_usual_name
+from mistral_prune_lora.transaction import atomic_file, check_place
 
 # What the scripts that this pipeline grew out of search with: their defaults, and their candidates.
 PRESETS = {
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
         + " ".join(f"--{key} {value}" for key, value in PRESETS["original"].items())
         + "; flags that are given go before them",
     )
+    p.add_argument("--overwrite", action="store_true", help="replace what no pruning has written, too; never an input")
     p.add_argument("--b_layers", type=int, nargs="+", metavar="N", help="fix B's layers; no search")
     p.add_argument("--c_layers", type=int, nargs="+", metavar="N", help="fix C's layers; no search")
     return p
@@ -108,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.model_place import model_directory
     from mistral_prune_lora.prune import FIXED_LAYERS, prune_model
 
+    keep_log = _claim(given, log_file)
     named, given.model = given.model, model_directory(given.model)
     if given.b_layers or given.c_layers:
         from mistral_prune_lora.families import read_config
@@ -126,9 +129,11 @@ def main(argv: list[str] | None = None) -> None:
         log=log,
         log_name=log_name,
         base_model=None if os.path.exists(named) else named,
+        overwrite=given.overwrite,
     )
     if log_file:
-        _copy_log(Path(given.save_dir) / PRUNE_LOG, log_file)
+        with atomic_file(log_file, check=keep_log) as fresh:
+            fresh.write_bytes((Path(given.save_dir) / PRUNE_LOG).read_bytes())
     written = read_layout(given.save_dir)
     print(f"A keeps {len(written.kept)} of {written.num_layers} layers: {os.path.abspath(given.save_dir)}")
     print(f"B holds {list(written.b)}, C holds {list(written.c)}: {os.path.abspath(given.save_removed_dir)}")
@@ -153,23 +158,27 @@ def _log_places(given: argparse.Namespace) -> tuple[str, Path | None]:
             where="--prune_log",
             mend="give a name, which is meant inside --save_dir, or an absolute path",
         )
-    if file.name != PRUNE_LOG and is_usual_name(file.name):
+    from mistral_prune_lora.prune import FILES_OF_A
+
+    if file.name != PRUNE_LOG and file.name in FILES_OF_A:
         raise PipelineError(
             f"{file.name} is the name of another file of an A model", where="--prune_log", mend="choose another name"
         )
     return file.name, None
 
 
-def _copy_log(written: Path, file: Path) -> None:
-    try:
-        with atomic_file(file) as fresh:
-            fresh.write_bytes(written.read_bytes())
-    except OSError as error:
-        raise PipelineError(
-            f"cannot be written: {error.strerror}",
-            where=f"--prune_log {file}",
-            mend=f"copy {written}; all else is done",
-        ) from None
+def _claim(given: argparse.Namespace, log_file: Path | None) -> Callable[[], None]:
+    """Raise a PipelineError unless everything may and can be written; returns the check for the log outside of A."""
+    from mistral_prune_lora.outputs import claim
+    from mistral_prune_lora.prune import prune_log_output, prune_outputs
+
+    read = [given.model, *given.text_file, given.dataset, given.mirror]
+    parts = prune_outputs(given.save_dir, given.save_removed_dir)
+    logs = [prune_log_output(log_file)] if log_file else []
+    claim([*parts, *logs], read, overwrite=given.overwrite)
+    check_place(*(part.path for part in parts))
+    check_place(*(log.path for log in logs), directory=False)
+    return claim(logs, read, overwrite=given.overwrite)
 
 
 def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     chosen = p.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--adapter_path", metavar="DIR", help="the adapter")
     chosen.add_argument("--adapter_paths", nargs="+", metavar="DIR", help="several adapters, merged in this order")
-    p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former one is replaced whole")
+    p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former merge is replaced whole")
     p.add_argument(
         "--device", default="auto", help="auto, cpu or cuda:N (default: auto, the first GPU if there is one)"
     )
@@ -67,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max_shard_size", type=_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
     )
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is there even if it is no merge; never an input",
+    )
     return p
 
 
@@ -88,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         save_full_model=given.save_full_model,
         max_shard_size=given.max_shard_size,
         adapter_indices=given.adapter_indices,
+        overwrite=given.overwrite,
     )
 
 

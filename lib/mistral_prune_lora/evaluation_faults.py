@@ -1,0 +1,61 @@
+"""Why an evaluation came to NaN or infinity: which tensor, or which layers and which window.
+
+Layers are not looked through before they are run, which would cost time for nothing: whatever is none in their weights
+makes the hidden states none, and those are looked at. Only then are the weights read again, to name the one at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from mistral_prune_lora.errors import NumberError
+from mistral_prune_lora.finite import mend_for, tensor_fault
+from mistral_prune_lora.layers import Compute, LayerSource
+
+
+class Origin(Protocol):
+    """Where hidden states come from, if it can be asked what is wrong with them."""
+
+    def fault(self, window: int) -> NumberError | None:
+        """The error for a window that is not all numbers here already; None if it is."""
+
+
+@contextmanager
+def layers_blamed(
+    origin: Origin | None, sources: Sequence[LayerSource], compute: Compute, words: str
+) -> Iterator[None]:
+    """Word the NumberError of a window that arises in the block by what brought it.
+
+    Args:
+        origin: where the hidden states come from; None if it is known to give numbers.
+        sources: the layers that are run on them.
+        compute: gives the dtype.
+        words: what is being run: a stage.
+    """
+    try:
+        yield
+    except NumberError as error:
+        if error.window is None:
+            raise
+        raise _fault(error.window, origin, sources, compute.dtype, words) from None
+
+
+def _fault(
+    window: int, origin: Origin | None, sources: Sequence[LayerSource], dtype: torch.dtype, words: str
+) -> NumberError:
+    fault = origin.fault(window) if origin else None
+    for source in sources:
+        for entry in source.checkpoint.layer(source.index).values():
+            fault = fault or tensor_fault(entry, dtype)
+    if fault:
+        return fault
+    run = f" in layers {sources[0].index}-{sources[-1].index}" if sources else ""
+    return NumberError(
+        f"{words}: the hidden states of window {window} become NaN or infinity{run}, though all weights are numbers",
+        where=sources[-1].checkpoint.path if sources else None,
+        mend=mend_for(dtype),
+    )

@@ -1,0 +1,110 @@
+"""Journals: what was appended is read again, and nothing else is believed."""
+
+import os
+import zlib
+
+import pytest
+
+from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.journal import Journal
+
+HEADER = {"run": "one", "shape": (2, 3)}
+ENTRIES = [{"batch": number, "nll": [number + 0.125, 7.25]} for number in range(3)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A journal of three entries."""
+    with Journal(tmp_path / "work/journal", HEADER) as journal:
+        for entry in ENTRIES:
+            journal.append(entry)
+    return tmp_path / "work/journal"
+
+
+def entries(path, header=HEADER):
+    with Journal(path, header) as journal:
+        return journal.entries
+
+
+def with_checksum(text: bytes) -> bytes:
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def test_entries_come_back_as_they_were(path, capsys):
+    before = path.read_bytes()
+    assert entries(path) == ENTRIES
+    assert path.read_bytes() == before and capsys.readouterr().err == ""
+
+
+def test_of_another_header_nothing_is_kept(path, capsys):
+    assert entries(path, {"run": "two", "shape": (2, 3)}) == []
+    assert entries(path) == [] and capsys.readouterr().err == ""
+
+
+def changed_digit(content: bytes) -> bytes:
+    assert content.count(b"1.125") == 1
+    return content.replace(b"1.125", b"1.126")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kept"),
+    [
+        (changed_digit, [0, 2]),
+        (lambda content: content[:-1], [0, 1]),
+        (lambda content: content[:-9] + b"\xff\x00", [0, 1]),
+        (lambda content: content + b"\0" * 5000, [0, 1, 2]),
+        (lambda content: content + b'{"batch": 9, "nll": [0.0, 0.0]}\n', [0, 1, 2]),
+        (lambda content: content + with_checksum(b"[1, 2]"), [0, 1, 2]),
+        (lambda content: content + with_checksum(b"[" * 100_000), [0, 1, 2]),
+        (lambda content: content + with_checksum(b'{"batch": '), [0, 1, 2]),
+    ],
+    ids=["digit", "cut", "torn", "zeros", "no checksum", "a list", "deep", "no JSON"],
+)
+def test_a_line_that_is_not_what_was_written_is_left_out_and_said(path, capsys, spoil, kept):
+    path.write_bytes(spoil(path.read_bytes()))
+    assert entries(path) == [ENTRIES[i] for i in kept]
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {path}: an entry is not what was written") and said.count("\n") == 1
+    # What follows never follows a torn line.
+    with Journal(path, HEADER) as journal:
+        journal.append({"batch": 7})
+    assert entries(path)[-1] == {"batch": 7} and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"{}\n", b"[]\n", b"\xff\xfe\n", b"null\n" * 9, b"\0" * 1000])
+def test_what_was_never_a_journal_begins_anew(tmp_path, content):
+    (tmp_path / "journal").write_bytes(content)
+    assert entries(tmp_path / "journal") == []
+    with Journal(tmp_path / "journal", HEADER) as journal:
+        journal.append(ENTRIES[0])
+    assert entries(tmp_path / "journal") == ENTRIES[:1]
+
+
+def test_nothing_is_written_through_a_link(path, tmp_path):
+    """A link in a folder of work would let its writer choose which of the user's files is emptied."""
+    (tmp_path / "precious").write_text("mine")
+    path.unlink()
+    path.symlink_to(tmp_path / "precious")
+    with pytest.raises(PipelineError, match=r"cannot be opened: .*\(in .*journal\)"):
+        Journal(path, HEADER)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_pipes_directories_and_files_in_the_way_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name, told in (
+        ("pipe", "is not a regular file"),
+        ("folder", "cannot be opened: Is a directory"),
+        ("file/journal", "cannot be opened: (File exists|Not a directory)"),
+        ("x" * 300, "cannot be opened: File name too long"),
+    ):
+        with pytest.raises(PipelineError, match=told):
+            Journal(tmp_path / name, HEADER)
+
+
+def test_nan_is_never_written(path):
+    with Journal(path, HEADER) as journal, pytest.raises(ValueError, match="not JSON compliant"):
+        journal.append({"nll": [float("nan")]})
+    assert entries(path) == ENTRIES
