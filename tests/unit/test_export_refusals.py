@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -178,7 +179,7 @@ def test_a_full_disk_leaves_the_former_result(given, tmp_path):
     words = ["--model_path", given[0], "--stage", "A", "--output_dir", out]
     done = subprocess.run([sys.executable, "-c", LIMITED, *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: the export cannot be written: File too large" in done.stderr
+    assert re.search(r"error: .*File too large.*what was there before is untouched", done.stderr)
     assert state(tmp_path) == before
 
 
@@ -218,7 +219,7 @@ def test_an_interrupt_leaves_nothing(given, tmp_path, monkeypatch):
     monkeypatch.setattr(transaction, "_sync_tree", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_stage(given[0], tmp_path / "results/out", stage="A")
-    assert list((tmp_path / "results").iterdir()) == []
+    assert not (tmp_path / "results").exists()
 
 
 def test_the_command_is_the_function(given, tmp_path, monkeypatch, capsys):
