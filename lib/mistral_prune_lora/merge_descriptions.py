@@ -42,7 +42,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     if plan.skeleton and model.config != read_config(model.path):
         # A skeleton that counts only its kept layers: the restored model counts all of them.
         described["config.json"] = model.config
-    if index := shard_index(plan):
+    if index := shard_index(plan.files):
         described[INDEX_FILE] = index
     manifest = read_manifest(model.path)
     if manifest is None or model.layout is None:

@@ -103,15 +103,22 @@ def hub(dense: Path, tmp_path: Path):
     server.server_close()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_hub_model(hub, dense: Path, tmp_path: Path):
     run, asked = hub
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
     ended = run("tiny/model")
     assert ended.returncode == 0, ended.stderr
     foreign = {"consolidated.safetensors", "pytorch_model.bin", "README.md", "original/model.safetensors"}
     assert not foreign & set(asked)
-    fetched = {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
+    fetched = contents(tmp_path / "dense")
     record = json.loads(fetched.pop("source.json"))
-    assert fetched == {p.name: p.read_bytes() for p in dense.iterdir() if p.is_file() and p.name not in foreign}
+    assert fetched == {name: content for name, content in contents(dense).items() if name not in foreign}
+    assert record["files"].keys() == fetched.keys()
     assert record["hub"] == {"repo_id": "tiny/model", "revision": REVISION}
     assert not any(p.is_symlink() for p in (tmp_path / "dense").iterdir())
     # Fetched before: a second run needs no network.
