@@ -62,7 +62,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     if layout.unassigned:
         print(
             f"{model.path}: nothing says which of layers {list(layout.unassigned)} are B's and which C's;"
-            f" {PRUNE_LOG} leaves its split open (null)",
+            f" {PRUNE_LOG} leaves its split open (null). Stages B and C in {MANIFEST} would say it.",
             file=sys.stderr,
         )
     return described
