@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.layout import MOST_LAYERS
 
 # What they have in common, and what the streamed run, the merge and the stages rest on: the embedding goes into the
 # first layer and the last layer into norm and head without further scaling; layers hand each other hidden states alone;
@@ -60,9 +61,11 @@ def check_family(config: Mapping, where: str | Path) -> None:
     if fault := _rotary_fault(config) or _attention_fault(config):
         raise CheckpointError(fault, where=where, mend=_AS_IT_STANDS)
     count = config.get("num_hidden_layers")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_LAYERS:
         raise CheckpointError(
-            f"num_hidden_layers is {count!r}, not a number of layers", where=where, mend="Fetch the model again"
+            f"num_hidden_layers is {count!r}, not a number of layers from 1 to {MOST_LAYERS}",
+            where=where,
+            mend="Fetch the model again",
         )
 
 

@@ -17,8 +17,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mistral_prune_lora.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.pruning.identity import PassLayer
 
+_AGAIN = "Fetch the model again"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -38,10 +40,21 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(
             f"is no configuration that transformers takes: {first}",
             where=checkpoint.path / "config.json",
-            mend="Fetch the model again",
+            mend=_AGAIN,
         ) from None
     config._attn_implementation = "sdpa"
     return config
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """A model directory's generation_config.json, None if it has none; CheckpointError if it cannot be used."""
+    path = folder / "generation_config.json"
+    settings = read_json_if_there(path, CheckpointError)
+    try:
+        return None if settings is None else GenerationConfig.from_dict(settings)
+    except Exception as error:  # as for the model's own configuration
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"is none that transformers takes: {first}", where=path, mend=_AGAIN) from None
 
 
 def head_name(checkpoint: Checkpoint) -> str:
@@ -100,8 +113,8 @@ def load_model(
         model.lm_head.weight = model.model.embed_tokens.weight
     renew_rotary_embedding(model.model, device)
     model.name_or_path = config._name_or_path = os.fspath(path)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if (generation := generation_config(checkpoint.path)) is not None:
+        model.generation_config = generation
     for bundle in bundles:
         restore_bundle(model, bundle)
     return model.eval()

@@ -19,11 +19,12 @@ from mistral_prune_lora.descriptions import (
     parameter_counts,
 )
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.json_file import write_json
+from mistral_prune_lora.json_file import read_json_if_there, write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.model_files import BUNDLE_META, LAYER_PREFIX, LAYERS_MAP, SINGLE_FILE, layer_file_name
 from mistral_prune_lora.outputs import Output, Record, claim, listed_files, read_record
+from mistral_prune_lora.plain_file import lies_there
 from mistral_prune_lora.safetensors_file import TensorSpec, write_file
 from mistral_prune_lora.space import require_space
 from mistral_prune_lora.tokenizer import TOKENIZER_FILES, find_tokenizer, tokenizer_files
@@ -246,13 +247,14 @@ def _copy_settings(model_dir: Path, fresh: Path) -> None:
     original = fresh / "original_config"
     original.mkdir()
     files = [model_dir / name for name in ("config.json", "generation_config.json")]
+    read_json_if_there(files[1], CheckpointError)  # a copy of what nobody can read would be found later
     files += tokenizer_files(find_tokenizer(model_dir))
     for file in files:
-        if file.is_file():
+        if lies_there(file):
             shutil.copyfile(file, fresh / file.name)
             shutil.copyfile(file, original / file.name)
     source = model_dir / "source.json"
-    if source.is_file():
+    if read_json_if_there(source, CheckpointError) is not None:
         shutil.copyfile(source, original / "source.json")
     else:
         write_json(original / "source.json", {"path": os.fspath(model_dir)})
