@@ -6,7 +6,10 @@ not: it streams layers (see layers.py).
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,13 +31,13 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a model checkpoint, with the dense model's layer count.
 
     Raises:
-        CheckpointError: a bundle; or transformers cannot use it.
+        CheckpointError: a bundle; transformers cannot use it; or the weights are of other shapes than it says.
     """
     if checkpoint.kind != "model":
         raise CheckpointError("is a bundle, not a model", where=checkpoint.path, mend="give the A model's directory")
-    settings = dict(checkpoint.config)
     try:
-        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        config = _made(checkpoint.config)
+        _first_layer(json.dumps(checkpoint.config))
     except Exception as error:  # its validators raise half a dozen unrelated kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -42,8 +45,49 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             where=checkpoint.path / "config.json",
             mend=_AGAIN,
         ) from None
+    _check_shapes(checkpoint)
     config._attn_implementation = "sdpa"
     return config
+
+
+def _made(settings: Mapping) -> PreTrainedConfig:
+    settings = dict(settings)
+    return CONFIG_MAPPING[settings.pop("model_type")](**settings)
+
+
+@cache
+def _first_layer(settings: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each parameter of a model with this configuration, as JSON, but of one layer only.
+
+    To make it is the only way to learn whether its code can use every number and word of the configuration.
+    """
+    content = json.loads(settings)
+    content |= {"num_hidden_layers": 1}
+    if content.get("layer_types"):
+        content |= {"layer_types": content["layer_types"][:1]}
+    config = _made(content)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Raise a CheckpointError unless what surrounds the layers, and the first layer there is, have the right shapes.
+
+    Every layer is checked when it is built. What is made of the configuration before that, such as a rotary embedding,
+    would otherwise be as large as a wrong number says.
+    """
+    expected = _first_layer(json.dumps(checkpoint.config))
+    first = next(iter(checkpoint.layers), 0)
+    for name, shape in expected.items():
+        entry = checkpoint.entries.get(name.replace("model.layers.0.", f"model.layers.{first}."))
+        if entry is not None and entry.shape != shape:
+            raise CheckpointError(
+                f"does not fit its configuration: {entry.stored_name} is of shape {list(entry.shape)}, and config.json"
+                f" asks for {list(shape)}",
+                where=checkpoint.path,
+                mend="use weights and config.json of one model",
+            )
 
 
 def generation_config(folder: Path) -> GenerationConfig | None:

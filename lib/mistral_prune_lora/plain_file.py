@@ -31,9 +31,10 @@ def open_plain(
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise kind(f"cannot be read: {error.strerror}", where=path, mend=mend) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise kind("is not a regular file", where=path, mend=mend)
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise kind("is not a regular file", where=path, mend=mend)
         yield file
 
 

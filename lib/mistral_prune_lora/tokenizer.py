@@ -70,6 +70,7 @@ def load_tokenizer(
             continue
         try:
             tokenizer = AutoTokenizer.from_pretrained(os.fspath(place), trust_remote_code=False)
+            tokenizer("text")  # some settings are only looked at when there is something to do
         except BaseException as error:  # whatever a malformed file provokes in one of three tokenizer libraries
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
                 raise
