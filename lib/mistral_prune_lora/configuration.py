@@ -35,7 +35,7 @@ class ConfigError(PipelineError):
 
 
 def check_files(paths: Iterable[str | Path]) -> None:
-    """Raise a ConfigError for every key that stands twice in one mapping of a YAML file, of which readers take the last.
+    """Raise a ConfigError if keys stand twice in one mapping of a YAML file, of which its readers would take the last.
 
     What is no YAML at all is the reader's to say.
     """
@@ -200,6 +200,7 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
         _check_bundles(experiment, layout)
         if given and is_model_dir(given["A"]):
             read_config(given["A"])
+        if given:
             weight_files(given["A"])
     except PipelineError as error:
         yield f"{path}.{'pruned' if given else 'layers'}: {error}"
