@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 from mistral_prune_lora.configuration import (
-    ConfigError,
     check_config,
+    check_files,
     experiment_layout,
     merged_parts,
     trained_parts,
 )
+from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.fingerprint import code_digest
 from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout, segment_tree, stage_run
 from mistral_prune_lora.model_files import INDEX_FILE, SINGLE_FILE, layer_file_name, layer_files, weight_files
@@ -17,13 +18,15 @@ from mistral_prune_lora.text import DATASETS
 from mistral_prune_lora.text_rows import FORMATS
 from mistral_prune_lora.tokenizer import tokenizer_files
 
+# A user's mistake ends with its own words: of any other error Snakemake shows where in these rules it was met.
 try:
+    check_files([*workflow.configfiles, *workflow.config_settings.configfiles])
     check_config(config, Path(workflow.basedir) / "rules/config.schema.yaml")
-except ConfigError as error:
+    EXPERIMENTS = list(config["experiments"])
+    LAYOUTS = {experiment: experiment_layout(config, experiment) for experiment in EXPERIMENTS}
+except PipelineError as error:
     raise WorkflowError(str(error)) from None
 
-EXPERIMENTS = list(config["experiments"])
-LAYOUTS = {experiment: experiment_layout(config, experiment) for experiment in EXPERIMENTS}
 DENSE_STAGES = ("FULL",)
 
 

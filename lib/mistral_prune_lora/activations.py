@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, PipelineError, printable
 from mistral_prune_lora.finite import first_not_finite, mend_for
 from mistral_prune_lora.journal import Journal, open_own, say_left_out
+from mistral_prune_lora.json_file import parsed
+from mistral_prune_lora.plain_file import lies_there
 from mistral_prune_lora.safetensors_file import (
     DTYPE_NAMES,
     TensorSpec,
@@ -90,7 +92,7 @@ def open_finished(path: Path, run: Mapping) -> ActivationReader | None:
 
     One that cannot be believed, or is of another run, counts as not there; of the former this says so on stderr.
     """
-    if not path.is_file():
+    if not lies_there(path):
         return None
     try:
         reader = ActivationReader(path)
@@ -273,9 +275,9 @@ def _sealed_run(path: str | Path, dtype: str, shape: Sequence[int]) -> dict:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        run = json.loads(metadata[_METADATA])
+        run = parsed(metadata[_METADATA])
         whole = metadata[_METADATA_SUM] == _seal(metadata[_METADATA], dtype, shape) and isinstance(run, dict)
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+    except (OSError, SafetensorError, KeyError, ValueError):
         whole = False
     if not whole:
         raise CheckpointError("does not say what was run, or not as it was written", where=path, mend=_AGAIN)

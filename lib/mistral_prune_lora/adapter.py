@@ -19,6 +19,7 @@ import torch
 from mistral_prune_lora.adapter_config import ELSEWHERE, AdapterConfig
 from mistral_prune_lora.checkpoint import LAYER_PREFIX
 from mistral_prune_lora.errors import AdapterError
+from mistral_prune_lora.plain_file import lies_there
 from mistral_prune_lora.safetensors_file import TensorEntry, read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -144,7 +145,7 @@ def check_values(updates: Collection[Update]) -> None:
 
 
 def _read_entries(path: Path) -> dict[str, TensorEntry]:
-    if (path / WEIGHTS_FILE).is_file():
+    if lies_there(path / WEIGHTS_FILE):
         return read_header(path / WEIGHTS_FILE)
     pickled = path / "adapter_model.bin"
     if pickled.is_file():

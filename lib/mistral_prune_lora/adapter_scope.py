@@ -17,7 +17,7 @@ from mistral_prune_lora.adapter import WEIGHTS_FILE, Adapter, open_adapter
 from mistral_prune_lora.checkpoint import LAYER_PREFIX
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import AdapterError
-from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.layout import Layout
 
 INDICES = ("original", "compact")
@@ -132,9 +132,9 @@ def merged_before(base: Path) -> dict[str, dict]:
         The recorded adapters by the sha256 of their weights; {} for what no merge has written.
     """
     file = base / "merge.json"
-    if not file.is_file():
+    record = read_json_if_there(file)
+    if record is None:
         return {}
-    record = read_json(file)
     found = {}
     for entry in (*_listed(record, "merged_before"), *_listed(record, "adapters")):
         files = entry.get("files")

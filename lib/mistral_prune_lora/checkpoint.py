@@ -25,6 +25,7 @@ from mistral_prune_lora.model_files import (
     layer_files,
     weight_files,
 )
+from mistral_prune_lora.plain_file import lies_there
 from mistral_prune_lora.safetensors_file import TensorEntry, read_header
 
 _STORED_LAYER_PREFIX = re.compile(r"(?:model\.){0,2}layers\.(\d+)\.")
@@ -172,7 +173,7 @@ def _model_files(path: Path) -> Iterator[dict[str, TensorEntry]]:
         return
     weight_map = read_json(index, LayoutError)["weight_map"]
     for shard in names:
-        if not (path / shard).is_file():
+        if not lies_there(path / shard):
             raise CheckpointError(f"names {shard}, which is missing", where=index, mend="fetch the model again")
         entries = read_header(path / shard)
         absent = [name for name, file in weight_map.items() if file == shard and name not in entries]

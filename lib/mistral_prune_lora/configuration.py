@@ -6,7 +6,7 @@ Snakemake's own `validate` stops at the first mistake and knows nothing of refer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -16,7 +16,8 @@ from mistral_prune_lora.errors import LayoutError, PipelineError, printable, sho
 from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import read_layout
-from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, weight_files
+from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, layer_files, weight_files
+from mistral_prune_lora.tokenizer import tokenizer_files
 
 _LONGEST_LINE = 500
 
@@ -31,6 +32,41 @@ class ConfigError(PipelineError):
     def __str__(self) -> str:
         listed = "".join(f"\n  {shortened(printable(fault), _LONGEST_LINE)}" for fault in self._faults)
         return f"{self.what}:{listed}\n"
+
+
+def check_files(paths: Iterable[str | Path]) -> None:
+    """Raise a ConfigError if keys stand twice in one mapping of a YAML file, of which its readers would take the last.
+
+    What is no YAML at all is the reader's to say.
+    """
+    faults = []
+    for path in dict.fromkeys(map(str, paths)):
+        try:
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            continue
+        faults += [f"{path}: line {line}: the key {key!r} stands twice" for key, line in _repeated_keys(root)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def _repeated_keys(root: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """The keys that stand twice, with the line of the second; an anchor's content is looked at once."""
+    left, seen = [root], set()
+    while left:
+        node = left.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+            continue
+        keys = set()
+        for key, value in node.value:
+            left.append(value)
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                yield key.value, key.start_mark.line + 1
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else None)
 
 
 def check_config(config: dict, schema_path: str | Path) -> dict:
@@ -116,7 +152,7 @@ def _lines(error: ValidationError) -> Iterator[str]:
     path = ".".join(str(key) for key in error.absolute_path) or "(top level)"
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = sorted(error.schema.get("properties", {}))
-        for key in sorted(set(error.instance) - set(known)):
+        for key in sorted(set(error.instance) - set(known), key=str):
             yield f"{path}.{key}".removeprefix("(top level).") + f": unknown key; known here: {', '.join(known)}"
     elif error.validator in ("oneOf", "anyOf") and error.schema.get("x-explain"):
         yield f"{path}: {error.schema['x-explain']}"
@@ -151,6 +187,7 @@ def _model_faults(path: str, folder: str) -> Iterator[str]:
     try:
         read_config(folder)
         weight_files(folder)
+        tokenizer_files(folder)
     except PipelineError as error:
         yield f"{path}: {error}"
 
@@ -163,6 +200,8 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
         _check_bundles(experiment, layout)
         if given and is_model_dir(given["A"]):
             read_config(given["A"])
+        if given:
+            weight_files(given["A"])
     except PipelineError as error:
         yield f"{path}.{'pruned' if given else 'layers'}: {error}"
         return
@@ -180,6 +219,7 @@ def _check_bundles(experiment: Mapping, layout: Layout) -> None:
     """Raise a LayoutError if a given bundle contradicts itself or the layout; one that is missing is snakemake's."""
     for part in "BC" if "pruned" in experiment else "":
         folder = Path(experiment["pruned"]["bundles"]) / part
+        layer_files(folder)
         if is_bundle_dir(folder) and (held := bundle_layers(folder)) != layout.layers_of(part):
             raise LayoutError(
                 f"holds layers {list(held)} where the manifest gives {list(layout.layers_of(part))} to {part}",

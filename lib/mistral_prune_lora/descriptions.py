@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import logged_split
 from mistral_prune_lora.model_files import LAYER_PREFIX, is_layer_list
@@ -152,9 +152,9 @@ def carried_prune_log(path: Path, layout: Layout, made: Mapping) -> Mapping | Pa
     Raises:
         LayoutError: the file is malformed, or speaks of other layers than the manifest.
     """
-    if not path.is_file():
+    old = read_json_if_there(path, LayoutError)
+    if old is None:
         return made
-    old = read_json(path, LayoutError)
     block = old.get("selected_block")
     told = {f"split.{part}": layers for part, layers in logged_split(path).items()}
     if isinstance(block, dict) and isinstance(block.get("indices"), list):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.layout import MOST_LAYERS
 
 # What they have in common, and what the streamed run, the merge and the stages rest on: the embedding goes into the
 # first layer and the last layer into norm and head without further scaling; layers hand each other hidden states alone;
@@ -60,9 +61,11 @@ def check_family(config: Mapping, where: str | Path) -> None:
     if fault := _rotary_fault(config) or _attention_fault(config):
         raise CheckpointError(fault, where=where, mend=_AS_IT_STANDS)
     count = config.get("num_hidden_layers")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_LAYERS:
         raise CheckpointError(
-            f"num_hidden_layers is {count!r}, not a number of layers", where=where, mend="Fetch the model again"
+            f"num_hidden_layers is {count!r}, not a number of layers from 1 to {MOST_LAYERS}",
+            where=where,
+            mend="Fetch the model again",
         )
 
 
@@ -93,8 +96,9 @@ def _rotary_fault(config: Mapping) -> str | None:
     if not isinstance(told, Mapping):
         return f"the rotary embedding is {told!r}, not an object"
     kind = told.get("rope_type", told.get("type", "default"))
-    if kind not in _ROTARY or any(isinstance(value, Mapping) for value in told.values()):
-        name = "of another kind for each kind of layers" if kind in _ROTARY else f"of type {kind!r}"
+    known = isinstance(kind, str) and kind in _ROTARY
+    if not known or any(isinstance(value, Mapping) for value in told.values()):
+        name = "of another kind for each kind of layers" if known else f"of type {kind!r}"
         return f"the rotary embedding is {name}, not of one of the types {', '.join(_ROTARY)}"
     missing = [key for key in _ROTARY[kind] if told.get(key) is None]
     if missing:
@@ -107,7 +111,9 @@ def _rotary_fault(config: Mapping) -> str | None:
 
 def _attention_fault(config: Mapping) -> str | None:
     """What is wrong with the kinds of attention of the layers, in words."""
-    kinds = config.get("layer_types")
+    kinds, width = config.get("layer_types"), config.get("sliding_window")
+    if width is not None and (not isinstance(width, int) or isinstance(width, bool) or width < 1):
+        return f"sliding_window is {width!r}, not a number of tokens"
     if kinds is None:
         return None
     if not _is_words(kinds) or not set(kinds) <= set(_KINDS_OF_LAYERS):

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError, printable
+from mistral_prune_lora.json_file import parsed
 
 _LONGEST_LINE = 1 << 26  # bytes; a batch of half a million windows would have as many
 _ELSEWHERE = "Move it away, or work in another folder"
@@ -64,11 +65,11 @@ class Journal:
     def _read(self) -> tuple[list[dict], int | None]:
         """The entries, and how many lines are none; None instead of a count if the header is another one."""
         with open(self._file, "rb", closefd=False) as file:
-            if _parsed(file.readline(_LONGEST_LINE)) != self._header:
+            if _entry(file.readline(_LONGEST_LINE)) != self._header:
                 return [], None
             entries, lost = [], 0
             while line := file.readline(_LONGEST_LINE):
-                entry = _parsed(line)
+                entry = _entry(line)
                 if entry is None:
                     lost += 1
                 else:
@@ -147,13 +148,13 @@ def say_left_out(path: Path, count: int) -> None:
     print(f"warning: {printable(str(path))}: {told}; that work is done again", file=sys.stderr)
 
 
-def _parsed(line: bytes) -> dict | None:
+def _entry(line: bytes) -> dict | None:
     """The object in a whole line of the right checksum; None for anything else."""
     told, _, text = line.removesuffix(b"\n").partition(b" ")
     try:
         if not line.endswith(b"\n") or told != b"%08x" % zlib.crc32(text):
             return None
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parsed(text.decode("utf-8"))
+    except ValueError:
         return None
     return content if isinstance(content, dict) else None

@@ -5,6 +5,7 @@ Imports neither torch nor Snakemake, so the Snakefile can ask it for every targe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from mistral_prune_lora.errors import LayoutError
 
 STAGES = ("A", "AB", "FULL")
+MOST_LAYERS = 10_000  # of a dense model; the largest ones have some hundreds
 PARTS_OF_STAGE = {"A": ("A",), "AB": ("A", "B"), "FULL": ("A", "B", "C")}
 
 
@@ -40,6 +42,8 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("b", "c", "unassigned"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        if self.num_layers > MOST_LAYERS:
+            raise LayoutError(f"the model has {self.num_layers} layers, and {MOST_LAYERS} are the most that are taken")
         dropped = self.dropped
         outside = [i for i in dropped if not 0 <= i < self.num_layers]
         if outside:
@@ -47,7 +51,7 @@ class Layout:
                 f"layers {outside} do not exist in a model of {self.num_layers} layers",
                 mend=f"choose indices from 0 to {self.num_layers - 1}",
             )
-        twice = sorted({i for i in dropped if dropped.count(i) > 1})
+        twice = sorted(i for i, times in Counter(dropped).items() if times > 1)
         if twice:
             raise LayoutError(f"layers {twice} stand more than once in B and C", mend="name each dropped layer once")
         if not self.kept:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.families import read_config
-from mistral_prune_lora.json_file import read_json
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.json_file import read_json, read_json_if_there
+from mistral_prune_lora.layout import MOST_LAYERS, Layout
 from mistral_prune_lora.model_files import is_layer_list, is_model_dir
+from mistral_prune_lora.plain_file import lies_there
 
 MANIFEST, PRUNE_LOG = "manifest.json", "prune_log.json"
 _KEPT, _B, _C = "stages.A.kept_layers", "stages.B.removed_layers", "stages.C.removed_layers"
@@ -30,9 +31,9 @@ def read_manifest(path: str | Path) -> dict | None:
         LayoutError: the file is not a JSON object, or says nowhere which layers A drops.
     """
     manifest_path = Path(path) / MANIFEST
-    if not manifest_path.is_file():
+    manifest = read_json_if_there(manifest_path, LayoutError)
+    if manifest is None:
         return None
-    manifest = read_json(manifest_path, LayoutError)
     _dropped(manifest, manifest_path)
     return manifest
 
@@ -57,7 +58,7 @@ def read_layout(path: str | Path) -> Layout | None:
             mend="use the config.json and the manifest.json of one pruning",
         )
     log = folder / PRUNE_LOG
-    if layout.unassigned and log.is_file():
+    if layout.unassigned and lies_there(log):
         layout = layout.assigned(logged_split(log), where=log)
         _check_counts(manifest, layout, folder / MANIFEST)
     return layout
@@ -169,7 +170,7 @@ def _layers(manifest: Mapping, name: str, where: str | Path) -> tuple[int, ...] 
     value = _value(manifest, name, where)
     if value is not None and not is_layer_list(value):
         raise LayoutError(
-            f"{name} is not a list of layer numbers, each once",
+            f"{name} is not a list of at most {MOST_LAYERS} layer numbers, each once",
             where=where,
             mend="prune the model again, or copy the manifest.json that pruning wrote",
         )
@@ -178,8 +179,8 @@ def _layers(manifest: Mapping, name: str, where: str | Path) -> tuple[int, ...] 
 
 def _count(manifest: Mapping, name: str, where: str | Path) -> int | None:
     value = _value(manifest, name, where)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise LayoutError(f"{name} is {value!r}, not a number of layers", where=where)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_LAYERS):
+        raise LayoutError(f"{name} is {value!r}, not a number of layers from 0 to {MOST_LAYERS}", where=where)
     return value
 
 

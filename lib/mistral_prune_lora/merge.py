@@ -16,8 +16,8 @@ from mistral_prune_lora.adapter_scope import merged_before
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
-from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.json_file import write_json
+from mistral_prune_lora.errors import CheckpointError, PipelineError
+from mistral_prune_lora.json_file import read_json_if_there, write_json
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.merge_descriptions import describe_merge
 from mistral_prune_lora.merge_plan import MergePlan, plan_merge
@@ -148,7 +148,8 @@ def _settings(plan: MergePlan, tokenizer_path) -> list[Path]:
     model = plan.skeleton or plan.base
     named = [model.path / name for name in ("config.json", "generation_config.json")]
     tokenizer = local_tokenizer_files(model.path, tokenizer_path=tokenizer_path, adapter_path=plan.adapters[0].path)
-    return [file for file in named if file.is_file()] + tokenizer
+    # Carried over as they stand, so whether anything can be made of them is asked now and not of the merged model.
+    return [file for file in named if read_json_if_there(file, CheckpointError) is not None] + tokenizer
 
 
 def _write_descriptions(described: Mapping[str, Mapping | Path], fresh: Path, small_files: Sequence[Path]) -> None:

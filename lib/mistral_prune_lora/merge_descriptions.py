@@ -18,7 +18,7 @@ from mistral_prune_lora.descriptions import (
 )
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.families import read_config
-from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_plan import MergePlan, shard_index
@@ -54,7 +54,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     if plan.skeleton:
         described[MANIFEST] = _with_restored(manifest, model, layout)
         log = model.path / PRUNE_LOG
-        before = read_json(log, LayoutError) if log.is_file() else None
+        before = read_json_if_there(log, LayoutError)
         described[PRUNE_LOG] = {**made, "restored": {"layers": list(plan.base.layers), "prune_log_before": before}}
     else:
         described[MANIFEST] = model.path / MANIFEST
@@ -76,8 +76,8 @@ def _bundle_meta(plan: MergePlan) -> dict:
         facts = dense_facts(read_config(plan.frame), plan.layout, read_manifest(plan.frame))
     else:
         facts = {}
-    meta = read_json(source, LayoutError) if base.kind == "bundle" and source.is_file() else {}
-    return merged_bundle_meta(meta, plan.layers, facts, base.path)
+    meta = read_json_if_there(source, LayoutError) if base.kind == "bundle" else None
+    return merged_bundle_meta(meta or {}, plan.layers, facts, base.path)
 
 
 def _written_names(plan: MergePlan) -> dict[str, str]:

@@ -7,7 +7,10 @@ not: it streams layers (see layers.py).
 from __future__ import annotations
 
 import copy
+import json
 import os
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,8 +21,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mistral_prune_lora.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.pruning.identity import PassLayer
 
+_AGAIN = "Fetch the model again"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -27,22 +32,74 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a model checkpoint, with the dense model's layer count.
 
     Raises:
-        CheckpointError: a bundle; or transformers cannot use it.
+        CheckpointError: a bundle; transformers cannot use it; or the weights are of other shapes than it says.
     """
     if checkpoint.kind != "model":
         raise CheckpointError("is a bundle, not a model", where=checkpoint.path, mend="give the A model's directory")
-    settings = copy.deepcopy(checkpoint.config)  # transformers writes into the dicts that it is given
     try:
-        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        config = _made(checkpoint.config)
+        _first_layer(json.dumps(checkpoint.config))
     except Exception as error:  # its validators raise half a dozen unrelated kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"is no configuration that transformers takes: {first}",
             where=checkpoint.path / "config.json",
-            mend="Fetch the model again",
+            mend=_AGAIN,
         ) from None
+    _check_shapes(checkpoint)
     config._attn_implementation = "sdpa"
     return config
+
+
+def _made(settings: Mapping) -> PreTrainedConfig:
+    settings = copy.deepcopy(dict(settings))  # transformers writes into the dicts that it is given
+    return CONFIG_MAPPING[settings.pop("model_type")](**settings)
+
+
+@cache
+def _first_layer(settings: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each parameter of a model with this configuration, as JSON, but of one layer only.
+
+    To make it is the only way to learn whether its code can use every number and word of the configuration.
+    """
+    content = json.loads(settings)
+    content |= {"num_hidden_layers": 1}
+    if content.get("layer_types"):
+        content |= {"layer_types": content["layer_types"][:1]}
+    config = _made(content)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Raise a CheckpointError unless what surrounds the layers, and the first layer there is, have the right shapes.
+
+    Every layer is checked when it is built. What is made of the configuration before that, such as a rotary embedding,
+    would otherwise be as large as a wrong number says.
+    """
+    expected = _first_layer(json.dumps(checkpoint.config))
+    first = next(iter(checkpoint.layers), 0)
+    for name, shape in expected.items():
+        entry = checkpoint.entries.get(name.replace("model.layers.0.", f"model.layers.{first}."))
+        if entry is not None and entry.shape != shape:
+            raise CheckpointError(
+                f"does not fit its configuration: {entry.stored_name} is of shape {list(entry.shape)}, and config.json"
+                f" asks for {list(shape)}",
+                where=checkpoint.path,
+                mend="use weights and config.json of one model",
+            )
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """A model directory's generation_config.json, None if it has none; CheckpointError if it cannot be used."""
+    path = folder / "generation_config.json"
+    settings = read_json_if_there(path, CheckpointError)
+    try:
+        return None if settings is None else GenerationConfig.from_dict(settings)
+    except Exception as error:  # as for the model's own configuration
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"is none that transformers takes: {first}", where=path, mend=_AGAIN) from None
 
 
 def head_name(checkpoint: Checkpoint) -> str:
@@ -101,8 +158,8 @@ def load_model(
         model.lm_head.weight = model.model.embed_tokens.weight
     renew_rotary_embedding(model.model, device)
     model.name_or_path = config._name_or_path = os.fspath(path)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if (generation := generation_config(checkpoint.path)) is not None:
+        model.generation_config = generation
     for bundle in bundles:
         restore_bundle(model, bundle)
     return model.eval()

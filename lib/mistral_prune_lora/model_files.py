@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.json_file import read_json, read_json_if_there
+from mistral_prune_lora.layout import MOST_LAYERS
+from mistral_prune_lora.plain_file import lies_there
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 BUNDLE_META, LAYERS_MAP = "bundle_meta.json", "layers_map.json"
@@ -17,7 +19,7 @@ _LAYER_FILE = re.compile(r"layer_(\d+)\.safetensors")
 
 def is_model_dir(path: str | Path) -> bool:
     """Whether a directory holds a full model: it has a config.json."""
-    return (Path(path) / "config.json").is_file()
+    return lies_there(Path(path) / "config.json")
 
 
 def is_bundle_dir(path: str | Path) -> bool:
@@ -26,7 +28,7 @@ def is_bundle_dir(path: str | Path) -> bool:
     A bundle that was given no layers has the bundle_meta.json alone.
     """
     folder = Path(path)
-    return not is_model_dir(folder) and ((folder / BUNDLE_META).is_file() or any(_numbered(folder)))
+    return not is_model_dir(folder) and (lies_there(folder / BUNDLE_META) or any(_numbered(folder)))
 
 
 def layer_files(path: str | Path) -> dict[int, Path]:
@@ -68,9 +70,9 @@ def bundle_layers(path: str | Path) -> tuple[int, ...]:
     """
     folder, files = Path(path), layer_files(path)
     meta_path = folder / BUNDLE_META
-    if not meta_path.is_file():
+    meta = read_json_if_there(meta_path, LayoutError)
+    if meta is None:
         return tuple(files)
-    meta = read_json(meta_path, LayoutError)
     told = {key: meta[key] for key in ("indices", "layer_indices") if key in meta}
     if not told or not all(map(is_layer_list, told.values())):
         raise LayoutError("neither layer_indices nor indices is a list of layer numbers, each once", where=meta_path)
@@ -98,8 +100,12 @@ def bundle_layers(path: str | Path) -> tuple[int, ...]:
 
 
 def is_layer_list(value: object) -> bool:
-    """Whether a value out of a JSON file is a list of layer numbers, none of them twice."""
-    if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+    """Whether a value out of a JSON file is a list of at most MOST_LAYERS layer numbers, none of them twice."""
+    if (
+        not isinstance(value, list)
+        or len(value) > MOST_LAYERS
+        or not all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    ):
         return False
     return len(set(value)) == len(value)
 
@@ -114,10 +120,10 @@ def weight_files(path: str | Path) -> tuple[str, ...]:
         LayoutError: there is neither, or the index is malformed or names something that is not a file beside it.
     """
     folder = Path(path)
-    if (folder / SINGLE_FILE).is_file():
+    if lies_there(folder / SINGLE_FILE):
         return (SINGLE_FILE,)
     index = folder / INDEX_FILE
-    if not index.is_file():
+    if not lies_there(index):
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         raise LayoutError(
             f"there is no {SINGLE_FILE} and no {INDEX_FILE}"

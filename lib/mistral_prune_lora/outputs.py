@@ -7,7 +7,6 @@ name, or a file that reads as its result. Anything else is replaced only if the 
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.json_file import read_json
 
 _LARGEST_RECORD = 64 << 20  # bytes; the record of a merge names every tensor that was out of scope
 _DEPTH = 2  # how far into an input's folders its files are looked at; commands read no deeper
@@ -110,10 +110,9 @@ def read_record(path: Path) -> dict:
         told = path.lstat()
         if not stat.S_ISREG(told.st_mode) or told.st_size > _LARGEST_RECORD:
             return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path, max_bytes=_LARGEST_RECORD)
+    except (OSError, PipelineError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def listed_files(folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ from mistral_prune_lora.descriptions import (
     parameter_counts,
 )
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.json_file import write_json
+from mistral_prune_lora.json_file import read_json_if_there, write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.model_files import BUNDLE_META, LAYER_PREFIX, LAYERS_MAP, SINGLE_FILE, layer_file_name
@@ -246,11 +246,13 @@ def _copy_settings(model_dir: Path, fresh: Path) -> None:
     original = fresh / "original_config"
     original.mkdir()
     named = [model_dir / name for name in ("config.json", "generation_config.json")]
-    files = [file for file in named if file.is_file()] + local_tokenizer_files(model_dir)
+    # A copy of what nobody can read would be found later.
+    files = [file for file in named if read_json_if_there(file, CheckpointError) is not None]
+    files += local_tokenizer_files(model_dir)
     for folder in (fresh, original):
         copy_settings(files, folder)
     source = model_dir / "source.json"
-    if source.is_file():
+    if read_json_if_there(source, CheckpointError) is not None:
         shutil.copyfile(source, original / "source.json")
     else:
         write_json(original / "source.json", {"path": os.fspath(model_dir)})

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.json_file import without_duplicates
+from mistral_prune_lora.plain_file import open_plain
 
 # In the order of the safetensors library's own enumeration, which its writer sorts by (largest first).
 DTYPES: dict[str, torch.dtype] = {
@@ -41,6 +43,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SORT_RANK = {name: rank for rank, name in enumerate(DTYPES)}
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_LONGEST_NAME = 1000  # characters of a tensor's name
 METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
@@ -111,8 +114,8 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
     path = Path(path)
     mend = "fetch or write the file again"
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_plain(path, CheckpointError, mend=mend) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or not 2 <= length <= min(size - _LENGTH_BYTES, _MAX_HEADER):
                 raise CheckpointError(
@@ -144,7 +147,7 @@ def _parsed(raw: bytes) -> dict[str, Mapping]:
     text = raw.decode("utf-8")
     if not text.startswith("{"):
         raise ValueError("it does not start with a brace")
-    header = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_not_natural, parse_int=_natural)
+    header = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=_not_natural, parse_int=_natural)
     metadata = header.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
@@ -163,14 +166,9 @@ def _not_natural(text: str) -> int:
     raise ValueError(f"{text} is not a natural number")
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key stands twice")
-    return content
-
-
 def _entry(path: Path, name: str, claim: Mapping, data_start: int) -> TensorEntry:
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a tensor's name has {len(name)} characters, and {_LONGEST_NAME} are the most")
     if claim.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} is described by {sorted(claim)}")
     if claim["dtype"] not in DTYPES:

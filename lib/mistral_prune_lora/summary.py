@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import pandas as pd
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.json_file import read_json
 from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
+from mistral_prune_lora.plain_file import check_plain
 from mistral_prune_lora.statistics import compare_stages
 from mistral_prune_lora.transaction import atomic_file
 
@@ -102,8 +102,9 @@ def _name(record: Mapping) -> str:
 def _read(path: Path) -> dict:
     """A result with its warnings as one text, and `nll_per_token`, the mean NLL of each of its windows."""
     mend = "delete it and run again"
+    record = read_json(path, DataError, mend=mend)
+    check_plain(path.with_suffix(".parquet"), DataError, mend=mend)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         table = pd.read_parquet(path.with_suffix(".parquet"))
         fault = _fault(record, table)
         read = {
@@ -111,7 +112,7 @@ def _read(path: Path) -> dict:
             "warnings": "; ".join(record.get("warnings", [])),
             "nll_per_token": (table.nll / table.tokens).to_numpy(),
         }
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise DataError(f"cannot be read as a result: {error}", where=path, mend=mend) from None
     if fault:
         raise DataError(fault, where=path, mend=mend)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.text_rows import missing_split
+from mistral_prune_lora.json_file import read_json, read_json_if_there
+from mistral_prune_lora.plain_file import check_plain, lies_there
+from mistral_prune_lora.text_rows import MAX_TEXT_BYTES, missing_split
 
 _SINGLE, _SEVERAL = "state.json", "dataset_dict.json"
 
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether a folder was written by `save_to_disk`, of one dataset or of several splits."""
-    return (path / _SINGLE).is_file() or (path / _SEVERAL).is_file()
+    return lies_there(path / _SINGLE) or lies_there(path / _SEVERAL)
 
 
 def saved_rows(path: Path, split: str, column: str) -> tuple[list[str], str]:
@@ -25,23 +27,46 @@ def saved_rows(path: Path, split: str, column: str) -> tuple[list[str], str]:
     A folder that holds a single dataset is one split, whichever is asked for.
 
     Raises:
-        DataError: the split or the column is not there (names those that are), or a row is not text.
+        DataError: the split or the column is not there (names those that are), a row is not text, or the files are
+            malformed or too large.
     """
     import datasets
 
     folder = path
-    if (path / _SEVERAL).is_file():
-        splits = sorted(p.name for p in path.iterdir() if (p / _SINGLE).is_file())
+    if lies_there(path / _SEVERAL):
+        splits = sorted(p.name for p in path.iterdir() if lies_there(p / _SINGLE))
         if split not in splits:
             raise missing_split(path, split, splits)
         folder = path / split
-    table = datasets.load_from_disk(str(folder))
+    _check_files(folder)
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever a malformed file provokes in that library and in pyarrow
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"cannot be read as a saved dataset: {first}", where=folder, mend="save it again") from None
     if column not in table.column_names:
         raise DataError(
             f"there is no column {column!r}, only {', '.join(table.column_names)}", where=path, mend="name one of those"
+        )
+    if table.data.nbytes > MAX_TEXT_BYTES:
+        raise DataError(
+            f"holds more than {MAX_TEXT_BYTES >> 20} MiB, the most that is read here", where=path, mend="save a part"
         )
     rows = [row for row in table[column] if row is not None]
     if not all(isinstance(row, str) for row in rows):
         raise DataError(f"column {column!r} does not hold text", where=path, mend="name a column of strings")
     files = sorted(folder.glob("*.arrow"))
     return rows, ", ".join(f"{file.name} sha256={file_sha256(file)}" for file in files)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise a DataError for what the library would wait for, or would open elsewhere."""
+    mend = "save it again"
+    read_json_if_there(folder / "dataset_info.json", DataError)
+    named = read_json(folder / _SINGLE, DataError, mend=mend).get("_data_files")
+    if not isinstance(named, list) or not all(isinstance(file, dict) for file in named):
+        raise DataError("_data_files is no list of files", where=folder / _SINGLE, mend=mend)
+    for name in (file.get("filename") for file in named):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise DataError(f"names {name!r}, which is not a file beside it", where=folder / _SINGLE, mend=mend)
+        check_plain(folder / name, DataError, mend=mend)

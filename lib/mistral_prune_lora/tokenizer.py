@@ -17,7 +17,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.errors import CheckpointError, PipelineError
+from mistral_prune_lora.json_file import read_json_if_there
+from mistral_prune_lora.plain_file import check_plain, lies_there
 
 # Any one of these groups is a tokenizer; the other names only add to it. A tokenizer.model by itself is not: which
 # special tokens go around a text stands in tokenizer_config.json, and transformers guesses wrong without it.
@@ -44,6 +46,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     f"{_MORE_TEMPLATES}/*.jinja",
 )
+_MAX_BYTES = 1 << 30  # of a tokenizer's file; the largest have some 30 MB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -73,7 +76,10 @@ def load_tokenizer(
             continue
         try:
             tokenizer = AutoTokenizer.from_pretrained(os.fspath(place), trust_remote_code=False)
-        except Exception as error:  # whatever a malformed file provokes in one of three tokenizer libraries
+            tokenizer("text")  # some settings are only looked at when there is something to do
+        except BaseException as error:  # whatever a malformed file provokes in one of three tokenizer libraries
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+                raise
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             if isinstance(place, Path):
                 raise CheckpointError(
@@ -109,11 +115,26 @@ def tokenizer_files(path: str | Path) -> list[Path]:
     """The tokenizer's files in a directory, sorted by name; empty if they do not make up a tokenizer.
 
     A second chat template lies in a directory below.
+
+    Raises:
+        CheckpointError: one of them is a pipe, a folder or the like, which the libraries would wait for or pass over,
+            or is larger than any tokenizer's.
     """
     folder = Path(os.path.abspath(path))
-    there = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    there = sorted({file for pattern in TOKENIZER_FILES for file in _found(folder, pattern)})
     names = {file.name for file in there if file.parent == folder}
-    return sorted(there) if any(names.issuperset(group) for group in _VOCABULARIES) else []
+    if not any(names.issuperset(group) for group in _VOCABULARIES):
+        return []
+    for file in there:
+        check_plain(file, CheckpointError, max_bytes=_MAX_BYTES, mend="copy the tokenizer files there again")
+    return there
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """What has a name of this pattern, be it a dead link, which a glob of a plain name would pass over."""
+    if "*" in pattern:
+        return list(folder.glob(pattern))
+    return [folder / pattern] if lies_there(folder / pattern) else []
 
 
 def local_tokenizer_files(
@@ -250,13 +271,13 @@ def _resolve(path: str | Path) -> tuple[Path | str | None, str | None]:
 
 
 def _refuse_code(folder: Path) -> None:
-    """Raise a CheckpointError for a tokenizer whose files name code to be imported, before anything loads them."""
+    """Raise a CheckpointError for a tokenizer whose files name code to be imported, before anything loads them.
+
+    So it does where they cannot be read: nobody knows what they name.
+    """
     for name in ("tokenizer_config.json", "config.json"):  # of both, transformers follows the auto_map
-        try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue  # said by whoever needs what stands there
-        if isinstance(content, dict) and content.get("auto_map"):
+        content = read_json_if_there(folder / name, CheckpointError)
+        if content and content.get("auto_map"):
             raise _brings_code(folder / name)
 
 
@@ -272,11 +293,12 @@ def _named_in(file: Path | None, key: str) -> tuple[str, None] | tuple[None, str
     if not file:
         return None, "no adapter given"
     try:
-        named = json.loads(file.read_text(encoding="utf-8"))[key]
-    except OSError:
+        content = read_json_if_there(file)
+    except PipelineError as error:
+        return None, f"{file} {error.what}"
+    if content is None:
         return None, f"there is no {file}"
-    except (ValueError, KeyError, TypeError):
-        named = None
+    named = content.get(key)
     return (named, None) if isinstance(named, str) and named else (None, f"{file} names no {key}")
 
 

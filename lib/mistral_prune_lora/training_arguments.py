@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir
 
@@ -319,8 +319,8 @@ def _check_merged(bundle: Path) -> None:
     if not is_bundle_dir(bundle):
         raise CheckpointError("is not a bundle", where=bundle, mend="give the directory that merging B wrote")
     bundle_layers(bundle)  # words the error of a malformed bundle_meta.json
-    meta = bundle / "bundle_meta.json"
-    if meta.is_file() and read_json(meta, LayoutError).get("merged") is not True:
+    meta = read_json_if_there(bundle / "bundle_meta.json", LayoutError)
+    if meta is not None and meta.get("merged") is not True:
         raise LayoutError(
             "this bundle is not a merged one, and C would be trained on a B without its adapter",
             where=bundle,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError, printable
+from mistral_prune_lora.json_file import MAX_BYTES, parsed
+from mistral_prune_lora.plain_file import open_plain
 from mistral_prune_lora.scratch import Scratch, leftovers, take
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -258,10 +260,11 @@ def _moves_begun(leftover: Scratch) -> list[_Move] | None:
     try:
         if leftover.journal.lstat().st_uid != os.geteuid():
             return []  # another user's word is no reason to move anything
-        noted = json.loads(leftover.journal.read_text(encoding="utf-8"))
+        with open_plain(leftover.journal) as file:
+            noted = parsed(file.read(MAX_BYTES).decode("utf-8"))
         named = [[Path(os.path.normpath(place / move[key])) for key in ("folder", "target")] for move in noted]
         inodes = [(move["new"], move["was"]) for move in noted]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, PipelineError, ValueError, KeyError, TypeError):
         return None  # none, or a kill while it was written: nothing had been put in place yet
     for (folder, target), (new, was) in zip(named, inodes, strict=True):
         if folder == leftover.folder:

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mistral_prune_lora.errors import CheckpointError, DataError
+from mistral_prune_lora.json_file import parsed
+from mistral_prune_lora.plain_file import check_plain
 from mistral_prune_lora.safetensors_file import TensorSpec, plan_file, tensor_bytes
 from mistral_prune_lora.text import Text
 from mistral_prune_lora.tokenizer import tokenizer_identity
@@ -96,11 +98,12 @@ class Windows:
             DataError: not such a file, or its ids are not those that its identity speaks of.
         """
         mend = "Make the windows again"
+        check_plain(path, DataError, mend=mend)
         try:
             with safe_open(path, "pt") as file:
                 ids = file.get_tensor("ids")
-                identity = WindowsIdentity(**json.loads(file.metadata()["windows"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+                identity = WindowsIdentity(**parsed(file.metadata()["windows"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"is not a file of windows: {error}", where=path, mend=mend) from None
         if ids_digest(ids) != identity.ids_sha256 or tuple(ids.shape) != (identity.windows, identity.seqlen):
             raise DataError("its ids are not those that it was written with", where=path, mend=mend)

@@ -170,7 +170,7 @@ def test_tensors_in_any_order_are_read_and_gaps_refused(tmp_path, described, dat
         (b"\xff" * 8 + b"{}", "not a safetensors file"),
         ((99).to_bytes(8, "little") + b"{}", "claims a header of 99 bytes in a file of 10"),
         ((2).to_bytes(8, "little") + b"[]", "malformed header"),
-        ((17).to_bytes(8, "little") + b'{"a":{},"a":null}', "a key stands twice"),
+        ((17).to_bytes(8, "little") + b'{"a":{},"a":null}', "the key 'a' stands twice"),
     ],
 )
 def test_says_what_is_wrong(tmp_path, content, what):
