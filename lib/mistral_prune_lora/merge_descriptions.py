@@ -23,6 +23,7 @@ from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_plan import MergePlan, shard_index
 from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, LAYERS_MAP
+from mistral_prune_lora.pruning_identity import KEY
 
 
 def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
@@ -52,7 +53,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     layout = model.layout.without(plan.layers) if plan.skeleton else model.layout
     made = _prune_log(plan, model, manifest, layout)
     if plan.skeleton:
-        described[MANIFEST] = _with_restored(manifest, model, layout)
+        described[MANIFEST] = _with_restored(manifest, model, layout, plan.identity)
         log = model.path / PRUNE_LOG
         before = read_json(log, LayoutError) if log.is_file() else None
         described[PRUNE_LOG] = {**made, "restored": {"layers": list(plan.base.layers), "prune_log_before": before}}
@@ -77,6 +78,8 @@ def _bundle_meta(plan: MergePlan) -> dict:
     else:
         facts = {}
     meta = read_json(source, LayoutError) if base.kind == "bundle" and source.is_file() else {}
+    if plan.identity:
+        meta = {**meta, KEY: plan.identity}
     return merged_bundle_meta(meta, plan.layers, facts, base.path)
 
 
@@ -97,12 +100,13 @@ def _prune_log(plan: MergePlan, model: Checkpoint, manifest: Mapping, layout: La
     return make_prune_log(layout, model=manifest.get("base_model"), params=params, selection=selection, log=log)
 
 
-def _with_restored(manifest: Mapping, model: Checkpoint, layout: Layout) -> dict:
-    """The skeleton's manifest after the bundle's layers have become layers of A."""
+def _with_restored(manifest: Mapping, model: Checkpoint, layout: Layout, identity: str | None) -> dict:
+    """The skeleton's manifest after the bundle's layers have become layers of A; of the same pruning, if both are."""
     return make_manifest(
         layout,
         base_model=manifest.get("base_model", ""),
         model_type=model.config.get("model_type", ""),
         selection=manifest.get("selection", {}),
         artifacts=manifest.get("artifacts", {}),
+        identity=identity,
     )
