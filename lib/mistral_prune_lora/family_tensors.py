@@ -152,4 +152,4 @@ def _compare(wanted: Shapes, found: Shapes, where: str | Path, by: str = "by con
             raise CheckpointError(f"has no tensor {name}", where=where, mend=_MEND)
         if tuple(found[name]) != shape:
             what = f"{name} has the shape {tuple(found[name])}, and {by} it is {shape}"
-            raise CheckpointError(what, where=where, mend=_MEND)
+            raise CheckpointError(what, where=where, mend="use weights and a config.json of one model")

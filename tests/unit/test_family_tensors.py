@@ -159,7 +159,7 @@ def parts(tmp_path):
     dense = save_dense(tmp_path / "dense", num_hidden_layers=5)
     a, bundles = cut(dense, LAYOUT, tmp_path)
     save_tokenizer(a)
-    adapter = random_adapter(tmp_path / "adapter", dense, {"r": 2, "target_modules": ["q_proj"]})
+    adapter = random_adapter(tmp_path / "adapter", dense, {"r": 2, "target_modules": ["q_proj"]}, layers=LAYOUT.kept)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
     return a, bundles, adapter
 

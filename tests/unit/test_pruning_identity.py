@@ -247,6 +247,7 @@ def test_training_and_switching_stages_say_it_once(there, tmp_path, capsys):
     train(there, tmp_path / "lora", "B", parts["A"], parts["B"])
     assert len(unknown_lines(capsys)) == 1
     assert read(tmp_path / "lora", "training.json")["pruning_identities"][str(parts["B"])] is None
+    forget(parts["C"])
     manager = DynamicStageManager(parts["A"], {part: parts[part] for part in "BC"}, dtype=torch.float32)
     for stage in ("AB", "FULL", "A", "FULL"):
         manager.set_stage(stage)
