@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_prune_lora.digest import file_sha256
+from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, SourceError, reports_errors
 from mistral_prune_lora.families import read_config
 from mistral_prune_lora.family_tensors import check_model_tensors
@@ -248,9 +248,10 @@ def _fetch_hub(settings: dict, fresh: Path, cache: Path) -> None:
     # Weights come after the configuration is known to be one that is taken.
     read_config(_snapshot(settings["repo_id"], settings["revision"], cache, ["config.json"]))
     snapshot = _snapshot(settings["repo_id"], settings["revision"], cache, list(_HUB_FILES))
-    for file in sorted(snapshot.iterdir()):
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _HUB_FILES):
-            _link_or_copy(file.resolve(), fresh / file.name)
+    for file in sorted({file for pattern in _HUB_FILES for file in snapshot.glob(pattern)}):
+        target = fresh / file.relative_to(snapshot)
+        target.parent.mkdir(exist_ok=True)
+        _link_or_copy(file.resolve(), target)
     _write_source(fresh, {"hub": settings})
     check_dense(fresh)
 
@@ -301,7 +302,7 @@ def _link_or_copy(file: Path, target: Path) -> None:
 def _write_source(folder: Path, what: dict) -> None:
     packages = ("mistral-prune-lora", "torch", "transformers", "safetensors", "gguf", "huggingface_hub")
     what["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    what["files"] = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    what["files"] = other_files_sha256(folder, ())
     write_json(folder / SOURCE_FILE, what)
 
 

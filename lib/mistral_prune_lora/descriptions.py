@@ -1,7 +1,7 @@
 """What A and the bundles say about themselves: manifest.json, layers_map.json, prune_log.json, bundle_meta.json.
 
-Servers and trainers of other makers read these files, so their keys are fixed; see README.md. What a file cannot know
-is null or left out. Pure: nothing here reads a file but what `manifest` reads, and nothing writes.
+Servers and trainers of other makers read these files, so their keys are fixed; see docs/directories.md. What a file
+cannot know is null or left out. Nothing here writes.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     if plan.skeleton and model.config != read_config(model.path):
         # A skeleton that counts only its kept layers: the restored model counts all of them.
         described["config.json"] = model.config
-    if index := shard_index(plan):
+    if index := shard_index(plan.files):
         described[INDEX_FILE] = index
     manifest = read_manifest(model.path)
     if manifest is None or model.layout is None:
@@ -63,7 +63,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     if layout.unassigned:
         print(
             f"{model.path}: nothing says which of layers {list(layout.unassigned)} are B's and which C's;"
-            f" {PRUNE_LOG} leaves its split open (null)",
+            f" {PRUNE_LOG} leaves its split open (null). Stages B and C in {MANIFEST} would say it.",
             file=sys.stderr,
         )
     return described

@@ -325,15 +325,22 @@ def _bundle_files(sources: Mapping[str, TensorEntry], updates) -> dict[str, list
 def _model_files(
     sources: Mapping[str, TensorEntry], updates, max_shard_size: int | None, renamed: bool
 ) -> dict[str, list[Item]]:
-    """One file, or shards of at most `max_shard_size` bytes filled in the order of the base's tensors.
+    """The files of a full model.
 
     Args:
         renamed: give tensors their canonical names instead of the ones they had.
     """
+    items = [
+        _item(name if renamed else entry.stored_name, entry, updates.get(name, ())) for name, entry in sources.items()
+    ]
+    return split_files(items, max_shard_size)
+
+
+def split_files(items: Sequence[Item], max_shard_size: int | None) -> dict[str, list[Item]]:
+    """One file, or shards of at most `max_shard_size` bytes filled in the order of the items."""
     shards: list[list[Item]] = [[]]
     filled = 0
-    for name, entry in sources.items():
-        item = _item(name if renamed else entry.stored_name, entry, updates.get(name, ()))
+    for item in items:
         if max_shard_size and shards[-1] and filled + item.spec.nbytes > max_shard_size:
             shards.append([])
             filled = 0
@@ -348,9 +355,10 @@ def _item(name: str, entry: TensorEntry, updates: tuple[Update, ...]) -> Item:
     return Item(TensorSpec(name, entry.dtype, entry.shape), entry, updates)
 
 
-def shard_index(plan: MergePlan) -> dict | None:
-    """The content of model.safetensors.index.json, or None for a single file."""
-    if plan.kind == "bundle" or len(plan.files) == 1:
+def shard_index(files: Mapping[str, Sequence[Item]]) -> dict | None:
+    """The content of a full model's model.safetensors.index.json, or None for a single file."""
+    if len(files) == 1:
         return None
-    weight_map = {item.spec.name: file for file, items in plan.files.items() for item in items}
-    return {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    weight_map = {item.spec.name: file for file, items in files.items() for item in items}
+    total = sum(item.spec.nbytes for items in files.values() for item in items)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

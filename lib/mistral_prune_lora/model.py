@@ -6,6 +6,7 @@ not: it streams layers (see layers.py).
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
     if checkpoint.kind != "model":
         raise CheckpointError("is a bundle, not a model", where=checkpoint.path, mend="give the A model's directory")
-    settings = dict(checkpoint.config)
+    settings = copy.deepcopy(checkpoint.config)  # transformers writes into the dicts that it is given
     try:
         config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
     except Exception as error:  # its validators raise half a dozen unrelated kinds

@@ -29,7 +29,7 @@ from mistral_prune_lora.outputs import Output, Record, claim, listed_files, read
 from mistral_prune_lora.pruning_identity import KEY, pruning_identity
 from mistral_prune_lora.safetensors_file import TensorSpec, tensor_bytes, write_file
 from mistral_prune_lora.space import require_space
-from mistral_prune_lora.tokenizer import TOKENIZER_FILES, find_tokenizer, tokenizer_files
+from mistral_prune_lora.tokenizer import TOKENIZER_FILES, copy_settings, find_tokenizer, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directories
 
 RECORD_FILE = "prune.json"
@@ -187,7 +187,7 @@ def _write_record(part: str, fresh: Path, identity: str) -> None:
 def _is_prune_log(path: Path) -> bool:
     content = read_record(path)
     versions = content.get("versions")
-    return "selection" in content and isinstance(versions, dict) and "mistral-prune-lora" in versions
+    return "selected_block" in content and isinstance(versions, dict) and "mistral-prune-lora" in versions
 
 
 def _part_bytes(dense: Checkpoint, layout: Layout, part: str) -> int:
@@ -264,12 +264,10 @@ def _copy_settings(model_dir: Path, fresh: Path) -> None:
     """Copy configuration and tokenizer beside the weights and, as they were, into original_config/."""
     original = fresh / "original_config"
     original.mkdir()
-    files = [model_dir / name for name in ("config.json", "generation_config.json")]
-    files += tokenizer_files(find_tokenizer(model_dir))
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, fresh / file.name)
-            shutil.copyfile(file, original / file.name)
+    named = [model_dir / name for name in ("config.json", "generation_config.json")]
+    files = [file for file in named if file.is_file()] + local_tokenizer_files(model_dir)
+    for folder in (fresh, original):
+        copy_settings(files, folder)
     source = model_dir / "source.json"
     if source.is_file():
         shutil.copyfile(source, original / "source.json")
