@@ -25,6 +25,7 @@ from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stre
 from mistral_prune_lora.merge_verify import verify_merge
 from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, is_model_dir
 from mistral_prune_lora.outputs import Output, Record, claim
+from mistral_prune_lora.pruning_identity import KEY
 from mistral_prune_lora.space import require_space
 from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory
@@ -172,6 +173,7 @@ def _write_record(
         "command": "merge",
         "kind": plan.kind,
         "layers": list(plan.layers),
+        KEY: plan.identity,
         "arithmetic": ARITHMETIC,
         "inputs": {os.fspath(path): digest for path, digest in digests.items()},
         "adapters": [
