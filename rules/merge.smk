@@ -23,6 +23,7 @@ rule merge_A:
     params:
         base_dir=pruned_part_dir,
         adapter_dir=adapter_source_dir,
+        output_dtype=setting("merge", "output_dtype"),
         code=code_digest("merge"),
     script:
         "../workflow_scripts/merge.py"
@@ -56,6 +57,7 @@ for suffix, layout, members in layout_groups():
                 base_dir=pruned_part_dir,
                 adapter_dir=adapter_source_dir,
                 skeleton_dir=skeleton_dir,
+                output_dtype=setting("merge", "output_dtype"),
                 code=code_digest("merge"),
             script:
                 "../workflow_scripts/merge.py"

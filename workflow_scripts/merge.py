@@ -9,4 +9,5 @@ with job(snakemake.log[0]):
         snakemake.output.record.removesuffix("/merge.json"),
         device=granted_device(snakemake.resources.get("gpu", 0)),
         skeleton=snakemake.params.get("skeleton_dir"),
+        output_dtype=snakemake.params.output_dtype,
     )

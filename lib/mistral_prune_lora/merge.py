@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_prune_lora.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -18,9 +19,12 @@ from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import INDEX_FILE, Layout, make_manifest, read_manifest
-from mistral_prune_lora.merge_plan import MergePlan, plan_merge, shard_index
-from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
-from mistral_prune_lora.merge_verify import verify_merge
+from mistral_prune_lora.merge_arithmetic import exact_arithmetic
+from mistral_prune_lora.merge_plan import OUTPUT_DTYPES, MergePlan, plan_merge, shard_index
+from mistral_prune_lora.merge_stream import InputDigests, stream_file
+from mistral_prune_lora.merge_verify import FileCheck
+from mistral_prune_lora.safetensors_file import DTYPES
+from mistral_prune_lora.stopwatch import Stopwatch
 from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory, nearest_directory, refuse_foreign
 
@@ -39,6 +43,7 @@ class MergeReport:
         copied: tensors that were copied byte for byte.
         out_of_scope: adapter tensors that belong to layers this target does not hold.
         verified: values that were recomputed; 0 if the check was left out.
+        seconds: where the time of the streamed weights went, by kind of work (see `stopwatch.Stopwatch`).
     """
 
     output: Path
@@ -46,6 +51,7 @@ class MergeReport:
     copied: int
     out_of_scope: int
     verified: int
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 def merge_adapters(
@@ -60,11 +66,12 @@ def merge_adapters(
     save_bundle_only: bool = False,
     save_full_model: bool = False,
     max_shard_size: int | None = None,
+    output_dtype: str | None = None,
 ) -> MergeReport:
     """Merge adapters into an A model (a full model is written) or a bundle (layer files are written).
 
-    The result has the bits that PEFT's merge_and_unload gives, adapter after adapter. Memory stays flat: tensors are
-    streamed by blocks of rows.
+    The result has the bits that PEFT's merge_and_unload gives, adapter after adapter, on a model that was loaded with
+    the dtype. Memory stays flat: tensors are streamed by blocks of rows, and checked behind the writer.
 
     Args:
         base_model: a directory with config.json, or a bundle directory.
@@ -77,10 +84,12 @@ def merge_adapters(
         save_bundle_only: write a model's kept layers as layer files.
         save_full_model: write skeleton and bundle as one model.
         max_shard_size: bytes in a weight file of a full model; None writes one file.
+        output_dtype: "bf16", "fp16" or "fp32": what every float tensor of the base is cast to before anything is added;
+            None leaves each in its own dtype.
 
     Raises:
-        PipelineError and its kinds: see `merge_plan.plan_merge`; no space; no tokenizer; the check failed. Nothing is
-            written then.
+        PipelineError and its kinds: see `merge_plan.plan_merge`; no space; no tokenizer; a weight is NaN or infinite,
+            or becomes it by the cast or the merge; the check failed. Nothing is written then.
     """
     where = resolve_device(device)
     plan = plan_merge(
@@ -91,11 +100,12 @@ def merge_adapters(
         save_bundle_only=save_bundle_only,
         save_full_model=save_full_model,
         max_shard_size=max_shard_size,
+        output_dtype=output_dtype,
     )
     refuse_foreign(output_dir)
     small_files = _settings(plan, tokenizer_path) if plan.kind == "model" else []
     _require_space(Path(output_dir), plan.nbytes + _SMALL_FILES)
-    inputs, written = InputDigests(), {}
+    inputs, written, verified, stopwatch = InputDigests(), {}, 0, Stopwatch()
     try:
         with atomic_directory(output_dir) as fresh:
             with (
@@ -103,9 +113,18 @@ def merge_adapters(
                 progress(total=plan.nbytes, description=f"merge {Path(output_dir).name}", unit="B") as bar,
             ):
                 for name, items in plan.files.items():
-                    written[name] = stream_file(fresh / name, items, device=where, inputs=inputs, on_bytes=bar.update)
+                    check = FileCheck(name, items) if verify else None
+                    written[name] = stream_file(
+                        fresh / name,
+                        items,
+                        device=where,
+                        inputs=inputs,
+                        on_bytes=bar.update,
+                        compare=check,
+                        stopwatch=stopwatch,
+                    )
+                    verified += check.finish(fresh / name) if check else 0
             _write_descriptions(plan, fresh, small_files)
-            verified = verify_merge(plan, fresh, written) if verify else 0
             _write_record(plan, fresh, inputs, written, small_files)
     except OSError as error:
         raise PipelineError(
@@ -115,7 +134,9 @@ def merge_adapters(
         ) from error
     merged = sum(bool(item.updates) for item in plan.items)
     strangers = sum(map(len, plan.out_of_scope.values()))
-    report = MergeReport(Path(output_dir), merged, len(plan.items) - merged, strangers, verified)
+    report = MergeReport(
+        Path(output_dir), merged, len(plan.items) - merged, strangers, verified, dict(stopwatch.seconds)
+    )
     _tell(plan, report)
     return report
 
@@ -155,6 +176,8 @@ def _write_descriptions(plan: MergePlan, fresh: Path, small_files: Sequence[Path
     if plan.skeleton and plan.skeleton.config != read_config(plan.skeleton.path):
         # A skeleton that counts only its kept layers: the restored model counts all of them.
         write_json(fresh / "config.json", plan.skeleton.config)
+    if plan.output_dtype:
+        _write_dtype(fresh / "config.json", plan.output_dtype)
     if index := shard_index(plan):
         write_json(fresh / INDEX_FILE, index)
     model = plan.skeleton or plan.base
@@ -163,6 +186,14 @@ def _write_descriptions(plan: MergePlan, fresh: Path, small_files: Sequence[Path
         shutil.copyfile(model.path / "manifest.json", fresh / "manifest.json")
     elif manifest is not None:
         write_json(fresh / "manifest.json", _with_restored(manifest, plan))
+
+
+def _write_dtype(config_file: Path, output_dtype: str) -> None:
+    """Let a configuration tell the dtype of the weights, under the name or names that it tells it by."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    dtype = str(DTYPES[OUTPUT_DTYPES[output_dtype]]).removeprefix("torch.")
+    write_json(config_file, config | dict.fromkeys(names, dtype))
 
 
 def _with_restored(manifest: dict, plan: MergePlan) -> dict:
@@ -189,6 +220,7 @@ def _write_record(
         "kind": plan.kind,
         "layers": list(plan.layers),
         "arithmetic": ARITHMETIC,
+        "output_dtype": plan.output_dtype,
         "inputs": {os.fspath(path): digest for path, digest in digests.items()},
         "adapters": [
             {

@@ -50,10 +50,11 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_nine_flags_and_two_more():
+def test_the_nine_flags_and_three_more():
     flags = {word for action in parser()._actions for word in action.option_strings} - {"-h", "--help"}
     guide = "base_model adapter_path adapter_paths output_dir device tokenizer_path no_verify save_bundle_only"
-    assert flags == {f"--{name}" for name in [*guide.split(), "save_full_model", "skeleton", "max_shard_size"]}
+    more = ["save_full_model", "skeleton", "max_shard_size", "output_dtype"]
+    assert flags == {f"--{name}" for name in [*guide.split(), *more]}
 
 
 def test_a_model_gives_a_full_model(there):

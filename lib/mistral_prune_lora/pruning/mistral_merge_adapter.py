@@ -60,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max_shard_size", type=_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
     )
+    p.add_argument(
+        "--output_dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="cast the base to this first, and merge and save in it, as PEFT does with a model that was loaded in it"
+        " (default: what each tensor of the base is stored as)",
+    )
     return p
 
 
@@ -80,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         save_bundle_only=given.save_bundle_only,
         save_full_model=given.save_full_model,
         max_shard_size=given.max_shard_size,
+        output_dtype=given.output_dtype,
     )
 
 
