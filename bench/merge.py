@@ -1,15 +1,17 @@
 """How fast A is merged, beside a plain copy of its weights and beside transformers with PEFT; and how much memory.
 
   python bench/merge.py                                # Mistral-7B's geometry, 24 of 32 layers kept: a file of 10.99 GB
-  python bench/merge.py --layers 2 --repeats 1 --memory_layers 1
+  python bench/merge.py --layers 2 --repeats 1 --memory_layers 1 --no_peft
 
 The contenders run in turn, each in a process of its own, `--repeats` times, with a sync before each:
   copy        cp of A's weights, then fsync: the least that any merge has to read and write
-  merge       the merge command with --no_verify; it digests all inputs and outputs, and fsyncs
-  merge+check the merge command as it is by default, which reads the result back
+  merge       the merge as with --no_verify; it digests all inputs and outputs, and fsyncs
+  merge+check the merge as it is by default, which reads the result back while it is being written
   PEFT        from_pretrained, PeftModel.from_pretrained, merge_and_unload, PassLayers, save_pretrained; no fsync
-Ratios are medians over the turns. The adapter has rank 16 on all seven projections, its factors are bf16. Nothing is
-dropped from the page cache. Needs free space for three times A's weights, and memory for PEFT's dense model.
+Every other turn has merge+check before merge. Ratios are medians over the turns. Where the time goes is told by the
+merge itself: wall-clock seconds by kind of work, on threads that run beside each other. The adapter has rank 16 on all
+seven projections, its factors are bf16. Nothing is dropped from the page cache. Needs free space for three times A's
+weights, and memory for PEFT's dense model.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +42,14 @@ DROPPED = 8
 GEOMETRY = {"hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8, "vocabulary": 32000}
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 RANK = 16
-TARGET = 1.25  # times a copy
+TARGETS = {("merge", "copy"): 1.25, ("merge+check", "merge"): 1.4, ("merge+check", "copy"): None}
+MERGE_WORKER = """
+import json, sys
+from mistral_prune_lora.merge import merge_adapters
+base, adapter, output, verify, report = sys.argv[1:]
+seconds = merge_adapters(base, [adapter], output, device="cpu", verify=verify == "verify").seconds
+json.dump(seconds, open(report, "w"))
+"""
 PEFT_WORKER = """
 import json, sys
 import torch
@@ -57,10 +67,19 @@ model.save_pretrained(output)
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one contender: wall-clock seconds, and the largest resident size of its process in MB."""
+    """One run of one contender.
+
+    Attributes:
+        seconds: wall clock.
+        cpu_seconds: of its process, user and system.
+        peak_mb: the largest resident size of its process.
+        work: of a merge, where the time went: seconds by kind of work.
+    """
 
     seconds: float
+    cpu_seconds: float
     peak_mb: float
+    work: dict[str, float] = field(default_factory=dict)
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -128,6 +147,7 @@ def write_adapter(folder: Path, weights: dict, layout: Layout) -> None:
 def timed(words: list, *, fsync: Path | None = None) -> Run:
     """Run a command after a sync; `fsync` names a file to be synced as part of it."""
     os.sync()
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL, stderr=errors)
@@ -143,7 +163,8 @@ def timed(words: list, *, fsync: Path | None = None) -> Run:
         descriptor = os.open(fsync, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    return Run(time.perf_counter() - began, peak_kb / 1000)
+    seconds, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Run(seconds, used.ru_utime + used.ru_stime - spent.ru_utime - spent.ru_stime, peak_kb / 1000)
 
 
 def _high_water(pid: int) -> int:
@@ -155,27 +176,29 @@ def _high_water(pid: int) -> int:
     return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
-def merge_words(a: Path, adapter: Path, output: Path, *more: str) -> list:
-    module = "mistral_prune_lora.pruning.mistral_merge_adapter"
-    flags = ["--base_model", a, "--adapter_path", adapter, "--output_dir", output, "--device", "cpu"]
-    return [sys.executable, "-m", module, *flags, *more]
+def merge(a: Path, adapter: Path, output: Path, *, verify: bool) -> Run:
+    """One merge in a process of its own."""
+    with tempfile.NamedTemporaryFile("r") as report:
+        run = timed(
+            [sys.executable, "-c", MERGE_WORKER, a, adapter, output, "verify" if verify else "no_verify", report.name]
+        )
+        return replace(run, work=json.load(report))
 
 
-def turn(a: Path, adapter: Path, folder: Path, *, peft: bool) -> tuple[dict[str, Run], bool | None]:
+def turn(a: Path, adapter: Path, folder: Path, *, check_first: bool, peft: bool) -> tuple[dict[str, Run], bool | None]:
     """(every contender's run, whether PEFT's tensors are ours bit for bit)."""
-    copy, ours, checked, theirs = (folder / name for name in ("copy.safetensors", "ours", "checked", "peft"))
-    runs = {"copy": timed(["cp", a / SINGLE_FILE, copy], fsync=copy)}
+    copy, ours, theirs = (folder / name for name in ("copy.safetensors", "ours", "peft"))
+    runs, same = {"copy": timed(["cp", a / SINGLE_FILE, copy], fsync=copy)}, None
     copy.unlink()
-    runs["merge"] = timed(merge_words(a, adapter, ours, "--no_verify"))
-    same = None
+    for verify in (check_first, not check_first):
+        shutil.rmtree(ours, ignore_errors=True)
+        runs["merge+check" if verify else "merge"] = merge(a, adapter, ours, verify=verify)
     if peft:
         runs["PEFT"] = timed([sys.executable, "-c", PEFT_WORKER, a, adapter, theirs])
         same = equal_tensors(ours, theirs)
         shutil.rmtree(theirs)
     shutil.rmtree(ours)
-    runs["merge+check"] = timed(merge_words(a, adapter, checked))
-    shutil.rmtree(checked)
-    return runs, same
+    return {name: runs[name] for name in ("copy", "merge", "merge+check", "PEFT") if name in runs}, same
 
 
 def equal_tensors(first: Path, second: Path) -> bool:
@@ -189,15 +212,34 @@ def equal_tensors(first: Path, second: Path) -> bool:
     )
 
 
+def ratio(turns: list[dict[str, Run]], first: str, second: str) -> float:
+    """The median over the turns of one contender's time by another's."""
+    return statistics.median(runs[first].seconds / runs[second].seconds for runs in turns)
+
+
 def table(turns: list[dict[str, Run]]) -> str:
     """The contenders as markdown."""
-    lines = ["| | seconds (each turn) | median | x copy | peak memory, MB |", "|---|---|---|---|---|"]
+    lines = [
+        "| | seconds (each turn) | median | x copy | CPU seconds | peak memory, MB |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in turns[0]:
         seconds = [runs[name].seconds for runs in turns]
-        ratio = statistics.median(runs[name].seconds / runs["copy"].seconds for runs in turns)
+        cpu = statistics.median(runs[name].cpu_seconds for runs in turns)
         peak = max(runs[name].peak_mb for runs in turns)
         each = ", ".join(f"{value:.1f}" for value in seconds)
-        lines.append(f"| {name} | {each} | {statistics.median(seconds):.1f} | {ratio:.2f} | {peak:.0f} |")
+        middle, times = statistics.median(seconds), ratio(turns, name, "copy")
+        lines.append(f"| {name} | {each} | {middle:.1f} | {times:.2f} | {cpu:.1f} | {peak:.0f} |")
+    return "\n".join(lines)
+
+
+def where_time_goes(turns: list[dict[str, Run]]) -> str:
+    """The kinds of work of both merges as markdown."""
+    names = ("merge", "merge+check")
+    lines = ["| seconds (median) | " + " | ".join(names) + " |", "|---|---|---|"]
+    for work in turns[0]["merge+check"].work:
+        medians = (statistics.median(runs[name].work.get(work, 0) for runs in turns) for name in names)
+        lines.append(f"| {work} | " + " | ".join(f"{value:.2f}" for value in medians) + " |")
     return "\n".join(lines)
 
 
@@ -206,30 +248,30 @@ def measure(given: argparse.Namespace, folder: Path) -> dict:
     nbytes = (a / SINGLE_FILE).stat().st_size
     print(f"A keeps {given.layers} layers, {nbytes / 1e9:.2f} GB; {os.cpu_count()} cores; torch {torch.__version__}\n")
     turns, same = [], None
-    for _ in range(given.repeats):
-        runs, same = turn(a, adapter, folder, peft=not given.no_peft)
+    for i in range(given.repeats):
+        runs, same = turn(a, adapter, folder, check_first=i % 2 == 1, peft=not given.no_peft)
         turns.append(runs)
-    print(table(turns), "\n")
-    ratio = statistics.median(runs["merge"].seconds / runs["copy"].seconds for runs in turns)
-    print(f"merge / copy: {ratio:.2f} (target: at most {TARGET})")
+    print(table(turns), "\n\n" + where_time_goes(turns), "\n")
+    ratios = {f"{first} / {second}": ratio(turns, first, second) for first, second in TARGETS}
+    for (name, value), target in zip(ratios.items(), TARGETS.values(), strict=True):
+        print(f"{name}: {value:.2f}" + (f" (target: at most {target})" if target else ""))
     if same is not None:
-        times = statistics.median(runs["PEFT"].seconds / runs["merge"].seconds for runs in turns)
-        print(f"PEFT / merge: {times:.2f}; the same bits: {'yes' if same else 'NO'}")
-    peaks = {given.layers: max(runs["merge"].peak_mb for runs in turns)}
+        print(f"PEFT / merge: {ratio(turns, 'PEFT', 'merge'):.2f}; the same bits: {'yes' if same else 'NO'}")
+    peaks = {given.layers: max(runs["merge+check"].peak_mb for runs in turns)}
     if not given.keep:
         shutil.rmtree(a)
     for kept in given.memory_layers:
         small, small_adapter = prepare(folder, kept)
-        peaks[kept] = timed(merge_words(small, small_adapter, folder / "small", "--no_verify")).peak_mb
+        peaks[kept] = merge(small, small_adapter, folder / "small", verify=True).peak_mb
         shutil.rmtree(folder / "small")
         if not given.keep:
             shutil.rmtree(small)
-    print("peak memory by layers: " + ", ".join(f"{n}: {mb:.0f} MB" for n, mb in sorted(peaks.items())))
+    print("peak memory of merge+check by layers: " + ", ".join(f"{n}: {mb:.0f} MB" for n, mb in sorted(peaks.items())))
     return {
         "layers": given.layers,
         "bytes": nbytes,
         "turns": [{name: asdict(run) for name, run in runs.items()} for runs in turns],
-        "ratio_to_copy": ratio,
+        "ratios": ratios,
         "same_bits_as_peft": same,
         "peak_mb_by_layers": peaks,
     }

@@ -28,6 +28,7 @@ rule merge_A:
         base_dir=pruned_part_dir,
         adapter_dir=adapter_source_dir,
         adapter_indices=setting("adapter_indices"),
+        output_dtype=setting("merge", "output_dtype"),
         code=code_digest("merge"),
     script:
         "../workflow_scripts/merge.py"
@@ -61,6 +62,7 @@ for suffix, layout, members in layout_groups():
                 base_dir=pruned_part_dir,
                 adapter_dir=adapter_source_dir,
                 skeleton_dir=skeleton_dir,
+                output_dtype=setting("merge", "output_dtype"),
                 code=code_digest("merge"),
             script:
                 "../workflow_scripts/merge.py"

@@ -11,4 +11,5 @@ with job(snakemake.log[0]):
         skeleton=snakemake.params.get("skeleton_dir"),
         adapter_indices=snakemake.params.get("adapter_indices", "original"),
         overwrite=True,
+        output_dtype=snakemake.params.output_dtype,
     )

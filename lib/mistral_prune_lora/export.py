@@ -20,8 +20,9 @@ from mistral_prune_lora.export_plan import ExportPlan, plan_export
 from mistral_prune_lora.json_file import read_json, write_json
 from mistral_prune_lora.layout import PARTS_OF_STAGE
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
+from mistral_prune_lora.merge_arithmetic import exact_arithmetic
 from mistral_prune_lora.merge_plan import shard_index
-from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
+from mistral_prune_lora.merge_stream import InputDigests, stream_file
 from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, LAYERS_MAP
 from mistral_prune_lora.outputs import Output, Record, claim
 from mistral_prune_lora.space import require_space

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_prune_lora.adapter import WEIGHTS_FILE
@@ -17,16 +17,19 @@ from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
-from mistral_prune_lora.json_file import read_json_if_there, write_json
+from mistral_prune_lora.json_file import read_json, read_json_if_there, write_json
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
+from mistral_prune_lora.merge_arithmetic import exact_arithmetic
 from mistral_prune_lora.merge_descriptions import describe_merge
-from mistral_prune_lora.merge_plan import MergePlan, plan_merge
-from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stream_file
-from mistral_prune_lora.merge_verify import verify_merge
+from mistral_prune_lora.merge_plan import OUTPUT_DTYPES, MergePlan, plan_merge
+from mistral_prune_lora.merge_stream import InputDigests, stream_file
+from mistral_prune_lora.merge_verify import FileCheck
 from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, is_model_dir
 from mistral_prune_lora.outputs import Output, Record, claim
 from mistral_prune_lora.pruning_identity import KEY
+from mistral_prune_lora.safetensors_file import DTYPES
 from mistral_prune_lora.space import require_space
+from mistral_prune_lora.stopwatch import Stopwatch
 from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory
 
@@ -56,6 +59,7 @@ class MergeReport:
         copied: tensors that were copied byte for byte.
         out_of_scope: adapter tensors that belong to layers this target does not hold.
         verified: values that were recomputed; 0 if the check was left out.
+        seconds: where the time of the streamed weights went, by kind of work (see `stopwatch.Stopwatch`).
     """
 
     output: Path
@@ -63,6 +67,7 @@ class MergeReport:
     copied: int
     out_of_scope: int
     verified: int
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 def merge_adapters(
@@ -77,13 +82,14 @@ def merge_adapters(
     save_bundle_only: bool = False,
     save_full_model: bool = False,
     max_shard_size: int | None = None,
+    output_dtype: str | None = None,
     adapter_indices: str = "original",
     overwrite: bool = False,
 ) -> MergeReport:
     """Merge adapters into an A model (a full model is written) or a bundle (layer files are written).
 
-    The result has the bits that PEFT's merge_and_unload gives, adapter after adapter. Memory stays flat: tensors are
-    streamed by blocks of rows.
+    The result has the bits that PEFT's merge_and_unload gives, adapter after adapter, on a model that was loaded with
+    the dtype. Memory stays flat: tensors are streamed by blocks of rows, and checked behind the writer.
 
     Args:
         base_model: a directory with config.json, or a bundle directory.
@@ -96,12 +102,14 @@ def merge_adapters(
         save_bundle_only: write a model's kept layers as layer files.
         save_full_model: write skeleton and bundle as one model.
         max_shard_size: bytes in a weight file of a full model; None writes one file.
+        output_dtype: "bf16", "fp16" or "fp32": what every float tensor of the base is cast to before anything is added;
+            None leaves each in its own dtype.
         adapter_indices: how the adapters count layers: "original", or "compact", from 0 over the layers that A keeps.
         overwrite: replace what is no former merge, too; never an input.
 
     Raises:
-        PipelineError and its kinds: see `merge_plan.plan_merge` and `outputs.claim`; no space; no tokenizer; the check
-            failed. Nothing is written then.
+        PipelineError and its kinds: see `merge_plan.plan_merge` and `outputs.claim`; no space; no tokenizer; a weight
+            is NaN or infinite, or becomes it by the cast or the merge; the check failed. Nothing is written then.
     """
     where = resolve_device(device)
     plan = plan_merge(
@@ -112,24 +120,34 @@ def merge_adapters(
         save_full_model=save_full_model,
         max_shard_size=max_shard_size,
         adapter_indices=adapter_indices,
+        output_dtype=output_dtype,
     )
     described = describe_merge(plan)
     small_files = _settings(plan, tokenizer_path) if plan.kind == "model" else []
     named = [adapter.base_model for adapter in plan.adapters if adapter.base_model and is_model_dir(adapter.base_model)]
     read = [base_model, *adapter_paths, skeleton, tokenizer_path, *named, *(file.parent for file in small_files)]
-    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
+    recheck = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     require_space({Path(output_dir): plan.nbytes + _SMALL_FILES})
-    inputs, written = InputDigests(), {}
+    inputs, written, verified, stopwatch = InputDigests(), {}, 0, Stopwatch()
     try:
-        with atomic_directory(output_dir, check=check) as fresh:
+        with atomic_directory(output_dir, check=recheck) as fresh:
             with (
                 exact_arithmetic(),
                 progress(total=plan.nbytes, description=f"merge {Path(output_dir).name}", unit="B") as bar,
             ):
                 for name, items in plan.files.items():
-                    written[name] = stream_file(fresh / name, items, device=where, inputs=inputs, on_bytes=bar.update)
-            _write_descriptions(described, fresh, small_files)
-            verified = verify_merge(plan, fresh, written) if verify else 0
+                    check = FileCheck(name, items) if verify else None
+                    written[name] = stream_file(
+                        fresh / name,
+                        items,
+                        device=where,
+                        inputs=inputs,
+                        on_bytes=bar.update,
+                        compare=check,
+                        stopwatch=stopwatch,
+                    )
+                    verified += check.finish(fresh / name) if check else 0
+            _write_descriptions(plan, described, fresh, small_files)
             _write_record(plan, fresh, inputs, written, small_files)
     except OSError as error:
         raise PipelineError(
@@ -139,7 +157,9 @@ def merge_adapters(
         ) from error
     merged = sum(bool(item.updates) for item in plan.items)
     strangers = sum(map(len, plan.out_of_scope.values()))
-    report = MergeReport(Path(output_dir), merged, len(plan.items) - merged, strangers, verified)
+    report = MergeReport(
+        Path(output_dir), merged, len(plan.items) - merged, strangers, verified, dict(stopwatch.seconds)
+    )
     _tell(plan, report)
     return report
 
@@ -153,13 +173,25 @@ def _settings(plan: MergePlan, tokenizer_path) -> list[Path]:
     return [file for file in named if read_json_if_there(file, CheckpointError) is not None] + tokenizer
 
 
-def _write_descriptions(described: Mapping[str, Mapping | Path], fresh: Path, small_files: Sequence[Path]) -> None:
+def _write_descriptions(
+    plan: MergePlan, described: Mapping[str, Mapping | Path], fresh: Path, small_files: Sequence[Path]
+) -> None:
     copy_settings(small_files, fresh)
     for name, content in described.items():
         if isinstance(content, Path):
             shutil.copyfile(content, fresh / name)
         else:
             write_json(fresh / name, content)
+    if plan.kind == "model" and plan.output_dtype:
+        _write_dtype(fresh / "config.json", plan.output_dtype)
+
+
+def _write_dtype(config_file: Path, output_dtype: str) -> None:
+    """Let a configuration tell the dtype of the weights, under the name or names that it tells it by."""
+    config = read_json(config_file, CheckpointError)
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    dtype = str(DTYPES[OUTPUT_DTYPES[output_dtype]]).removeprefix("torch.")
+    write_json(config_file, config | dict.fromkeys(names, dtype))
 
 
 def _write_record(
@@ -175,6 +207,7 @@ def _write_record(
         "layers": list(plan.layers),
         KEY: plan.identity,
         "arithmetic": ARITHMETIC,
+        "output_dtype": plan.output_dtype,
         "inputs": {os.fspath(path): digest for path, digest in digests.items()},
         "adapters": [
             {

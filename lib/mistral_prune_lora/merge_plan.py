@@ -21,6 +21,7 @@ from mistral_prune_lora.pruning_identity import check_same_pruning, read_identit
 from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
 
 _FLOATS = ("F32", "F16", "BF16")
+OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # by the name that a user gives, the safetensors name
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class MergePlan:
         out_of_scope: adapter tensors that belong to no layer of this target, by adapter directory.
         frame: the A model that a bundle belongs to; None for a model, or where nothing names it.
         identity: of the pruning that everything written is of; None where a part of it carries none.
+        output_dtype: what all float tensors are cast to first: "bf16", "fp16" or "fp32"; None leaves each as it is.
     """
 
     kind: str
@@ -59,6 +61,7 @@ class MergePlan:
     out_of_scope: dict[str, list[str]] = field(default_factory=dict)
     frame: Path | None = None
     identity: str | None = None
+    output_dtype: str | None = None
 
     @property
     def items(self) -> list[Item]:
@@ -80,6 +83,7 @@ def plan_merge(
     save_full_model: bool = False,
     max_shard_size: int | None = None,
     adapter_indices: str = "original",
+    output_dtype: str | None = None,
 ) -> MergePlan:
     """Decide what to write and match every adapter tensor to a weight, or list it as out of scope.
 
@@ -127,12 +131,15 @@ def plan_merge(
     # A bundle's tensors carry no layer prefix of their own, and a skeleton may count only its kept layers; a model's
     # tensors keep the names they had.
     renamed = base.kind == "bundle"
-    files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size, renamed)
+    if bundle:
+        files = _bundle_files(sources, updates, output_dtype)
+    else:
+        files = _model_files(sources, updates, output_dtype, max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
     kind = "bundle" if bundle else "model"
     common = check_same_pruning([base.path, beside])
     identity = read_identity(base.path) if opened is None else common
-    return MergePlan(kind, base, opened, adapters, files, layers, layout, out_of_scope, frame, identity)
+    return MergePlan(kind, base, opened, adapters, files, layers, layout, out_of_scope, frame, identity, output_dtype)
 
 
 def _from_compact(adapters: Sequence[Adapter], base: Checkpoint, layout: Layout | None) -> tuple[Adapter, ...]:
@@ -313,17 +320,17 @@ def _kept(name: str, layout: Layout | None) -> bool:
     return not match or layout is None or int(match[1]) in layout.kept
 
 
-def _bundle_files(sources: Mapping[str, TensorEntry], updates) -> dict[str, list[Item]]:
+def _bundle_files(sources: Mapping[str, TensorEntry], updates, output_dtype: str | None) -> dict[str, list[Item]]:
     files: dict[str, list[Item]] = {}
     for name, entry in sources.items():
         match = LAYER_PREFIX.match(name)
         items = files.setdefault(layer_file_name(int(match[1])), [])
-        items.append(_item(name[match.end() :], entry, updates.get(name, ())))
+        items.append(_item(name[match.end() :], entry, updates.get(name, ()), output_dtype))
     return dict(sorted(files.items()))
 
 
 def _model_files(
-    sources: Mapping[str, TensorEntry], updates, max_shard_size: int | None, renamed: bool
+    sources: Mapping[str, TensorEntry], updates, output_dtype: str | None, max_shard_size: int | None, renamed: bool
 ) -> dict[str, list[Item]]:
     """The files of a full model.
 
@@ -331,7 +338,8 @@ def _model_files(
         renamed: give tensors their canonical names instead of the ones they had.
     """
     items = [
-        _item(name if renamed else entry.stored_name, entry, updates.get(name, ())) for name, entry in sources.items()
+        _item(name if renamed else entry.stored_name, entry, updates.get(name, ()), output_dtype)
+        for name, entry in sources.items()
     ]
     return split_files(items, max_shard_size)
 
@@ -351,8 +359,22 @@ def split_files(items: Sequence[Item], max_shard_size: int | None) -> dict[str, 
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": items for i, items in enumerate(shards, 1)}
 
 
-def _item(name: str, entry: TensorEntry, updates: tuple[Update, ...]) -> Item:
-    return Item(TensorSpec(name, entry.dtype, entry.shape), entry, updates)
+def _item(name: str, entry: TensorEntry, updates: tuple[Update, ...], output_dtype: str | None) -> Item:
+    dtype = _cast_dtype(entry, output_dtype) if output_dtype else entry.dtype
+    return Item(TensorSpec(name, dtype, entry.shape), entry, updates)
+
+
+def _cast_dtype(entry: TensorEntry, output_dtype: str) -> str:
+    """The dtype of a tensor after the cast, as from_pretrained(dtype=) casts: floats become it, other numbers stay."""
+    if entry.dtype in ("F64", *_FLOATS):
+        return OUTPUT_DTYPES[output_dtype]
+    if entry.dtype.startswith("F8") or len(entry.shape) > 1:
+        raise CheckpointError(
+            f"{entry.stored_name} is stored as {entry.dtype}: quantised weights are not cast here",
+            where=entry.file,
+            mend="leave --output_dtype out, or merge into the unquantised model",
+        )
+    return entry.dtype
 
 
 def shard_index(files: Mapping[str, Sequence[Item]]) -> dict | None:

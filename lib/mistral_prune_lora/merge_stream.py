@@ -11,17 +11,20 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 
-from mistral_prune_lora.adapter import Update
 from mistral_prune_lora.digest import file_sha256
+from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.merge_arithmetic import Factors, all_finite, cast_in, merge_rows
 from mistral_prune_lora.merge_plan import Item
+from mistral_prune_lora.read_back import Compare
 from mistral_prune_lora.safetensors_file import DTYPES, plan_file, read_into
+from mistral_prune_lora.stopwatch import Stopwatch
 from mistral_prune_lora.streamed_file import StreamedFile
 
 _BLOCK_BYTES = 2 << 20
@@ -35,16 +38,25 @@ _HEAD_BYTES = 128 << 20  # of a file's start that was not read, what is fetched 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of one tensor, or some bytes of an untouched one."""
+    """Some rows of one tensor, or some numbers of one that nothing is added to.
+
+    Attributes:
+        item: the tensor.
+        first, last: where the block lies in the tensor as it is stored, in bytes.
+        buffer: uint8; the numbers lie at its start.
+        nbytes: their size as they are now.
+    """
 
     item: Item
-    start: int  # first byte within the tensor
-    buffer: torch.Tensor  # uint8, the buffer that it lies in
+    first: int
+    last: int
+    buffer: torch.Tensor
     nbytes: int
 
     @property
-    def data(self) -> torch.Tensor:
-        return self.buffer[: self.nbytes]
+    def data(self) -> np.ndarray:
+        """The bytes of the numbers, uint8."""
+        return self.buffer[: self.nbytes].numpy()
 
 
 class InputDigests:
@@ -85,8 +97,10 @@ def stream_file(
     device: torch.device,
     inputs: InputDigests,
     on_bytes: Callable[[int], None],
+    compare: Compare | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> str:
-    """Write one output file; returns its sha256. Call it within `exact_arithmetic`.
+    """Write one output file. Call it within `exact_arithmetic`.
 
     Args:
         path: the file, in a directory that is put in place later.
@@ -94,15 +108,20 @@ def stream_file(
         device: where the arithmetic runs.
         inputs: is shown every byte that is read.
         on_bytes: called with the number of bytes written, for a progress bar.
+        compare: given everything as it was written and as the disk gives it back, meanwhile; None reads nothing back.
+        stopwatch: told where the time goes.
+
+    Returns:
+        The file's sha256: with `compare`, of the bytes that came back from the disk; without, of those sent to it.
 
     Raises:
-        CheckpointError: an input ends early. OSError: the disk is full.
+        CheckpointError: an input ends early; a number is NaN or infinite. OSError: the disk is full. And what `compare`
+            raises.
     """
     head, ordered = plan_file(item.spec for item in items)
     by_name = {item.spec.name: item for item in items}
-    stream = _Stream([by_name[spec.name] for spec in ordered], device, inputs, on_bytes)
-    with StreamedFile(path) as file:
-        return stream.run(file, head)
+    stream = _Stream([by_name[spec.name] for spec in ordered], device, inputs, on_bytes, stopwatch or Stopwatch())
+    return stream.run(path, head, compare)
 
 
 class _Stream:
@@ -111,30 +130,47 @@ class _Stream:
     Buffers go round: free, read, merged, free. Their number bounds the memory.
     """
 
-    def __init__(self, sequence: list[Item], device: torch.device, inputs: InputDigests, on_bytes) -> None:
-        self._sequence, self._device, self._inputs, self._on_bytes = sequence, device, inputs, on_bytes
+    def __init__(self, sequence: list[Item], device, inputs: InputDigests, on_bytes, stopwatch: Stopwatch) -> None:
+        self._sequence, self._device, self._inputs = sequence, device, inputs
+        self._on_bytes, self._stopwatch = on_bytes, stopwatch
         self._free, self._read, self._merged = (SimpleQueue() for _ in range(3))
         self._failures: list[BaseException] = []
-        size = max((last - first for item in sequence for first, last in blocks_of(item)), default=0)
+        sizes = (_buffer_bytes(item, last - first) for item in sequence for first, last in blocks_of(item))
+        size = max(sizes, default=0)
         for _ in range(_BUFFERS):
             self._free.put(torch.empty(size, dtype=torch.uint8))
 
-    def run(self, file: StreamedFile, head: bytes) -> str:
-        digest = hashlib.sha256(head)
-        file.append(memoryview(head))
-        threads = [
-            threading.Thread(target=self._guarded, args=work, daemon=True)
-            for work in ((self._reader,), (self._writer, file, digest))
-        ]
-        for thread in threads:
-            thread.start()
-        self._guarded(self._merger)
-        for thread in threads:
-            thread.join()
-        if self._failures:
-            raise self._failures[0]
-        file.finish()
+    def run(self, path: Path, head: bytes, compare: Compare | None) -> str:
+        digest = hashlib.sha256()
+        with StreamedFile(path, compare and self._also_digested(compare, digest), self._stopwatch) as file:
+            if compare is None:
+                digest.update(head)
+            file.append(memoryview(head))
+            threads = [
+                threading.Thread(target=self._guarded, args=work, daemon=True)
+                for work in ((self._reader,), (self._writer, file, None if compare else digest))
+            ]
+            for thread in threads:
+                thread.start()
+            self._guarded(self._merger)
+            for thread in threads:
+                thread.join()
+            if self._failures:
+                raise self._failures[0]
+            file.finish()
         return digest.hexdigest()
+
+    def _also_digested(self, compare: Compare, digest: hashlib._Hash) -> Compare:
+        """What comes back is what was sent, or `compare` raises; so one digest does for both."""
+
+        def came_back(written: np.ndarray, read: np.ndarray) -> None:
+            lap = self._stopwatch.of_thread()
+            compare(written, read)
+            lap("checking")
+            digest.update(read)
+            lap("digests of outputs")
+
+        return came_back
 
     def _guarded(self, work: Callable, *args) -> None:
         try:
@@ -146,6 +182,7 @@ class _Stream:
 
     def _reader(self) -> None:
         opened: dict[Path, int] = {}
+        lap = self._stopwatch.of_thread()
         try:
             for item in self._sequence:
                 entry = item.entry
@@ -154,11 +191,14 @@ class _Stream:
                 for first, last in blocks_of(item):
                     if (buffer := self._free.get()) is None:
                         return
-                    block = _Block(item, first, buffer, last - first)
-                    view = memoryview(block.data.numpy())
+                    lap(None)
+                    block = _Block(item, first, last, buffer, last - first)
+                    view = memoryview(block.data)
                     _read_ahead(opened[entry.file], entry.start + last)
                     read_into(opened[entry.file], view, entry.start + first, entry.file)
+                    lap("reading")
                     self._inputs.saw(entry.file, entry.start + first, view)
+                    lap("digests of inputs")
                     self._read.put(block)
         finally:
             for descriptor in opened.values():
@@ -167,19 +207,27 @@ class _Stream:
 
     def _merger(self) -> None:
         item, factors = None, []
+        lap = self._stopwatch.of_thread()
         while (block := self._read.get()) is not None:
-            if block.item.updates:
-                if block.item is not item:
-                    item, factors = block.item, [Factors.load(u, self._device) for u in block.item.updates]
-                _merge_block(block, factors, self._device)
-            self._merged.put(block)
+            lap(None)
+            if block.item is not item:
+                item, factors = block.item, [Factors.load(u, self._device) for u in block.item.updates]
+            self._merged.put(_computed(block, factors, self._device))
+            lap("arithmetic")
         self._merged.put(None)
 
-    def _writer(self, file: StreamedFile, digest) -> None:
+    def _writer(self, file: StreamedFile, digest: hashlib._Hash | None) -> None:
+        lap = self._stopwatch.of_thread()
         while (block := self._merged.get()) is not None:
-            view = memoryview(block.data.numpy())
-            digest.update(view)
-            file.append(view)
+            lap(None)
+            data = block.data
+            if not all_finite(data, block.item.spec.dtype):
+                raise _not_finite(block)
+            lap("looking for NaN")
+            if digest:
+                digest.update(data)
+                lap("digests of outputs")
+            file.append(memoryview(data))
             self._free.put(block.buffer)
             self._on_bytes(block.nbytes)
 
@@ -191,11 +239,16 @@ def _read_ahead(descriptor: int, start: int) -> None:
 
 
 def blocks_of(item: Item) -> Iterator[tuple[int, int]]:
-    """The (first, last) bytes of each block of a tensor: whole rows where something is added to it."""
-    nbytes, step, least = item.entry.nbytes, _BLOCK_BYTES, 1
+    """The (first, last) bytes of each block of a tensor as it is stored: whole rows where something is added to it, and
+    whole numbers elsewhere."""
+    nbytes, itemsize, least = item.entry.nbytes, item.entry.itemsize, 1
+    most = (
+        _BLOCK_BYTES * itemsize // max(itemsize, DTYPES[item.spec.dtype].itemsize)
+    )  # room for them once they are cast
+    step = max(itemsize, most // itemsize * itemsize)
     if item.updates and nbytes:
         row = nbytes // item.entry.shape[0]
-        step = row * max(_ROW_MULTIPLE, _BLOCK_BYTES // row // _ROW_MULTIPLE * _ROW_MULTIPLE)
+        step = row * max(_ROW_MULTIPLE, most // row // _ROW_MULTIPLE * _ROW_MULTIPLE)
         least = row * _ROW_MULTIPLE
     first = 0
     while first < nbytes:
@@ -205,61 +258,43 @@ def blocks_of(item: Item) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _merge_block(block: _Block, factors: list[Factors], device: torch.device) -> None:
-    """Add the updates to a block where it lies."""
-    columns = block.item.spec.shape[1]
-    here = block.data.view(DTYPES[block.item.spec.dtype]).view(-1, columns)
-    first = block.start // (columns * here.element_size())
-    weight = here.to(device)
-    for update in factors:
-        weight = update.add_to(weight, slice(first, first + len(weight)))
-    if weight is not here:
-        here.copy_(weight)
+def _buffer_bytes(item: Item, nbytes: int) -> int:
+    """Room for a block of so many stored bytes, before and after it is cast."""
+    return max(nbytes, nbytes // item.entry.itemsize * DTYPES[item.spec.dtype].itemsize)
 
 
-@dataclass(frozen=True)
-class Factors:
-    """The factors of one update in float32: PEFT casts 16-bit adapters up when it loads them."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    magnitude: torch.Tensor | None
-    scaling: float
-
-    @classmethod
-    def load(cls, update: Update, device: torch.device) -> Factors:
-        """Read them."""
-        magnitude = update.magnitude.read().float().view(-1).to(device) if update.magnitude else None
-        return cls(update.a.read().float().to(device), update.b.read().float().to(device), magnitude, update.scaling)
-
-    def add_to(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The rows of a weight with this update merged, in the weight's dtype; may reuse its memory.
-
-        LoRA: W + (B A) s, rounded once to the weight's dtype (https://arxiv.org/abs/2106.09685, section 4.1). DoRA:
-        m / |W + (B A) s| times that, with the norm over each row in float32 (https://arxiv.org/abs/2402.09353,
-        equation 5).
-        """
-        # Products are scaled after they are summed, as PEFT does: s B first, or addmm, would round otherwise.
-        summed = (self.b[rows] @ self.a).mul_(self.scaling).add_(weight)
-        if self.magnitude is not None:
-            norm = torch.linalg.norm(summed, dim=1)
-            summed.mul_((self.magnitude[rows] / norm).view(-1, 1))
-        return weight.copy_(summed)
+def _computed(block: _Block, factors: list[Factors], device: torch.device) -> _Block:
+    """A block cast and with the updates added, where it lies."""
+    spec, entry, nbytes = block.item.spec, block.item.entry, block.nbytes
+    if spec.dtype != entry.dtype:
+        nbytes = cast_in(block.buffer, nbytes, entry.dtype, spec.dtype)
+    if factors:
+        columns = spec.shape[1]
+        rows = block.buffer[:nbytes].view(DTYPES[spec.dtype]).view(-1, columns)
+        merge_rows(rows, block.first // (columns * entry.itemsize), factors, device)
+    return replace(block, nbytes=nbytes)
 
 
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """One thread for torch, so that results do not depend on how many there are, and no TF32 on a GPU.
-
-    With two threads MKL was seen to round products of a few small odd shapes otherwise (7 x 11 by 11 x 22), so there
-    PEFT's own bits depend on its threads; at the shapes of real models they did not.
-    """
-    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+def _not_finite(block: _Block) -> CheckpointError:
+    """What to say of a block that came out with NaN or infinity; where they come from is looked up in its source."""
+    spec, entry = block.item.spec, block.item.entry
+    stored = torch.empty(_buffer_bytes(block.item, block.last - block.first), dtype=torch.uint8)
+    nbytes = block.last - block.first
+    with open(entry.file, "rb") as file:
+        read_into(file.fileno(), memoryview(stored[:nbytes].numpy()), entry.start + block.first, entry.file)
+    if not all_finite(stored[:nbytes].numpy(), entry.dtype):
+        return CheckpointError(
+            f"tensor {entry.stored_name} holds NaN or infinity", where=entry.file, mend="fetch or write it again"
+        )
+    nbytes = cast_in(stored, nbytes, entry.dtype, spec.dtype)
+    if not all_finite(stored[:nbytes].numpy(), spec.dtype):
+        return CheckpointError(
+            f"tensor {entry.stored_name} holds numbers beyond the range of {spec.dtype}",
+            where=entry.file,
+            mend="choose another --output_dtype",
+        )
+    return CheckpointError(
+        f"tensor {entry.stored_name} gets NaN or infinity by the merge, in {spec.dtype}",
+        where=entry.file,
+        mend="check the adapter's scaling, or choose another --output_dtype",
+    )

@@ -40,7 +40,7 @@ if renames == "two":
 def start(adapter):
     pid = os.fork()
     if pid == 0:
-        merge_adapters(base, [adapter], out, device="cpu", verify=False)
+        merge_adapters(base, [adapter], out, device="cpu")
         os._exit(0)
     return pid
 
@@ -158,7 +158,7 @@ def test_an_interrupt_leaves_nothing(inputs, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mistral_prune_lora.merge_stream._merge_block", interrupt)
+    monkeypatch.setattr("mistral_prune_lora.merge_stream.merge_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge_adapters(inputs[0], [inputs[1]], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mistral_prune_lora import merge_stream
+from mistral_prune_lora import merge_arithmetic, merge_stream
 from mistral_prune_lora.merge import merge_adapters
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -135,7 +135,7 @@ def test_blocks_cover_the_tensor_in_rows_that_keep_the_kernel(rows, columns, ite
     assert all(count % 64 == 0 for count in counts[:-1])
     assert counts[-1] >= min(rows, 64)
     assert max(counts) * row < max(block, 64 * row) + 64 * row
-    assert all(last - first <= block for first, last in copied)
+    assert all(last - first <= max(block, itemsize) and first % itemsize == 0 for first, last in copied)
 
 
 def assert_contiguous(blocks: list[tuple[int, int]], nbytes: int) -> None:
@@ -147,8 +147,9 @@ class FakeItem:
     """What blocks_of asks of an item."""
 
     def __init__(self, rows: int, columns: int, itemsize: int, updates: tuple) -> None:
-        self.entry, self.updates = self, updates
-        self.shape, self.nbytes = (rows, columns), rows * columns * itemsize
+        self.entry = self.spec = self
+        self.updates, self.dtype = updates, {2: "BF16", 4: "F32"}[itemsize]
+        self.shape, self.itemsize, self.nbytes = (rows, columns), itemsize, rows * columns * itemsize
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (3000, 1000), (577, 8192), (4097, 640)])
@@ -165,7 +166,7 @@ def test_large_products_keep_their_bits_in_blocks(shape, rank):
     item = FakeItem(*shape, 2, updates=(object(),))
     rows = [(first // (2 * shape[1]), last // (2 * shape[1])) for first, last in merge_stream.blocks_of(item)]
     assert len(rows) > 1
-    with merge_stream.exact_arithmetic():
+    with merge_arithmetic.exact_arithmetic():
         assert torch.equal(torch.cat([b[first:last] @ a for first, last in rows]), whole[0])
 
 
@@ -173,7 +174,7 @@ def test_the_arithmetic_is_exact_while_it_lasts():
     before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        with pytest.raises(ValueError, match="inside"), merge_stream.exact_arithmetic():
+        with pytest.raises(ValueError, match="inside"), merge_arithmetic.exact_arithmetic():
             assert torch.get_num_threads() == 1
             assert torch.backends.cuda.matmul.allow_tf32 is False
             assert torch.is_inference_mode_enabled()

@@ -90,6 +90,16 @@ def test_a_changed_setting_reruns_what_uses_it(finished):
     assert finished.planned("--set-resources", "segment:mem_mb=3000", "merge_A:gpu=0") == {}
 
 
+def test_another_dtype_of_the_merged_parts_merges_them_again(finished):
+    finished.config["experiments"]["tiny"]["merge"] = {"output_dtype": "fp16"}
+    assert finished.planned() == {
+        rule: n for rule, n in EVERYTHING.items() if rule not in ("prune", "eval_windows", "dense_perplexity")
+    } | {"segment": 3, "perplexity": 3}
+    assert finished.jobs("results/tiny/merged/B_merged/merge.json") == {"merge_B": 1}
+    with safe_open(finished.path("merged/B_merged/layer_003.safetensors"), "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
+
+
 def test_parts_hold_their_own_layers_and_no_others(finished):
     with safe_open(finished.path("merged/A_merged/model.safetensors"), "pt") as weights:
         layers = {int(name.split(".")[2]) for name in weights.keys() if ".layers." in name}  # noqa: SIM118

@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         "--max_shard_size", type=_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
     )
     p.add_argument(
+        "--output_dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="cast the base to this first, and merge and save in it, as PEFT does with a model that was loaded in it"
+        " (default: what each tensor of the base is stored as)",
+    )
+    p.add_argument(
         "--overwrite",
         action="store_true",
         help="replace what is there even if it is no merge; never an input",
@@ -94,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         max_shard_size=given.max_shard_size,
         adapter_indices=given.adapter_indices,
         overwrite=given.overwrite,
+        output_dtype=given.output_dtype,
     )
 
 
