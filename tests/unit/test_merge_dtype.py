@@ -17,6 +17,7 @@ from merge_oracle import (
     random_adapter,
     read_result,
     save_base,
+    zero_outside,
 )
 from transformers import AutoModelForCausalLM
 
