@@ -18,7 +18,7 @@ from hostile import Mutation, mutated, mutations
 from output_project import COMMANDS, INPUTS, Command, record, snapshot, write_inputs
 
 SEED = 0
-DRAWN = 3  # mutations of a file for each command that reads it
+DRAWN = 2  # mutations of a file for each command that reads it
 HANGS = 120  # seconds after which nobody would wait any longer
 # Read, with what no command can know to be wrong: another text or model is as good.
 FREE = (".txt", ".safetensors", ".parquet")
