@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint format clean
+.PHONY: setup run test test-consumers lint format clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,10 @@ run: setup
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest
 
+# Exported stages in llama.cpp, vLLM and mergekit: needs the network and about 7 GB for their environments.
+test-consumers: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/consumers/run.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +35,4 @@ format: setup
 	$(BIN)/snakefmt Snakefile rules
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache lib/*.egg-info
+	rm -rf $(VENV) $(VENV)-consumers .pytest_cache .hypothesis .ruff_cache lib/*.egg-info

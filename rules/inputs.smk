@@ -167,6 +167,16 @@ def stage_weights(wildcards):
     return parts_files(wildcards.experiment, wildcards.variant, PARTS_OF_STAGE[wildcards.stage])
 
 
+def stage_bundle_dirs(wildcards):
+    """The directories of the stage's bundles that hold layers, by part."""
+    layout = LAYOUTS[wildcards.experiment]
+    return {
+        part: part_dir(wildcards.experiment, wildcards.variant, part)
+        for part in PARTS_OF_STAGE[wildcards.stage]
+        if part != "A" and layout.layers_of(part)
+    }
+
+
 def stage_weights_dir(wildcards):
     """The directory of the part that the tail lies in."""
     _, tail = stage_run(segments(wildcards.experiment, wildcards.variant), wildcards.stage)

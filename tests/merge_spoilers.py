@@ -96,6 +96,10 @@ def long_header(there: Path) -> None:
     (there / "A/model.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
 
 
+def in_base(change):
+    return lambda there: edit_tensors(there / "A/model.safetensors", change)
+
+
 def quantised(there: Path) -> None:
     def change(tensors):
         tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(96, 64, dtype=torch.int8)
@@ -185,6 +189,17 @@ SPOILT = {
     "missing shard": (missing_shard, "which is missing"),
     "shard outside": (shard_outside, "which is not a file beside it"),
     "tensor not in its shard": (unindexed_tensor, "lacks model.more.weight"),
+    "no final norm": (in_base(lambda t: t.pop("model.norm.weight")), "has no tensor model.norm.weight"),
+    "no embedding": (in_base(lambda t: t.pop("model.embed_tokens.weight")), "has no tensor model.embed_tokens.weight"),
+    "no head": (in_base(lambda t: t.pop("lm_head.weight")), "has no tensor lm_head.weight"),
+    "no layernorm": (
+        in_base(lambda t: t.pop("model.layers.4.post_attention_layernorm.weight")),
+        "has no tensor model.layers.4.post_attention_layernorm.weight",
+    ),
+    "norm of another shape": (
+        in_base(lambda t: t.update({"model.norm.weight": torch.ones(32)})),
+        r"model.norm.weight has the shape \(32,\), and by config.json it is \(64,\)",
+    ),
     "quantised": (quantised, "stored as I8: quantised weights are not merged here"),
     "no base": (remove("A"), "there is no such directory"),
     "no base weights": (remove("A/model.safetensors"), "there is no model.safetensors"),

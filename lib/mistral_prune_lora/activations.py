@@ -73,12 +73,14 @@ class ActivationReader:
         """The windows first..last-1 as a CPU tensor (last - first, seqlen, hidden).
 
         Raises:
-            DataError: they are not the ones that were written there.
-            CheckpointError: the file cannot be read.
+            DataError: they are not the ones that were written there, or cannot be read.
         """
         if not 0 <= first < last <= self.shape[0]:
             raise ValueError(f"there are {self.shape[0]} windows, none {first}..{last - 1}")
-        hidden = self._entry.read(slice(first, last))
+        try:
+            hidden = self._entry.read(slice(first, last))
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", where=self.path, mend="Run the same again") from None
         for window, found in enumerate(_checksums(hidden), first):
             if found != self._sums[window]:
                 raise DataError(f"window {window} is not the one that was written", where=self.path, mend=_AGAIN)

@@ -66,6 +66,14 @@ def size_in_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def shard_size(text: str) -> int:
+    """Bytes of a size such as 5GB, at least one."""
+    nbytes = size_in_bytes(text)
+    if not nbytes:
+        raise argparse.ArgumentTypeError(f"{text} leaves no room for anything")
+    return nbytes
+
+
 def _whole(text: str, least: int, most: int | None = None) -> int:
     try:
         number = int(text)

@@ -56,6 +56,11 @@ class Checkpoint:
         return tuple(dict.fromkeys(entry.file for entry in self.entries.values()))
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors by canonical name."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The original indices of the layers whose weights are here, ascending."""
         return tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, self.entries) if m}))

@@ -17,6 +17,7 @@ from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, layer_files, weight_files
+from mistral_prune_lora.pruning_identity import identities
 from mistral_prune_lora.tokenizer import tokenizer_files
 
 _LONGEST_LINE = 500
@@ -216,7 +217,9 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
 
 
 def _check_bundles(experiment: Mapping, layout: Layout) -> None:
-    """Raise a LayoutError if a given bundle contradicts itself or the layout; one that is missing is snakemake's."""
+    """Raise a LayoutError if a given bundle contradicts itself or the layout, or is of another pruning than A or the
+    other one; one that is missing is snakemake's.
+    """
     for part in "BC" if "pruned" in experiment else "":
         folder = Path(experiment["pruned"]["bundles"]) / part
         layer_files(folder)
@@ -226,6 +229,9 @@ def _check_bundles(experiment: Mapping, layout: Layout) -> None:
                 where=folder,
                 mend="use the bundles that were cut from this model",
             )
+    if given := experiment.get("pruned"):
+        # Each job that puts parts together says which carry no identity; here it would be said by all of them.
+        identities([given["A"], *(Path(given["bundles"]) / part for part in "BC")])
 
 
 def merged_parts(experiment: Mapping, layout: Layout) -> list[str]:

@@ -15,9 +15,10 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_prune_lora.digest import file_sha256
+from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, SourceError, reports_errors
 from mistral_prune_lora.families import read_config
+from mistral_prune_lora.family_tensors import check_model_tensors
 from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.outputs import Output, Record, claim
 from mistral_prune_lora.tokenizer import TOKENIZER_FILES, tokenizer_files
@@ -108,11 +109,8 @@ def check_dense(path: str | Path) -> None:
         CheckpointError: no such directory; files or tensors missing, left over or of the wrong shape; layers dropped.
         SourceError: there is no tokenizer.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from mistral_prune_lora.checkpoint import open_checkpoint
-    from mistral_prune_lora.model import head_name, model_config
+    from mistral_prune_lora.model import model_config
 
     checkpoint = open_checkpoint(path)
     if checkpoint.kind != "model":
@@ -123,24 +121,9 @@ def check_dense(path: str | Path) -> None:
             where=path,
             mend="give the dense model it was cut from",
         )
-    config = model_config(checkpoint)
-    with torch.device("meta"):
-        wanted = {
-            name: tuple(t.shape)
-            for name, t in AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().items()
-        }
-    if head_name(checkpoint) != "lm_head.weight":
-        wanted.pop("lm_head.weight", None)
-    there = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    missing = [name for name in wanted if name not in there]
-    misfit = [name for name in wanted if name in there and there[name] != wanted[name]]
-    if missing or misfit:
-        what = (
-            f"lacks {len(missing)} tensors, first {missing[0]}"
-            if missing
-            else f"tensor {misfit[0]} has shape {there[misfit[0]]}, config.json says {wanted[misfit[0]]}"
-        )
-        raise CheckpointError(what, where=path, mend="fetch or convert the model again")
+    model_config(checkpoint)
+    layers = range(checkpoint.config["num_hidden_layers"])
+    check_model_tensors(checkpoint.config, checkpoint.shapes, layers, path)
     if not tokenizer_files(path):
         raise SourceError("there is no tokenizer", where=path, mend="put the model's tokenizer files there")
 
@@ -265,9 +248,10 @@ def _fetch_hub(settings: dict, fresh: Path, cache: Path) -> None:
     # Weights come after the configuration is known to be one that is taken.
     read_config(_snapshot(settings["repo_id"], settings["revision"], cache, ["config.json"]))
     snapshot = _snapshot(settings["repo_id"], settings["revision"], cache, list(_HUB_FILES))
-    for file in sorted(snapshot.iterdir()):
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _HUB_FILES):
-            _link_or_copy(file.resolve(), fresh / file.name)
+    for file in sorted({file for pattern in _HUB_FILES for file in snapshot.glob(pattern)}):
+        target = fresh / file.relative_to(snapshot)
+        target.parent.mkdir(exist_ok=True)
+        _link_or_copy(file.resolve(), target)
     _write_source(fresh, {"hub": settings})
     check_dense(fresh)
 
@@ -318,7 +302,7 @@ def _link_or_copy(file: Path, target: Path) -> None:
 def _write_source(folder: Path, what: dict) -> None:
     packages = ("mistral-prune-lora", "torch", "transformers", "safetensors", "gguf", "huggingface_hub")
     what["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    what["files"] = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    what["files"] = other_files_sha256(folder, ())
     write_json(folder / SOURCE_FILE, what)
 
 

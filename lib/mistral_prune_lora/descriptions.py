@@ -1,7 +1,7 @@
 """What A and the bundles say about themselves: manifest.json, layers_map.json, prune_log.json, bundle_meta.json.
 
-Servers and trainers of other makers read these files, so their keys are fixed; see README.md. What a file cannot know
-is null or left out. Pure: nothing here reads a file but what `manifest` reads, and nothing writes.
+Servers and trainers of other makers read these files, so their keys are fixed; see docs/directories.md. What a file
+cannot know is null or left out. Nothing here writes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import logged_split
 from mistral_prune_lora.model_files import LAYER_PREFIX, is_layer_list
+from mistral_prune_lora.pruning_identity import KEY
 
 MANIFEST_VERSION = "1.0"
 _SEARCH = ("seed", "seqlen", "drop_frac", "keep_last_layer")
 _FACTS = ("base_model", "arch", "model_type", "hidden_size", "num_hidden_layers")
 
 
-def make_manifest(layout: Layout, *, base_model: str, model_type: str, selection: Mapping, artifacts: Mapping) -> dict:
+def make_manifest(
+    layout: Layout,
+    *,
+    base_model: str,
+    model_type: str,
+    selection: Mapping,
+    artifacts: Mapping,
+    identity: str | None = None,
+) -> dict:
     """The manifest.json (version 1.0) of a pruned model.
 
     Args:
@@ -31,6 +40,7 @@ def make_manifest(layout: Layout, *, base_model: str, model_type: str, selection
         model_type: its config's model_type, which is also written as `arch`.
         selection: how the block was chosen: method, block {start, n}, angular_distance, keep_last_layer.
         artifacts: where A, B, C and original_config lie: {"A": {"dir": ...}, ...}.
+        identity: of the pruning; None leaves it out.
     """
     bundles = {} if layout.unassigned else {"B": list(layout.b), "C": list(layout.c)}
     return {
@@ -50,6 +60,7 @@ def make_manifest(layout: Layout, *, base_model: str, model_type: str, selection
             **{part: {"removed_layers": layers} for part, layers in bundles.items()},
         },
         "artifacts": dict(artifacts),
+        **({KEY: identity} if identity else {}),
     }
 
 
@@ -189,9 +200,10 @@ def dense_facts(config: Mapping, layout: Layout | None, manifest: Mapping | None
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def bundle_meta(part: str, layers: Sequence[int], facts: Mapping) -> dict:
-    """The bundle_meta.json of part "B" or "C" as pruned; `facts` as `dense_facts` gives them."""
-    return {"stage": part, **facts, "indices": list(layers), "format": "safetensors", "granularity": "layer"}
+def bundle_meta(part: str, layers: Sequence[int], facts: Mapping, identity: str) -> dict:
+    """The bundle_meta.json of part "B" or "C" as pruned; `facts` as `dense_facts` gives them, and the identity."""
+    stored = {"indices": list(layers), "format": "safetensors", "granularity": "layer"}
+    return {"stage": part, **facts, **stored, KEY: identity}
 
 
 def merged_bundle_meta(meta: Mapping, layers: Sequence[int], facts: Mapping, where: str | Path) -> dict:

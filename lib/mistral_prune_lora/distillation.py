@@ -29,6 +29,7 @@ from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
 from mistral_prune_lora.model_files import bundle_layers
 from mistral_prune_lora.outputs import Output, Record, claim, listed_files
+from mistral_prune_lora.pruning_identity import check_same_pruning, read_identity
 from mistral_prune_lora.space import reserved_space
 from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
 from mistral_prune_lora.transaction import atomic_directory
@@ -130,7 +131,7 @@ def train_adapter(
 
     Raises:
         PipelineError: the output may not or cannot be written, see `outputs.claim` and `transaction.atomic_directory`.
-        LayoutError, CheckpointError: the student or a bundle is not what the stage needs.
+        LayoutError, CheckpointError: the student or a bundle is not what the stage needs, or of another pruning.
         DataError: the teacher's states belong to other windows or another teacher.
         PipelineError: there is no teacher, and kd_alpha or states ask for one.
         NumberError: a loss, a gradient or a weight becomes NaN or infinity; nothing is written then.
@@ -147,6 +148,7 @@ def train_adapter(
     layout = _told_by_bundles(checkpoint.layout, stage, bundles)
     layers = stage_layers(stage, layout)
     _check_restored(stage, layout, bundles)
+    check_same_pruning([student_dir, *bundles])
     doubts = warn_of(checkpoint, windows)
     started = time.monotonic()
     # Entered before the training, which would be lost if its result could not be written.
@@ -168,6 +170,7 @@ def train_adapter(
             "layers": list(layers),
             "student": {"dir": os.fspath(student_dir), "weights": weight_digests(student_dir)},
             "bundles": {os.fspath(b): weight_digests(b) for b in bundles},
+            "pruning_identities": {os.fspath(part): read_identity(part) for part in (student_dir, *bundles)},
             "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
             "windows": asdict(windows.identity),
             "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},

@@ -24,6 +24,7 @@ from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, res
 from mistral_prune_lora.layout import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.model import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
+from mistral_prune_lora.pruning_identity import KEY, check_same_pruning
 from mistral_prune_lora.statistics import WindowScores, summarise
 from mistral_prune_lora.transaction import atomic_file
 from mistral_prune_lora.window_warnings import warn_of
@@ -81,12 +82,13 @@ def run_segment(
 
     Raises:
         DataError: `windows` or `source` is not what it should be, or `source` was made of other windows.
-        CheckpointError, LayoutError: weights are missing or do not fit.
+        CheckpointError, LayoutError: weights are missing or do not fit, or are of another pruning than the model.
         NumberError: weights or hidden states hold NaN or infinity.
         PipelineError: memory or disk space does not suffice, or another process is writing `output`.
     """
     compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
     model, holder = open_checkpoint(model_dir), _open_weights(model_dir, weights_dir)
+    check_same_pruning([model.path, holder.path])
     cut = Windows.load(windows)
     config = model_config(model)
     print(f"boundary activations: {hidden_bytes(model, cut, compute.dtype) / 1e6:.1f} MB in {output}", file=sys.stderr)
@@ -132,13 +134,14 @@ def score_stage(
     """
     compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
     subject, holder = Subject.open(model_dir), _open_weights(model_dir, weights_dir)
+    identity = check_same_pruning([subject.model.path, holder.path])
     teacher = Teacher(open_checkpoint(dense_dir), Path(teacher_hidden)) if teacher_hidden and dense_dir else None
     cut = Windows.load(windows)
     doubts = warn_of(subject.model, cut)
     job = Scoring(subject.model, cut, compute, _beside(result_json, "scores"), teacher, final_hidden or None)
     start = Start(subject.model, cut, compute, source or None)
     record, scores = job.run(start, [LayerSource(i, holder) for i in layers], f"stage {stage}")
-    about = {"stage": stage, "label": subject.label(stage)}
+    about = {"stage": stage, "label": subject.label(stage), KEY: identity}
     result = _result({**(names or {}), **about}, record, scores, cut, compute, doubts)
     result.save(result_json, window_parquet)
     job.forget()
@@ -207,7 +210,7 @@ def evaluate_stages(
         place = folder / f"{record_digest(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
         job = Scoring(subject.model, windows, compute, place, teacher, final)
         record, scores = job.run(lambda parent=parent: boundary(parent), tail_sources, f"stage {stage}", record)
-        about = {"stage": stage, "label": subject.label(stage)}
+        about = {"stage": stage, "label": subject.label(stage), KEY: subject.pruning_identity}
         yield _result(about, record, scores, windows, compute, doubts)
 
 
@@ -286,7 +289,7 @@ def hidden_bytes(model: Checkpoint, windows: Windows, dtype: torch.dtype) -> int
 
 
 def _result(
-    about: Mapping[str, str],
+    about: Mapping[str, str | None],
     record: dict,
     scores: WindowScores,
     windows: Windows,

@@ -158,7 +158,10 @@ def default_work_dir(args: argparse.Namespace) -> Path:
 def forget_old_work(folder: Path) -> None:
     """Remove what commands that were killed and never repeated have left in a folder of work folders, after a week."""
     for work in folder.iterdir() if folder.is_dir() else ():
-        touched = max((file.stat().st_mtime for file in work.glob("*")), default=work.stat().st_mtime)
+        try:
+            touched = max((file.lstat().st_mtime for file in work.glob("*")), default=work.lstat().st_mtime)
+        except FileNotFoundError:  # another command has just removed its own
+            continue
         if time.time() - touched > _WEEK:
             shutil.rmtree(work, ignore_errors=True)
 

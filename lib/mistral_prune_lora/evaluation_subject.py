@@ -21,6 +21,7 @@ from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layers import Compute, LayerSource, UnmergedAdapter
 from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.model import DTYPES, head_name, model_config
+from mistral_prune_lora.pruning_identity import check_same_pruning
 from mistral_prune_lora.safetensors_file import TensorEntry
 from mistral_prune_lora.windows import Windows
 
@@ -55,6 +56,19 @@ class Subject:
     bundles: Mapping[str, Checkpoint] = field(default_factory=dict)
     adapters: Mapping[str, tuple[UnmergedAdapter, ...]] = field(default_factory=dict)
     name: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise a LayoutError if the parts are of different prunings."""
+        check_same_pruning(self._parts)
+
+    @property
+    def _parts(self) -> list[Path]:
+        return [self.model.path, *(bundle.path for bundle in self.bundles.values())]
+
+    @property
+    def pruning_identity(self) -> str | None:
+        """The identity of the pruning that all parts are of; None if one of them carries none."""
+        return check_same_pruning(self._parts)
 
     @classmethod
     def open(cls, model_dir: str | Path, bundles: Mapping[str, str | Path] | None = None, **kwargs) -> Subject:

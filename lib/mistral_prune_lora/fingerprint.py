@@ -14,7 +14,7 @@ from pathlib import Path
 _PACKAGE = "mistral_prune_lora"
 _ROOT = Path(__file__).parent
 # How a result is shown, an error worded, or which model is refused does not change it.
-_WITHOUT_EFFECT = {f"{_PACKAGE}.console", f"{_PACKAGE}.errors", f"{_PACKAGE}.families"}
+_WITHOUT_EFFECT = {f"{_PACKAGE}.{name}" for name in ("console", "errors", "families", "family_tensors")}
 
 
 def code_digest(*modules: str) -> str:

@@ -15,7 +15,7 @@ from mistral_prune_lora.adapter_config import CONFIG_FILE
 from mistral_prune_lora.adapter_scope import merged_before
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.digest import file_sha256
+from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.json_file import read_json_if_there, write_json
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
@@ -25,8 +25,9 @@ from mistral_prune_lora.merge_stream import InputDigests, exact_arithmetic, stre
 from mistral_prune_lora.merge_verify import verify_merge
 from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, is_model_dir
 from mistral_prune_lora.outputs import Output, Record, claim
+from mistral_prune_lora.pruning_identity import KEY
 from mistral_prune_lora.space import require_space
-from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files
+from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directory
 
 ARITHMETIC = "PEFT merge_and_unload: 16-bit factors cast to float32, delta = (B @ A) * scaling, one rounding an adapter"
@@ -147,21 +148,13 @@ def _settings(plan: MergePlan, tokenizer_path) -> list[Path]:
     """Configuration and tokenizer files that a full model is written with."""
     model = plan.skeleton or plan.base
     named = [model.path / name for name in ("config.json", "generation_config.json")]
-    place = find_tokenizer(model.path, tokenizer_path=tokenizer_path, adapter_path=plan.adapters[0].path)
-    if isinstance(place, str):
-        raise PipelineError(
-            f"the tokenizer is only on the Hub, as {place}",
-            where=model.path,
-            mend="download it, and give its directory with --tokenizer_path",
-        )
+    tokenizer = local_tokenizer_files(model.path, tokenizer_path=tokenizer_path, adapter_path=plan.adapters[0].path)
     # Carried over as they stand, so whether anything can be made of them is asked now and not of the merged model.
-    there = [file for file in named if read_json_if_there(file, CheckpointError) is not None]
-    return there + tokenizer_files(place)
+    return [file for file in named if read_json_if_there(file, CheckpointError) is not None] + tokenizer
 
 
 def _write_descriptions(described: Mapping[str, Mapping | Path], fresh: Path, small_files: Sequence[Path]) -> None:
-    for file in small_files:
-        shutil.copyfile(file, fresh / file.name)
+    copy_settings(small_files, fresh)
     for name, content in described.items():
         if isinstance(content, Path):
             shutil.copyfile(content, fresh / name)
@@ -175,12 +168,12 @@ def _write_record(
     digests = inputs.finish(plan.base.files + (plan.skeleton.files if plan.skeleton else ()))
     settings = [part.path / name for part in (plan.base, plan.skeleton) if part for name in _SETTINGS]
     digests |= {file: file_sha256(file) for file in [*settings, *small_files] if file.is_file()}
-    others = {p.name: file_sha256(p) for p in sorted(fresh.iterdir()) if p.name not in written}
     merged = [item.spec.name for item in plan.items if item.updates]
     record = {
         "command": "merge",
         "kind": plan.kind,
         "layers": list(plan.layers),
+        KEY: plan.identity,
         "arithmetic": ARITHMETIC,
         "inputs": {os.fspath(path): digest for path, digest in digests.items()},
         "adapters": [
@@ -198,7 +191,7 @@ def _write_record(
         ],
         "merged_before": list(merged_before(plan.base.path).values()),
         "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged)},
-        "outputs": written | others,
+        "outputs": written | other_files_sha256(fresh, written),
         "versions": {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch")},
     }
     write_json(fresh / RECORD.name, record)

@@ -23,6 +23,7 @@ from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_plan import MergePlan, shard_index
 from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, LAYERS_MAP
+from mistral_prune_lora.pruning_identity import KEY
 
 
 def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
@@ -42,7 +43,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     if plan.skeleton and model.config != read_config(model.path):
         # A skeleton that counts only its kept layers: the restored model counts all of them.
         described["config.json"] = model.config
-    if index := shard_index(plan):
+    if index := shard_index(plan.files):
         described[INDEX_FILE] = index
     manifest = read_manifest(model.path)
     if manifest is None or model.layout is None:
@@ -52,7 +53,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     layout = model.layout.without(plan.layers) if plan.skeleton else model.layout
     made = _prune_log(plan, model, manifest, layout)
     if plan.skeleton:
-        described[MANIFEST] = _with_restored(manifest, model, layout)
+        described[MANIFEST] = _with_restored(manifest, model, layout, plan.identity)
         log = model.path / PRUNE_LOG
         before = read_json_if_there(log, LayoutError)
         described[PRUNE_LOG] = {**made, "restored": {"layers": list(plan.base.layers), "prune_log_before": before}}
@@ -62,7 +63,7 @@ def describe_merge(plan: MergePlan) -> dict[str, Mapping | Path]:
     if layout.unassigned:
         print(
             f"{model.path}: nothing says which of layers {list(layout.unassigned)} are B's and which C's;"
-            f" {PRUNE_LOG} leaves its split open (null)",
+            f" {PRUNE_LOG} leaves its split open (null). Stages B and C in {MANIFEST} would say it.",
             file=sys.stderr,
         )
     return described
@@ -76,8 +77,10 @@ def _bundle_meta(plan: MergePlan) -> dict:
         facts = dense_facts(read_config(plan.frame), plan.layout, read_manifest(plan.frame))
     else:
         facts = {}
-    meta = read_json_if_there(source, LayoutError) if base.kind == "bundle" else None
-    return merged_bundle_meta(meta or {}, plan.layers, facts, base.path)
+    meta = (read_json_if_there(source, LayoutError) if base.kind == "bundle" else None) or {}
+    if plan.identity:
+        meta = {**meta, KEY: plan.identity}
+    return merged_bundle_meta(meta, plan.layers, facts, base.path)
 
 
 def _written_names(plan: MergePlan) -> dict[str, str]:
@@ -97,12 +100,13 @@ def _prune_log(plan: MergePlan, model: Checkpoint, manifest: Mapping, layout: La
     return make_prune_log(layout, model=manifest.get("base_model"), params=params, selection=selection, log=log)
 
 
-def _with_restored(manifest: Mapping, model: Checkpoint, layout: Layout) -> dict:
-    """The skeleton's manifest after the bundle's layers have become layers of A."""
+def _with_restored(manifest: Mapping, model: Checkpoint, layout: Layout, identity: str | None) -> dict:
+    """The skeleton's manifest after the bundle's layers have become layers of A; of the same pruning, if both are."""
     return make_manifest(
         layout,
         base_model=manifest.get("base_model", ""),
         model_type=model.config.get("model_type", ""),
         selection=manifest.get("selection", {}),
         artifacts=manifest.get("artifacts", {}),
+        identity=identity,
     )

@@ -13,9 +13,11 @@ from mistral_prune_lora.adapter_scope import check_for_a, from_compact, open_ada
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.families import read_config
+from mistral_prune_lora.family_tensors import check_layer_tensors, check_layers_alike, check_model_tensors
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.model_files import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name
+from mistral_prune_lora.pruning_identity import check_same_pruning, read_identity
 from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -44,6 +46,7 @@ class MergePlan:
         layout: the parts as the manifest says them; None without one.
         out_of_scope: adapter tensors that belong to no layer of this target, by adapter directory.
         frame: the A model that a bundle belongs to; None for a model, or where nothing names it.
+        identity: of the pruning that everything written is of; None where a part of it carries none.
     """
 
     kind: str
@@ -55,6 +58,7 @@ class MergePlan:
     layout: Layout | None
     out_of_scope: dict[str, list[str]] = field(default_factory=dict)
     frame: Path | None = None
+    identity: str | None = None
 
     @property
     def items(self) -> list[Item]:
@@ -104,6 +108,9 @@ def plan_merge(
         if layout and not skeleton and not save_full_model and not set(base.layers) & set(layout.dropped):
             layout = None  # an adapter's base that has these layers itself says nothing about the bundle
     scope = _scope(base, layout, frame)
+    # An adapter's base that says nothing about the bundle is no part that the bundle goes with.
+    beside = frame if skeleton or layout else None
+    _check_tensors(base, scope, beside)
     if adapter_indices == "compact":
         adapters = _from_compact(adapters, base, layout)
     _refuse_other_model(adapters, layout, num_layers)
@@ -115,15 +122,17 @@ def plan_merge(
     opened = None
     if base.kind == "bundle" and not bundle:
         opened = open_checkpoint(frame)
+        check_model_tensors(opened.config, opened.shapes, layout.kept if layout else opened.layers, opened.path)
         sources = {name: entry for name, entry in opened.entries.items() if _kept(name, layout)} | sources
-        _check_complete(sources, opened)
     # A bundle's tensors carry no layer prefix of their own, and a skeleton may count only its kept layers; a model's
     # tensors keep the names they had.
     renamed = base.kind == "bundle"
     files = _bundle_files(sources, updates) if bundle else _model_files(sources, updates, max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
     kind = "bundle" if bundle else "model"
-    return MergePlan(kind, base, opened, adapters, files, layers, layout, out_of_scope, frame)
+    common = check_same_pruning([base.path, beside])
+    identity = read_identity(base.path) if opened is None else common
+    return MergePlan(kind, base, opened, adapters, files, layers, layout, out_of_scope, frame, identity)
 
 
 def _from_compact(adapters: Sequence[Adapter], base: Checkpoint, layout: Layout | None) -> tuple[Adapter, ...]:
@@ -179,6 +188,17 @@ def _scope(base: Checkpoint, layout: Layout | None, frame: Path | None) -> froze
             mend="use the bundle and the A model of one pruning; name that A model with --skeleton",
         )
     return frozenset(base.layers)
+
+
+def _check_tensors(base: Checkpoint, scope: frozenset[int], frame: Path | None) -> None:
+    """Raise a CheckpointError if the base lacks a tensor that its family has, or one is of another shape."""
+    layers = sorted(scope)
+    if base.kind == "model":
+        check_model_tensors(base.config, base.shapes, layers, base.path)
+    elif frame:
+        check_layer_tensors(read_config(frame), base.shapes, layers, base.path)
+    else:
+        check_layers_alike(base.shapes, layers, base.path)
 
 
 def _refuse_other_model(adapters: Sequence[Adapter], layout: Layout | None, num_layers: int | None) -> None:
@@ -288,22 +308,6 @@ def _belongs(name: str, scope: frozenset[int], bundle: bool) -> bool:
     return int(match[1]) in scope if match else not bundle
 
 
-def _check_complete(sources: Mapping[str, TensorEntry], skeleton: Checkpoint) -> None:
-    """Raise if layers of a restored model do not all have the same tensors of the same shapes."""
-    layers: dict[int, dict[str, tuple[int, ...]]] = {}
-    for name, entry in sources.items():
-        if match := LAYER_PREFIX.match(name):
-            layers.setdefault(int(match[1]), {})[name[match.end() :]] = entry.shape
-    wanted = layers[skeleton.layers[0]]
-    strange = [index for index, shapes in layers.items() if shapes != wanted]
-    if strange:
-        raise LayoutError(
-            f"layers {strange} of the bundle do not fit the model: other tensors or other shapes",
-            where=skeleton.path,
-            mend="use the bundle and the A model of one pruning",
-        )
-
-
 def _kept(name: str, layout: Layout | None) -> bool:
     match = LAYER_PREFIX.match(name)
     return not match or layout is None or int(match[1]) in layout.kept
@@ -321,15 +325,22 @@ def _bundle_files(sources: Mapping[str, TensorEntry], updates) -> dict[str, list
 def _model_files(
     sources: Mapping[str, TensorEntry], updates, max_shard_size: int | None, renamed: bool
 ) -> dict[str, list[Item]]:
-    """One file, or shards of at most `max_shard_size` bytes filled in the order of the base's tensors.
+    """The files of a full model.
 
     Args:
         renamed: give tensors their canonical names instead of the ones they had.
     """
+    items = [
+        _item(name if renamed else entry.stored_name, entry, updates.get(name, ())) for name, entry in sources.items()
+    ]
+    return split_files(items, max_shard_size)
+
+
+def split_files(items: Sequence[Item], max_shard_size: int | None) -> dict[str, list[Item]]:
+    """One file, or shards of at most `max_shard_size` bytes filled in the order of the items."""
     shards: list[list[Item]] = [[]]
     filled = 0
-    for name, entry in sources.items():
-        item = _item(name if renamed else entry.stored_name, entry, updates.get(name, ()))
+    for item in items:
         if max_shard_size and shards[-1] and filled + item.spec.nbytes > max_shard_size:
             shards.append([])
             filled = 0
@@ -344,9 +355,10 @@ def _item(name: str, entry: TensorEntry, updates: tuple[Update, ...]) -> Item:
     return Item(TensorSpec(name, entry.dtype, entry.shape), entry, updates)
 
 
-def shard_index(plan: MergePlan) -> dict | None:
-    """The content of model.safetensors.index.json, or None for a single file."""
-    if plan.kind == "bundle" or len(plan.files) == 1:
+def shard_index(files: Mapping[str, Sequence[Item]]) -> dict | None:
+    """The content of a full model's model.safetensors.index.json, or None for a single file."""
+    if len(files) == 1:
         return None
-    weight_map = {item.spec.name: file for file, items in plan.files.items() for item in items}
-    return {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    weight_map = {item.spec.name: file for file, items in files.items() for item in items}
+    total = sum(item.spec.nbytes for items in files.values() for item in items)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

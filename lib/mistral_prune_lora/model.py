@@ -6,6 +6,7 @@ not: it streams layers (see layers.py).
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -20,8 +21,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mistral_prune_lora.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.family_tensors import check_layer_tensors, check_model_tensors
 from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.pruning_identity import check_same_pruning
 
 _AGAIN = "Fetch the model again"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,7 +54,7 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def _made(settings: Mapping) -> PreTrainedConfig:
-    settings = dict(settings)
+    settings = copy.deepcopy(dict(settings))  # transformers writes into the dicts that it is given
     return CONFIG_MAPPING[settings.pop("model_type")](**settings)
 
 
@@ -130,10 +133,11 @@ def load_model(
 
     Raises:
         CheckpointError: a tensor is missing, left over, or of the wrong shape.
-        LayoutError: a bundle's layer is not one that the model dropped.
+        LayoutError: a bundle's layer is not one that the model dropped; parts of different prunings.
     """
     checkpoint = open_checkpoint(path)
     config = model_config(checkpoint)
+    check_same_pruning([path, *bundles])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     layers = model.model.layers
@@ -146,12 +150,11 @@ def load_model(
             )
     for index in checkpoint.layout.dropped if checkpoint.layout else ():
         layers[index] = PassLayer(index)
+    active = [index for index, layer in enumerate(layers) if not isinstance(layer, PassLayer)]
+    check_model_tensors(checkpoint.config, checkpoint.shapes, active, checkpoint.path)
     wanted = set(model.state_dict())
     tied = head_name(checkpoint) != "lm_head.weight"
     state = {name: checkpoint.read(name, dtype).to(device) for name in checkpoint.entries if name in wanted}
-    missing = sorted(wanted - set(state) - ({"lm_head.weight"} if tied else set()))
-    if missing:
-        raise CheckpointError(f"lacks {len(missing)} tensors, first {missing[0]}", where=checkpoint.path)
     _assign(model, state, checkpoint)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -160,7 +163,7 @@ def load_model(
     if (generation := generation_config(checkpoint.path)) is not None:
         model.generation_config = generation
     for bundle in bundles:
-        restore_bundle(model, bundle)
+        restore_layers(model, open_checkpoint(bundle))
     return model.eval()
 
 
@@ -168,10 +171,17 @@ def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
     """Put a bundle's layers in place of the model's PassLayers, in the model's dtype and device; returns their indices.
 
     Raises:
-        LayoutError: a layer of the bundle is not one that the model runs without.
+        LayoutError: a layer of the bundle is not one that the model runs without; the bundle is of another pruning than
+            the model, or than what was restored into it before.
         CheckpointError: a tensor is missing or of the wrong shape.
     """
     bundle = open_checkpoint(path)
+    check_same_pruning([model.name_or_path or None, *getattr(model, "restored_from", ()), bundle.path])
+    return restore_layers(model, bundle)
+
+
+def restore_layers(model: PreTrainedModel, bundle: Checkpoint) -> tuple[int, ...]:
+    """As `restore_bundle`, of a bundle that is known to be of the model's pruning."""
     for index in bundle.layers:
         if index >= len(model.model.layers) or not isinstance(model.model.layers[index], PassLayer):
             raise LayoutError(
@@ -181,6 +191,7 @@ def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
             )
         layer = build_layer(model.config, index, bundle, model.dtype, model.device)
         model.model.layers[index] = layer.train(model.training)
+    model.restored_from = (*getattr(model, "restored_from", ()), bundle.path)
     return bundle.layers
 
 
@@ -198,10 +209,9 @@ def build_layer(
     Raises:
         CheckpointError: a tensor is missing, left over, or of the wrong shape.
     """
-    layer = empty_layer(config, index)
-    _assign(
-        layer, {name: entry.read().to(dtype).to(device) for name, entry in checkpoint.layer(index).items()}, checkpoint
-    )
+    layer, entries = empty_layer(config, index), checkpoint.layer(index)
+    check_layer_tensors(config.to_dict(), checkpoint.shapes, [index], checkpoint.path)
+    _assign(layer, {name: entry.read().to(dtype).to(device) for name, entry in entries.items()}, checkpoint)
     return layer.eval().requires_grad_(False)
 
 

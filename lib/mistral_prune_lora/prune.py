@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import shutil
@@ -19,15 +20,16 @@ from mistral_prune_lora.descriptions import (
     parameter_counts,
 )
 from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.family_tensors import check_model_tensors
 from mistral_prune_lora.json_file import read_json_if_there, write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.model_files import BUNDLE_META, LAYER_PREFIX, LAYERS_MAP, SINGLE_FILE, layer_file_name
 from mistral_prune_lora.outputs import Output, Record, claim, listed_files, read_record
-from mistral_prune_lora.plain_file import lies_there
-from mistral_prune_lora.safetensors_file import TensorSpec, write_file
+from mistral_prune_lora.pruning_identity import KEY, pruning_identity
+from mistral_prune_lora.safetensors_file import TensorSpec, tensor_bytes, write_file
 from mistral_prune_lora.space import require_space
-from mistral_prune_lora.tokenizer import TOKENIZER_FILES, find_tokenizer, tokenizer_files
+from mistral_prune_lora.tokenizer import TOKENIZER_FILES, copy_settings, find_tokenizer, local_tokenizer_files
 from mistral_prune_lora.transaction import atomic_directories
 
 RECORD_FILE = "prune.json"
@@ -114,38 +116,40 @@ def prune_model(
     places = prune_outputs(save_dir, removed)
     check = claim(places, [model_dir, find_tokenizer(model_dir)], overwrite=overwrite)
     require_space({output.path: _part_bytes(dense, layout, part) for part, output in zip("ABC", places, strict=True)})
-    manifest = make_manifest(
-        layout,
-        base_model=base_model,
-        model_type=dense.config["model_type"],
-        selection=selection,
-        artifacts={
-            "A": {"dir": os.path.abspath(save_dir)},
-            "B": {"dir": os.path.abspath(removed / "B")},
-            "C": {"dir": os.path.abspath(removed / "C")},
-            "original_config": {"dir": os.path.abspath(save_dir / "original_config")},
-        },
-    )
+    lies = {"A": save_dir, "B": removed / "B", "C": removed / "C", "original_config": save_dir / "original_config"}
     total = sum(entry.nbytes for entry in dense.entries.values())
     with (
         progress(total=total, description="prune", unit="B") as bar,
         # A last: its manifest speaks of bundles that are there.
         atomic_directories([removed / "B", removed / "C", save_dir], check=check) as (fresh_b, fresh_c, fresh),
     ):
-        facts = dense_facts(dense.config, layout, manifest)
-        for part, layers, bundle in (("B", layout.b, fresh_b), ("C", layout.c, fresh_c)):
+        bundles = (("B", layout.b, fresh_b), ("C", layout.c, fresh_c))
+        digests: dict[str, str] = {}
+        for _, layers, bundle in bundles:
             for layer in layers:
-                _copy_tensors(dense, {f"model.layers.{layer}.": ""}, bundle / layer_file_name(layer), bar)
-            write_json(bundle / BUNDLE_META, bundle_meta(part, layers, facts))
-            _write_record(part, bundle)
+                digests |= _copy_tensors(dense, {f"model.layers.{layer}.": ""}, bundle / layer_file_name(layer), bar)
         kept = {f"model.layers.{layer}.": f"model.layers.{layer}." for layer in layout.kept}
         written = _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
+        # Known once every tensor has passed; so what the parts say about themselves comes after all weights.
+        identity = _identity(dense, layout, digests | written)
+        manifest = make_manifest(
+            layout,
+            base_model=base_model,
+            model_type=dense.config["model_type"],
+            selection=selection,
+            artifacts={name: {"dir": os.path.abspath(folder)} for name, folder in lies.items()},
+            identity=identity,
+        )
+        facts = dense_facts(dense.config, layout, manifest)
+        for part, layers, bundle in bundles:
+            write_json(bundle / BUNDLE_META, bundle_meta(part, layers, facts, identity))
+            _write_record(part, bundle, identity)
         write_json(fresh / MANIFEST, manifest)
         write_json(fresh / LAYERS_MAP, layers_map(layout.num_layers, {name: name for name in written}))
         for name in {PRUNE_LOG, log_name}:
             write_json(fresh / name, _prune_log(dense, base_model, layout, selection, log))
         _copy_settings(model_dir, fresh)
-        _write_record("A", fresh)
+        _write_record("A", fresh, identity)
 
 
 def prune_outputs(save_dir: str | Path, save_removed_dir: str | Path) -> list[Output]:
@@ -173,16 +177,17 @@ def _record_of(part: str) -> Record:
     return Record(RECORD_FILE, f"pruning {part}", names)
 
 
-def _write_record(part: str, fresh: Path) -> None:
+def _write_record(part: str, fresh: Path, identity: str) -> None:
     versions = {"mistral-prune-lora": importlib.metadata.version("mistral-prune-lora")}
     files = [*listed_files(fresh), RECORD_FILE]
-    write_json(fresh / RECORD_FILE, {"command": "prune", "part": part, "files": files, "versions": versions})
+    record = {"command": "prune", "part": part, KEY: identity, "files": files, "versions": versions}
+    write_json(fresh / RECORD_FILE, record)
 
 
 def _is_prune_log(path: Path) -> bool:
     content = read_record(path)
     versions = content.get("versions")
-    return "selection" in content and isinstance(versions, dict) and "mistral-prune-lora" in versions
+    return "selected_block" in content and isinstance(versions, dict) and "mistral-prune-lora" in versions
 
 
 def _part_bytes(dense: Checkpoint, layout: Layout, part: str) -> int:
@@ -210,34 +215,47 @@ def _open_dense(model_dir: Path, layout: Layout) -> Checkpoint:
     missing = sorted(set(range(count)) - set(dense.layers))
     if missing:
         raise CheckpointError(f"has no weights of layers {missing}", where=model_dir, mend="prune the dense model")
+    check_model_tensors(dense.config, dense.shapes, range(count), model_dir)
     return dense
 
 
-def _copy_tensors(dense: Checkpoint, prefixes: Mapping[str, str], file: Path, bar, others: bool = False) -> list[str]:
+def _identity(dense: Checkpoint, layout: Layout, digests: Mapping[str, str]) -> str:
+    """The identity of this pruning, of the sha256 of all tensors by canonical name."""
+    entries = dense.entries.items()
+    return pruning_identity(layout, {name: (entry.dtype, entry.shape, digests[name]) for name, entry in entries})
+
+
+def _copy_tensors(
+    dense: Checkpoint, prefixes: Mapping[str, str], file: Path, bar, others: bool = False
+) -> dict[str, str]:
     """Write the tensors under some prefixes, renamed, and with `others` all that belong to no layer, to one file.
 
-    Returns the names they have there.
+    Returns the sha256 of their bytes, by the names that they have in the dense model.
     """
-    sources = {}
+    sources, names, digests = {}, {}, {}
     for name, entry in dense.entries.items():
         match = LAYER_PREFIX.match(name)
         if match and match[0] in prefixes:
-            sources[prefixes[match[0]] + name[match.end() :]] = entry
+            written = prefixes[match[0]] + name[match.end() :]
         elif others and not match:
-            sources[name] = entry
+            written = name
+        else:
+            continue
+        sources[written], names[written] = entry, name
 
-    def produce(name):
-        bar.update(sources[name].nbytes)
-        return sources[name].read()
+    def produce(written):
+        bar.update(sources[written].nbytes)
+        tensor = sources[written].read()
+        digests[names[written]] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        return tensor
 
     write_file(file, [TensorSpec(name, e.dtype, e.shape) for name, e in sources.items()], produce)
-    return list(sources)
+    return {name: digests[name] for name in names.values()}
 
 
 def _prune_log(dense: Checkpoint, model: str, layout: Layout, selection: Mapping, log: Mapping | None) -> dict:
     versions = {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch", "transformers")}
-    shapes = {name: entry.shape for name, entry in dense.entries.items()}
-    params = parameter_counts(layout, shapes, tied=bool(dense.config.get("tie_word_embeddings")))
+    params = parameter_counts(layout, dense.shapes, tied=bool(dense.config.get("tie_word_embeddings")))
     log = {**(log or {}), "versions": versions}
     return make_prune_log(layout, model=model, params=params, selection=selection, log=log)
 
@@ -246,13 +264,12 @@ def _copy_settings(model_dir: Path, fresh: Path) -> None:
     """Copy configuration and tokenizer beside the weights and, as they were, into original_config/."""
     original = fresh / "original_config"
     original.mkdir()
-    files = [model_dir / name for name in ("config.json", "generation_config.json")]
-    read_json_if_there(files[1], CheckpointError)  # a copy of what nobody can read would be found later
-    files += tokenizer_files(find_tokenizer(model_dir))
-    for file in files:
-        if lies_there(file):
-            shutil.copyfile(file, fresh / file.name)
-            shutil.copyfile(file, original / file.name)
+    named = [model_dir / name for name in ("config.json", "generation_config.json")]
+    # A copy of what nobody can read would be found later.
+    files = [file for file in named if read_json_if_there(file, CheckpointError) is not None]
+    files += local_tokenizer_files(model_dir)
+    for folder in (fresh, original):
+        copy_settings(files, folder)
     source = model_dir / "source.json"
     if read_json_if_there(source, CheckpointError) is not None:
         shutil.copyfile(source, original / "source.json")

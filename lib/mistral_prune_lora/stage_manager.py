@@ -11,9 +11,10 @@ from torch import nn
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout
-from mistral_prune_lora.model import load_model, restore_bundle
+from mistral_prune_lora.model import load_model, restore_layers
 from mistral_prune_lora.model_files import bundle_layers
 from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.pruning_identity import check_same_pruning
 
 
 class DynamicStageManager:
@@ -44,8 +45,10 @@ class DynamicStageManager:
 
         Raises:
             CheckpointError: weights are missing or do not fit.
-            LayoutError: the manifest leaves open what is B's and C's, and the bundles are not what A drops.
+            LayoutError: the manifest leaves open what is B's and C's, and the bundles are not what A drops; parts of
+                different prunings.
         """
+        check_same_pruning([model_dir, *bundles.values()])
         self.model = load_model(model_dir, dtype=dtype, device=device)
         layout = open_checkpoint(model_dir).layout or Layout(self.model.config.num_hidden_layers)
         if layout.unassigned:
@@ -82,14 +85,14 @@ class DynamicStageManager:
             raise LayoutError(
                 f"bundle {part} was not given", where=self.model.name_or_path, mend=f"Give the {part} bundle"
             )
-        held = open_checkpoint(self._bundles[part]).layers
-        if held != wanted:
+        bundle = open_checkpoint(self._bundles[part])
+        if bundle.layers != wanted:
             raise LayoutError(
-                f"holds layers {list(held)} where the manifest gives {list(wanted)} to {part}",
+                f"holds layers {list(bundle.layers)} where the manifest gives {list(wanted)} to {part}",
                 where=self._bundles[part],
                 mend="Use the bundles that were cut from this model",
             )
-        restore_bundle(self.model, self._bundles[part])
+        restore_layers(self.model, bundle)
         for index in wanted:
             self._restored[index] = self.model.model.layers[index]
             self.model.model.layers[index] = PassLayer(index)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mistral_prune_lora.activations import ActivationReader
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.evaluation_runs import Ending, Start, run_to_file
-from mistral_prune_lora.evaluation_subject import DTYPE_NAMES
 from mistral_prune_lora.layers import Compute, LayerSource, build_norm
 from mistral_prune_lora.model import model_config
 from mistral_prune_lora.outputs import Output, claim
@@ -60,7 +57,7 @@ def teacher_states(
     record = teacher_record(windows, weight_digests(teacher_dir)) | {"batch_size": batch_size}
     layers = [LayerSource(index, teacher) for index in range(config.num_hidden_layers)]
     start = Start(teacher, windows, compute, None)
-    run_to_file(start, layers, windows, config, compute, Path(output), Ending(_finite(norm, dtype), record))
+    run_to_file(start, layers, windows, config, compute, Path(output), Ending(norm, record))
 
 
 def states_output(path: str | Path) -> Output:
@@ -74,19 +71,3 @@ def holds_states(path: str | Path) -> bool:
         return "teacher" in ActivationReader(path).run
     except PipelineError:
         return False
-
-
-def _finite(norm: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The norm, which raises a PipelineError where a student would be taught NaN."""
-
-    def apply(hidden: torch.Tensor) -> torch.Tensor:
-        states = norm(hidden)
-        if not torch.isfinite(states).all():
-            raise PipelineError(
-                f"the teacher's final hidden states hold NaN or infinity in {DTYPE_NAMES[dtype]}",
-                where="--dtype",
-                mend="use bf16 or fp32, whose range is wider than that of fp16; if that is no help, check the weights",
-            )
-        return states
-
-    return apply

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError, PipelineError
@@ -28,9 +29,13 @@ _VOCABULARIES = (
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
 )
+_MORE_TEMPLATES = "additional_chat_templates"
+# Names and globs. Mistral's repositories also carry versioned SentencePiece models and tekken.json, which servers read.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -39,6 +44,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    f"{_MORE_TEMPLATES}/*.jinja",
 )
 _MAX_BYTES = 1 << 30  # of a tokenizer's file; the largest have some 30 MB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -108,18 +114,55 @@ def find_tokenizer(
 def tokenizer_files(path: str | Path) -> list[Path]:
     """The tokenizer's files in a directory, sorted by name; empty if they do not make up a tokenizer.
 
+    A second chat template lies in a directory below.
+
     Raises:
         CheckpointError: one of them is a pipe, a folder or the like, which the libraries would wait for or pass over,
             or is larger than any tokenizer's.
     """
     folder = Path(os.path.abspath(path))
-    there = {name for name in TOKENIZER_FILES if lies_there(folder / name)}
-    if not any(there.issuperset(group) for group in _VOCABULARIES):
+    there = sorted({file for pattern in TOKENIZER_FILES for file in _found(folder, pattern)})
+    names = {file.name for file in there if file.parent == folder}
+    if not any(names.issuperset(group) for group in _VOCABULARIES):
         return []
-    files = [folder / name for name in sorted(there)]
-    for file in files:
+    for file in there:
         check_plain(file, CheckpointError, max_bytes=_MAX_BYTES, mend="copy the tokenizer files there again")
-    return files
+    return there
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """What has a name of this pattern, be it a dead link, which a glob of a plain name would pass over."""
+    if "*" in pattern:
+        return list(folder.glob(pattern))
+    return [folder / pattern] if lies_there(folder / pattern) else []
+
+
+def local_tokenizer_files(
+    base_model_path: str | Path, *, tokenizer_path: str | Path | None = None, adapter_path: str | Path | None = None
+) -> list[Path]:
+    """The files of the tokenizer that `find_tokenizer` finds, to be copied to a model that is written.
+
+    Arguments as for `load_tokenizer`.
+
+    Raises:
+        CheckpointError: there is none, or only on the Hub.
+    """
+    place = find_tokenizer(base_model_path, tokenizer_path=tokenizer_path, adapter_path=adapter_path)
+    if isinstance(place, str):
+        raise CheckpointError(
+            f"the tokenizer is only on the Hub, as {place}",
+            where=base_model_path,
+            mend="download it, and give its directory with --tokenizer_path",
+        )
+    return tokenizer_files(place)
+
+
+def copy_settings(files: Iterable[Path], folder: Path) -> None:
+    """Copy a model's small files into another model's directory; a second chat template goes into its own below."""
+    for file in files:
+        below = file.parent.name if file.parent.name == _MORE_TEMPLATES else ""
+        (folder / below).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / below / file.name)
 
 
 def own_tokenizer(model_dir: str | Path) -> Path | None:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.errors import PipelineError, printable
 from mistral_prune_lora.json_file import MAX_BYTES, parsed
 from mistral_prune_lora.plain_file import open_plain
 from mistral_prune_lora.scratch import Scratch, leftovers, take
@@ -197,11 +197,13 @@ def _kept(moves: Sequence[_Move], error: OSError | PipelineError) -> PipelineErr
     """The error that says where finished results are that could not be put in place."""
     what = error.what if isinstance(error, PipelineError) else error.strerror
     where = error.where if isinstance(error, PipelineError) else moves[0].scratch.target
-    named = "; ".join(f"{m.scratch.keep()} is to become {m.scratch.target}" for m in moves if not m.made)
+    named = [f"{m.scratch.keep()} is to become {m.scratch.target}" for m in moves if not m.made]
+    for line in named:  # an error of many long paths would be cut
+        print(f"kept: {printable(line)}", file=sys.stderr)
     return PipelineError(
         f"the result is finished but cannot be put in place: {what}",
         where=where,
-        mend=f"it is kept, and can be moved by hand: {named}",
+        mend=f"it is kept, and can be moved by hand: {'; '.join(named)}",
     )
 
 

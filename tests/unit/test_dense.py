@@ -361,10 +361,10 @@ def test_an_incomplete_directory(dense: Path, tmp_path: Path):
     (dense / "manifest.json").unlink()
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(CheckpointError, match=r"lacks 9 tensors, first model\.layers\.2\."):
+    with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.2\.input_layernorm\.weight"):
         check_dense(dense)
     (dense / "config.json").write_text(json.dumps({**config, "vocab_size": 97}))
-    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \(96, 64\), .* \(97, 64\)"):
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has the shape \(96, 64\), .* \(97, 64\)"):
         check_dense(dense)
     (dense / "config.json").write_text(json.dumps(config))
     check_dense(dense)

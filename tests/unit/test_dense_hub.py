@@ -103,20 +103,37 @@ def hub(dense: Path, tmp_path: Path):
     server.server_close()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_hub_model(hub, dense: Path, tmp_path: Path):
     run, asked = hub
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
     ended = run("tiny/model")
     assert ended.returncode == 0, ended.stderr
     foreign = {"consolidated.safetensors", "pytorch_model.bin", "README.md", "original/model.safetensors"}
     assert not foreign & set(asked)
-    fetched = {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
+    fetched = contents(tmp_path / "dense")
     record = json.loads(fetched.pop("source.json"))
-    assert fetched == {p.name: p.read_bytes() for p in dense.iterdir() if p.is_file() and p.name not in foreign}
+    assert fetched == {name: content for name, content in contents(dense).items() if name not in foreign}
+    assert record["files"].keys() == fetched.keys()
     assert record["hub"] == {"repo_id": "tiny/model", "revision": REVISION}
     assert not any(p.is_symlink() for p in (tmp_path / "dense").iterdir())
     # Fetched before: a second run needs no network.
     ended = run("tiny/model", HF_HUB_OFFLINE="1")
     assert ended.returncode == 0, ended.stderr
+
+
+def test_of_a_family_that_is_not_taken_no_weights_are_fetched(hub, dense: Path, tmp_path: Path):
+    run, asked = hub
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
+    ended = run("tiny/model")
+    assert ended.returncode == 1
+    assert "the model_type 'gemma2' is not one that is supported" in ended.stderr.splitlines()[-1]
+    assert set(asked) == {"config.json"} and not (tmp_path / "dense").exists()
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def test_a_pruned_bundle_says_which_model_it_is_of(there):
     assert read(there / "bundles/B", "bundle_meta.json") == {
         "stage": "B", "base_model": "org/m", "arch": "mistral", "model_type": "mistral", "hidden_size": 64,
         "num_hidden_layers": 8, "indices": [2, 3], "format": "safetensors", "granularity": "layer",
+        "pruning_identity": read(there / "A", "manifest.json")["pruning_identity"],
     }  # fmt: skip
 
 

@@ -293,9 +293,11 @@ def test_what_a_killed_command_left_is_forgotten_after_a_week(tmp_path):
         (tmp_path / name / ".x.partial").touch()
         then = time.time() - days * 24 * 3600
         os.utime(tmp_path / name / ".x.partial", (then, then))
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling/link").symlink_to("nowhere")
     forget_old_work(tmp_path)
     forget_old_work(tmp_path / "not there")
-    assert [path.name for path in tmp_path.iterdir()] == ["recent"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "recent"]
 
 
 def test_a_work_dir_of_other_weights_is_not_used(folder, counted):

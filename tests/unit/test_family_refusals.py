@@ -233,8 +233,8 @@ def test_of_a_hub_model_the_configuration_is_fetched_first(project, monkeypatch,
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("[1]", "it is no JSON object"),
-        ("{", "it is no JSON object"),
+        ("[1]", "is not a JSON object"),
+        ("{", "cannot be read as JSON"),
         ('{"model_type": "llama", "num_hidden_layers": "8"}', "num_hidden_layers is '8'"),
         ('{"model_type": "llama"}', "num_hidden_layers is None"),
         (None, "cannot be read"),

@@ -61,7 +61,7 @@ def test_streamed_states_have_the_bits_of_the_whole_model_s(tmp_path, config, dt
     config, model = model_config(open_checkpoint(dense)), open_checkpoint(dense)
     small = working_bytes(compute, config, 24) + embedding_bytes(model, compute) + 3 * layer
     assert torch.equal(last_token_states(dense, ids, **given, max_memory=small), expected)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     with pytest.raises(PipelineError, match="one layer, its hidden states"):
         last_token_states(dense, ids, **given, max_memory=small - 2 * layer - 1)
 

@@ -203,6 +203,18 @@ def test_the_tokenizer_can_be_named(there, tmp_path):
     assert json.loads((out / "tokenizer_config.json").read_text())["mine"] is True
 
 
+def test_every_tokenizer_file_comes_along(there):
+    for name in ("tekken.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (there / "A" / name).parent.mkdir(exist_ok=True)
+        (there / "A" / name).write_text(name)
+    for _ in range(2):  # a result that holds them is replaced like any other
+        out = merge("A", "adapters/A_lora", "out")
+        outputs = json.loads((out / "merge.json").read_text())["outputs"]
+        for name in ("tekken.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"):
+            assert (out / name).read_text() == name
+            assert outputs[name] == digest(there / "A" / name)
+
+
 @pytest.mark.parametrize(("size", "files"), [("100KB", 5), ("0.2MB", None), ("200 kb", None), ("1GB", 1)])
 def test_shards_that_transformers_loads(size, files, there, capsys):
     if files is None and "." in size:

@@ -77,6 +77,9 @@ def test_a_window_that_is_not_what_was_written_is_never_given_out(tmp_path, dtyp
     for first, last in ((0, 6), (-1, 2), (5, 6), (2, 2)):
         with pytest.raises(ValueError, match="there are 5 windows"):
             reader.read(first, last)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read: No such file or directory"):
+        reader.read(0, 1)
 
 
 def test_any_changed_byte_is_noticed(tmp_path):

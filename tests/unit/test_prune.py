@@ -90,6 +90,15 @@ def test_every_directory_describes_itself(dense, tmp_path):
     assert set(load_file(bundles / "B/layer_003.safetensors")) >= {"self_attn.q_proj.weight", "input_layernorm.weight"}
 
 
+def test_every_tokenizer_file_comes_along_and_is_kept_as_it_was(dense, tmp_path):
+    for name in ("tekken.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (dense / name).parent.mkdir(exist_ok=True)
+        (dense / name).write_text(name)
+    a, _ = prune(dense, tmp_path)
+    for name in ("tekken.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        assert (a / name).read_text() == (a / "original_config" / name).read_text() == name
+
+
 def test_layers_of_a_former_pruning_do_not_stay(dense, tmp_path):
     prune(dense, tmp_path)
     _, bundles = prune(dense, tmp_path, Layout(8, (2,), (5,)))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -237,37 +238,36 @@ def test_a_read_only_disk_is_refused_before_the_work(tmp_path, mount):
             raise AssertionError("must not come here")
 
 
-def test_permissions_are_asked_before_the_work(tmp_path):
-    """As an ordinary user: root may write anywhere."""
-    code = """
+# As an ordinary user, since root may write anywhere.
+ASKER = """
 import os, sys
-from mistral_prune_lora.transaction import check_place
 from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.transaction import check_place
 if os.geteuid() == 0:
-    os.setegid(65534), os.seteuid(65534), os.setresuid(65534, 65534, 65534)
+    os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
 for place in sys.argv[1:]:
     try:
         check_place(place)
     except PipelineError as error:
         print(error.what)
 """
-    shared = tmp_path / "shared"
-    for name, mode in (("closed", 0o555), ("hidden", 0o600), ("open", 0o777)):
-        (shared / name).mkdir(parents=True)
-        os.chmod(shared / name, mode)
-    (shared / "open/out").mkdir()
-    os.chmod(shared / "open/out", 0o555)
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_uid == os.geteuid():
-            os.chmod(parent, parent.stat().st_mode | 0o011)
-    places = [str(shared / place) for place in ("closed/out", "hidden/out", "open/out", "open/other")]
-    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
-        "cannot be written: Permission denied",
-        "cannot be written: Permission denied",
-        "is write-protected",
-    ], done.stderr
-    assert sorted(os.listdir(shared / "open")) == ["out"]
+
+
+def test_permissions_are_asked_before_the_work():
+    with tempfile.TemporaryDirectory() as name:  # not pytest's folder, which is closed to other users
+        shared = Path(name)
+        for place, mode in (("closed", 0o555), ("hidden", 0o600), ("open", 0o777), ("open/out", 0o555), (".", 0o755)):
+            (shared / place).mkdir(exist_ok=True)
+            os.chmod(shared / place, mode)
+        places = [str(shared / place) for place in ("closed/out", "hidden/out", "open/out", "open/other")]
+        done = subprocess.run([sys.executable, "-c", ASKER, *places], capture_output=True, text=True)
+        assert done.stdout.splitlines() == [
+            "cannot be written: Permission denied",
+            "cannot be written: Permission denied",
+            "is write-protected",
+        ], done.stderr
+        assert os.listdir(shared / "open") == ["out"]
+        os.chmod(shared / "hidden", 0o700)
 
 
 def test_a_target_that_becomes_a_mount_point_keeps_the_work(out, mount):

@@ -54,8 +54,8 @@ def test_generation_follows_the_stage(parts):
 def test_a_bundle_is_read_when_it_is_needed_and_once(parts, monkeypatch):
     from mistral_prune_lora import stage_manager
 
-    read, restore = [], stage_manager.restore_bundle
-    monkeypatch.setattr(stage_manager, "restore_bundle", lambda *args: read.append(args[1].name) or restore(*args))
+    read, restore = [], stage_manager.restore_layers
+    monkeypatch.setattr(stage_manager, "restore_layers", lambda *args: read.append(args[1].path.name) or restore(*args))
     manager = DynamicStageManager(*parts, dtype=torch.float32)
     for stage in ("A", "AB", "A", "FULL", "AB", "FULL"):
         manager.set_stage(stage)

@@ -14,6 +14,7 @@ from tiny import save_tokenizer, tiny_config
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.tokenizer import (
+    copy_settings,
     find_tokenizer,
     is_tokenizer_of,
     load_tokenizer,
@@ -204,15 +205,24 @@ def test_malformed_files_are_an_error_where_they_are(all_five):
         (["tokenizer.model"], False),
         (["tokenizer.json", "special_tokens_map.json", "chat_template.jinja"], True),
         (["vocab.json", "merges.txt", "added_tokens.json"], True),
+        (["additional_chat_templates/rag.jinja", "tekken.json", "tokenizer.json", "tokenizer.model.v3"], True),
+        (["additional_chat_templates/rag.jinja", "tekken.json"], False),
         (["vocab.json"], False),
         (["tokenizer_config.json", "special_tokens_map.json"], False),
         ([], False),
     ],
 )
 def test_which_files_make_a_tokenizer(tmp_path: Path, names: list[str], complete: bool):
-    for name in (*names, "config.json", "model.safetensors"):
-        (tmp_path / name).write_text("{}")
-    assert [file.name for file in tokenizer_files(tmp_path)] == (sorted(names) if complete else [])
+    for name in (*names, "config.json", "model.safetensors", "additional_chat_templates/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files = tokenizer_files(tmp_path)
+    assert files == [tmp_path / name for name in (sorted(names) if complete else [])]
+    (tmp_path / "copy").mkdir()
+    copy_settings(files, tmp_path / "copy")
+    copies = {file.relative_to(tmp_path / "copy").as_posix() for file in (tmp_path / "copy").rglob("*.*")}
+    assert copies == (set(names) if complete else set())
+    assert all((tmp_path / "copy" / name).read_text() == name for name in copies)
 
 
 def test_a_bare_sentencepiece_model_is_told_what_it_lacks(tmp_path: Path):

@@ -1,0 +1,11 @@
+from mistral_prune_lora.console import job
+from mistral_prune_lora.export import export_stage
+
+with job(snakemake.log[0]):
+    export_stage(
+        snakemake.params.model_dir,
+        snakemake.output.record.removesuffix("/export.json"),
+        stage=snakemake.params.stage,
+        bundles=snakemake.params.bundle_dirs,
+        overwrite=True,
+    )
