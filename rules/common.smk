@@ -1,6 +1,7 @@
 # The checked configuration, the paths of artefacts, and access to settings: what all rule files share.
 import os
 import re
+import sys
 from pathlib import Path
 
 from mistral_prune_lora.configuration import (
@@ -18,14 +19,14 @@ from mistral_prune_lora.text import DATASETS
 from mistral_prune_lora.text_rows import FORMATS
 from mistral_prune_lora.tokenizer import tokenizer_files
 
-# A user's mistake ends with its own words: of any other error Snakemake shows where in these rules it was met.
+# A user's mistake ends with its own words. To those of an exception Snakemake adds where in these rules it was met.
 try:
     check_files([*workflow.configfiles, *workflow.config_settings.configfiles])
     check_config(config, Path(workflow.basedir) / "rules/config.schema.yaml")
     EXPERIMENTS = list(config["experiments"])
     LAYOUTS = {experiment: experiment_layout(config, experiment) for experiment in EXPERIMENTS}
 except PipelineError as error:
-    raise WorkflowError(str(error)) from None
+    sys.exit(f"error: {error}")
 
 DENSE_STAGES = ("FULL",)
 

@@ -201,7 +201,6 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
         _check_bundles(experiment, layout)
         if given and is_model_dir(given["A"]):
             read_config(given["A"])
-        if given:
             weight_files(given["A"])
     except PipelineError as error:
         yield f"{path}.{'pruned' if given else 'layers'}: {error}"

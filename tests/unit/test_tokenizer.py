@@ -147,11 +147,11 @@ def test_a_local_path_reaches_transformers_absolute(place, monkeypatch, spelling
 
     def from_pretrained(name, *args, **options):
         asked.append(name)
-        return "tokenizer"
+        return str  # can be called, as a tokenizer is
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     for path in (spelling.format(cwd=Path.cwd()), Path(spelling.format(cwd=Path.cwd()))):
-        assert load_tokenizer(path) == "tokenizer"
+        assert load_tokenizer(path) is str
     assert asked == [str(Path.cwd() / "model")] * 2
 
 

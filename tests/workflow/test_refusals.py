@@ -1,6 +1,7 @@
 """Mistakes of a user, as snakemake reports them; and failures, which must not be forgotten."""
 
 import fcntl
+import os
 
 
 def test_every_mistake_in_the_configuration_is_named_before_anything_runs(project):
@@ -10,8 +11,16 @@ def test_every_mistake_in_the_configuration_is_named_before_anything_runs(projec
     printed = project.snakemake(succeeds=False)
     assert "experiments.tiny.perplexity.seqlenn: unknown key" in printed
     assert "experiments.tiny.adapters.D: unknown key; known here: A, B, C" in printed
-    assert "Traceback" not in printed
+    assert printed.count("error: ") == 1 and "Traceback" not in printed and "common.smk" not in printed
     assert not (project.folder / "results").exists()
+
+
+def test_a_model_that_cannot_be_read_ends_with_the_one_message(project):
+    (project.folder / "dense/tokenizer.json").unlink()
+    os.mkfifo(project.folder / "dense/tokenizer.json")
+    printed = project.snakemake("--dry-run", succeeds=False)
+    assert "models.dense.path: is not a regular file" in printed
+    assert printed.count("error: ") == 1 and "Traceback" not in printed and "common.smk" not in printed
 
 
 def test_a_failed_merge_leaves_nothing_behind_and_is_not_forgotten(finished):
