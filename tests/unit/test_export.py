@@ -12,7 +12,7 @@ import torch
 from cut_model import cut, make_compact, random_windows, save_dense
 from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
@@ -169,15 +169,21 @@ def test_a_compact_a_is_the_same_stage(tmp_path):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
 
 
-def test_llama_with_scaled_rotary_embedding_and_several_shards_going_in(tmp_path):
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"rope_theta": 500.0, "original_max_position_embeddings": 16}
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [(LlamaConfig, {"rope_parameters": LLAMA3}), (Qwen2Config, SLIDING), (Qwen3Config, {**SLIDING, "head_dim": 12})],
+)
+def test_other_families_and_several_shards_going_in(tmp_path, config, settings):
     torch.manual_seed(0)
-    scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=128,
-        rope_parameters={**scaling, "rope_theta": 500.0, "original_max_position_embeddings": 16},
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = AutoModelForCausalLM.from_config(config(**shape, **heads, initializer_range=0.2, **settings))
+    dense.to(torch.bfloat16).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     save_tokenizer(tmp_path / "dense")
     prune_model(tmp_path / "dense", Layout(5, (1,), (3,)), save_dir=tmp_path / "A", save_removed_dir=tmp_path)
     bundles = {part: tmp_path / part for part in "BC"}
@@ -185,7 +191,7 @@ def test_llama_with_scaled_rotary_embedding_and_several_shards_going_in(tmp_path
     for stage in STAGES:
         export_stage(tmp_path / "A", tmp_path / "out", stage=stage, bundles=bundles)
         model, nll = stock(tmp_path / "out", windows)
-        assert type(model).__name__ == "LlamaForCausalLM"
+        assert type(model) is type(dense)
         np.testing.assert_allclose(nll, score(tmp_path / "A", bundles, stage, windows, tmp_path / "w"), rtol=1e-6)
     np.testing.assert_array_equal(nll, stock(tmp_path / "dense", windows)[1])  # FULL
 
