@@ -86,8 +86,7 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
         entry = checkpoint.entries.get(name.replace("model.layers.0.", f"model.layers.{first}."))
         if entry is not None and entry.shape != shape:
             raise CheckpointError(
-                f"does not fit its configuration: {entry.stored_name} is of shape {list(entry.shape)}, and config.json"
-                f" asks for {list(shape)}",
+                f"{entry.stored_name} has the shape {entry.shape}, and by config.json it is {shape}",
                 where=checkpoint.path,
                 mend="use weights and config.json of one model",
             )

@@ -19,6 +19,11 @@ def test_a_line_says_what_where_and_how_to_mend_it():
     assert str(PipelineError("there is no adapter")) == "there is no adapter."
 
 
+def error_of(capsys) -> str:
+    """What a command printed on stderr after the line that says which package runs."""
+    return capsys.readouterr().err.partition("\n")[2]
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
@@ -48,7 +53,7 @@ def test_a_printed_line_has_at_most_500_characters(pieces, capsys):
         raise PipelineError(*pieces[:1], **dict(zip(("where", "mend"), pieces[1:], strict=False)))
 
     assert main() == 1
-    line = capsys.readouterr().err
+    line = error_of(capsys)
     assert line.startswith("error: w") and line.count("\n") == 1 and 400 < len(line.rstrip("\n")) <= 500
     if len(pieces) == 3:
         assert "…" in line and line.rstrip("\n").endswith("m." if pieces[2] != "m" else "M.")
@@ -60,7 +65,7 @@ def test_a_directory_of_an_odd_name_is_one_line(tmp_path, capsys):
     folder = tmp_path / "a\nb\x1b[31m"
     folder.mkdir()
     assert main(["--model_path", str(folder), "--device", "cpu"]) == 1
-    line = capsys.readouterr().err
+    line = error_of(capsys)
     assert line.startswith("error: ") and line.count("\n") == 1 and r"a\nb\x1b[31m" in line
 
 
@@ -88,7 +93,7 @@ def thread_that_is_refused():
 )  # fmt: skip
 def test_lack_of_memory_is_one_line(ask, capsys, tmp_path):
     assert reports_errors(ask)() == 1
-    line = capsys.readouterr().err
+    line = error_of(capsys)
     assert line.startswith("error: there is not enough memory, or there are too many threads: ")
     assert line.count("\n") == 1
     with pytest.raises(SystemExit) as ended, job(tmp_path / "log"):
@@ -102,7 +107,7 @@ def test_a_full_disk_is_one_line_and_names_the_file(capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/result.json")
 
     assert main() == 1
-    assert capsys.readouterr().err.startswith("error: No space left on device (in out/result.json). ")
+    assert error_of(capsys).startswith("error: No space left on device (in out/result.json). ")
 
 
 def test_a_bug_keeps_its_traceback():

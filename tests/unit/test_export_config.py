@@ -35,13 +35,15 @@ def test_every_list_with_an_entry_a_layer_is_cut_nested_ones_too():
         no_rope_layers=[1, 0] * 4,
         attention={"windows": letters, "sinks": [1, 2, 3], "deep": {"er": letters}},
         eos_token_id=list(range(8)),
-        rope_scaling={"rope_type": "longrope", "short_factor": list(range(8)), "long_factor": list(range(8))},
+        head_dim=16,  # a factor for each pair of its dimensions
+        rope_scaling={"rope_type": "longrope", "short_factor": list(range(1, 9)), "long_factor": list(range(1, 9))},
     )
     assert done.content["mlp_layer_types"] == done.content["attention"]["windows"] == ["a", "c", "d", "h"]
     assert done.content["attention"] == {"windows": list("acdh"), "sinks": [1, 2, 3], "deep": {"er": list("acdh")}}
     assert done.content["no_rope_layers"] == [1, 1, 0, 0]
     # As many as there are layers by chance only.
-    assert done.content["eos_token_id"] == done.content["rope_scaling"]["short_factor"] == list(range(8))
+    assert done.content["eos_token_id"] == list(range(8))
+    assert done.content["rope_scaling"]["short_factor"] == list(range(1, 9))
     assert sorted(done.cut) == ["attention.deep.er", "attention.windows", "mlp_layer_types", "no_rope_layers"]
     assert done.written_out == () and done.content["num_hidden_layers"] == 4
 

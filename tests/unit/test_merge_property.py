@@ -21,6 +21,8 @@ from mistral_prune_lora.merge import merge_adapters
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SETTINGS = settings(max_examples=60, deadline=None)
 TARGETS = ["q_proj", "up_proj"]
+MODULES = {"q_proj": "self_attn.q_proj", "up_proj": "mlp.up_proj"}
+OTHERS = ["self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 
 
 @st.composite
@@ -51,13 +53,17 @@ def folder_with(case: dict):
     (folder / "adapter").mkdir()
     scaling = case["alpha"] / (case["rank"] ** 0.5 if case["rslora"] else case["rank"])
     for layer in case["layers"]:
-        tensors = {"input_layernorm.weight": torch.randn(7, generator=generator).to(case["dtype"])}
+        tensors = {
+            f"{name}.weight": torch.randn(7, generator=generator).to(case["dtype"])
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        tensors |= {f"{name}.weight": torch.randn(3, 5, generator=generator).to(case["dtype"]) for name in OTHERS}
         merged = dict(tensors)
         for name, (rows, columns) in zip(TARGETS, case["shapes"], strict=True):
             weight = torch.randn(rows, columns, generator=generator).to(case["dtype"])
             a = torch.randn(case["rank"], columns, generator=generator).to(case["adapter_dtype"])
             b = torch.randn(rows, case["rank"], generator=generator).to(case["adapter_dtype"])
-            module = f"self_attn.{name}"
+            module = MODULES[name]
             tensors[f"{module}.weight"] = weight
             for role, factor in (("A", a), ("B", b)):
                 factors[f"base_model.model.model.layers.{layer}.{module}.lora_{role}.weight"] = factor

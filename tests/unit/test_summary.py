@@ -85,8 +85,8 @@ def test_warnings_stand_in_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"ppl": math.nan}, "ppl is NaN or infinity"),
-        ({"mean_nll_se": math.inf}, "mean_nll_se is NaN or infinity"),
+        ({"ppl": math.nan}, "NaN is no number"),
+        ({"mean_nll_se": math.inf}, "Infinity is no number"),
         ({"mean_nll": 3.16}, r"has the mean NLL 3\.16, and its windows have 3\.15"),
         ({"ppl": 23.5}, r"has the PPL 23\.5, and its windows have 23\.3"),
         ({"windows": 3}, "speaks of 3 windows of 11 tokens"),
@@ -125,7 +125,7 @@ def test_a_result_of_another_shape_is_one_line(tmp_path, content):
 def test_a_result_that_cannot_be_read_is_named(tmp_path):
     path = result(tmp_path, "pruned", "A", [30.0, 33.0])
     path.with_suffix(".parquet").unlink()
-    with pytest.raises(DataError, match=r"pruned\.A\.json"):
+    with pytest.raises(DataError, match=r"pruned\.A\.parquet"):
         summarised(tmp_path, [path])
     result(tmp_path, "pruned", "A", [30.0, 33.0]).write_text("{")
     with pytest.raises(DataError, match=r"pruned\.A\.json"):

@@ -181,7 +181,7 @@ def test_hub_ids_are_tried_in_turn(place, monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     assert load_tokenizer("base", adapter_path="adapter").pad_token == "<manifests_base>"
     drop_tokenizer("manifests_base")
-    with pytest.raises(CheckpointError, match=r"Mistral-7B-v0\.1 on the Hub: We couldn't connect; the manifest"):
+    with pytest.raises(CheckpointError, match=r"Mistral-7B-v0\.1 on the Hub: We couldn'.*; the manifest"):
         load_tokenizer("base", adapter_path="adapter")
 
 
