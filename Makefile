@@ -16,8 +16,9 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 run: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores 1
 
+# A process a core; the tests of one file stay together, since they share what is expensive to make.
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -n auto --dist loadfile
 
 # Exported stages in llama.cpp, vLLM and mergekit: needs the network and about 7 GB for their environments.
 test-consumers: setup

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from merge_oracle import PROJECTIONS, edit_json, edit_tensors, random_adapter, save_base
+from merge_oracle import LAYOUT, PROJECTIONS, edit_json, edit_tensors, random_adapter, save_base
 from safetensors.torch import load_file
 from transformers import MistralForCausalLM
 
@@ -33,7 +33,7 @@ def set_tensors(change):
 def other_geometry(there: Path) -> None:
     dense, _ = save_base(there / "other", torch.bfloat16, hidden_size=32)
     shutil.rmtree(there / "adapter")
-    random_adapter(there / "adapter", dense, LORA)
+    random_adapter(there / "adapter", dense, LORA, layers=LAYOUT.kept)
 
 
 def more_layers(there: Path) -> None:
