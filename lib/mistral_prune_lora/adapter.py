@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from mistral_prune_lora.adapter_config import ELSEWHERE, AdapterConfig
 from mistral_prune_lora.checkpoint import LAYER_PREFIX
+from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.plain_file import lies_there
 from mistral_prune_lora.safetensors_file import TensorEntry, read_header
@@ -98,6 +100,11 @@ class Adapter:
     def layers(self) -> tuple[int, ...]:
         """The decoder layers that it has tensors for, ascending."""
         return tuple(sorted({u.layer for u in self.updates.values() if u.layer is not None}))
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The sha256 of its weights file, which tells one adapter from another."""
+        return file_sha256(self.path / WEIGHTS_FILE)
 
     def own_name(self, module: str) -> str:
         """A module's name as the adapter's own configuration counts layers."""

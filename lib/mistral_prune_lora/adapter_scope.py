@@ -15,12 +15,10 @@ import torch
 
 from mistral_prune_lora.adapter import WEIGHTS_FILE, Adapter, open_adapter
 from mistral_prune_lora.checkpoint import LAYER_PREFIX
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.layout import Layout
 
-INDICES = ("original", "compact")
 _PART_IN_NAME = re.compile(r"(?:^|[^a-z])(?:([abc])_?(?:lora|adapter)|stage_?([abc]))(?![a-z])", re.IGNORECASE)
 
 
@@ -118,10 +116,9 @@ def open_adapters(paths: Sequence[str | Path], bases: Iterable[Path]) -> list[Ad
         for digest in merged_before(base):
             seen[digest] = f"is merged into {base} already, as its merge.json says"
     for adapter in adapters:
-        digest = file_sha256(adapter.path / WEIGHTS_FILE)
-        if digest in seen:
-            raise AdapterError(seen[digest], where=adapter.path, mend="give each adapter once")
-        seen[digest] = f"has the weights of {adapter.path}: the same adapter would count twice"
+        if adapter.weights_sha256 in seen:
+            raise AdapterError(seen[adapter.weights_sha256], where=adapter.path, mend="give each adapter once")
+        seen[adapter.weights_sha256] = f"has the weights of {adapter.path}: the same adapter would count twice"
     return adapters
 
 

@@ -160,7 +160,7 @@ def _of_pruned(plan: ExportPlan) -> dict[str, Mapping | Path]:
     model, layout = plan.subject.model, plan.subject.layout
     manifest = read_manifest(model.path) or {}
     selection = manifest.get("selection") or {}
-    params = parameter_counts(layout, {n: e.shape for n, e in model.entries.items()}, tied=plan.tied)
+    params = parameter_counts(layout, model.shapes, tied=plan.tied)
     made = make_prune_log(layout, model=manifest.get("base_model"), params=params, selection=selection)
     names = [item.spec.name for items in plan.weights.values() for item in items]
     return {

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from mistral_prune_lora.errors import NumberError
-from mistral_prune_lora.safetensors_file import TensorEntry
+from mistral_prune_lora.safetensors_file import DTYPES, TensorEntry
+
+# Of each float dtype, the bits of the first number above zero that is not finite: all larger ones are none either.
+_NOT_FINITE = {
+    "F64": 0x7FF0_0000_0000_0000,
+    "F32": 0x7F80_0000,
+    "F16": 0x7C00,
+    "BF16": 0x7F80,
+    "F8_E5M2": 0x7C,
+    "F8_E4M3": 0x7F,
+}
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -14,6 +25,24 @@ def all_finite(tensor: torch.Tensor) -> bool:
     Least and greatest element are looked at, and a NaN is both: one pass at the speed of memory, and no copy.
     """
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
+def all_finite_bytes(data: np.ndarray, dtype: str) -> bool:
+    """As `all_finite`, of numbers that stream by as bytes; True for dtypes that have neither NaN nor infinity.
+
+    Compares bits as whole numbers, which takes one pass each for the positive and the negative numbers and no memory;
+    torch.isfinite was measured to be 50 times as slow for bfloat16.
+
+    Args:
+        data: uint8, whole numbers of the dtype.
+        dtype: its safetensors name.
+    """
+    if dtype not in _NOT_FINITE or not len(data):
+        return True
+    width, limit = DTYPES[dtype].itemsize, _NOT_FINITE[dtype]
+    # As signed integers the positive numbers are the largest and in their order; as unsigned ones, the negative ones.
+    sign = 1 << (8 * width - 1)
+    return int(data.view(f"i{width}").max()) < limit and int(data.view(f"u{width}").max()) < limit | sign
 
 
 def first_not_finite(rows: torch.Tensor) -> int | None:

@@ -212,7 +212,10 @@ def _write_record(
         "adapters": [
             {
                 "path": os.fspath(adapter.path),
-                "files": {p.name: file_sha256(p) for p in (adapter.path / CONFIG_FILE, adapter.path / WEIGHTS_FILE)},
+                "files": {
+                    CONFIG_FILE: file_sha256(adapter.path / CONFIG_FILE),
+                    WEIGHTS_FILE: adapter.weights_sha256,
+                },
                 "settings": {key: adapter.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")},
                 "patterns": {key: adapter.config.get(key) for key in ("rank_pattern", "alpha_pattern")},
                 "base_model_name_or_path": adapter.base_model,

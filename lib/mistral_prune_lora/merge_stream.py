@@ -20,7 +20,8 @@ import torch
 
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.merge_arithmetic import Factors, all_finite, cast_in, merge_rows
+from mistral_prune_lora.finite import all_finite_bytes
+from mistral_prune_lora.merge_arithmetic import Factors, cast_in, merge_rows
 from mistral_prune_lora.merge_plan import Item
 from mistral_prune_lora.read_back import Compare
 from mistral_prune_lora.safetensors_file import DTYPES, plan_file, read_into
@@ -221,7 +222,7 @@ class _Stream:
         while (block := self._merged.get()) is not None:
             lap(None)
             data = block.data
-            if not all_finite(data, block.item.spec.dtype):
+            if not all_finite_bytes(data, block.item.spec.dtype):
                 raise _not_finite(block)
             lap("looking for NaN")
             if digest:
@@ -282,12 +283,12 @@ def _not_finite(block: _Block) -> CheckpointError:
     nbytes = block.last - block.first
     with open(entry.file, "rb") as file:
         read_into(file.fileno(), memoryview(stored[:nbytes].numpy()), entry.start + block.first, entry.file)
-    if not all_finite(stored[:nbytes].numpy(), entry.dtype):
+    if not all_finite_bytes(stored[:nbytes].numpy(), entry.dtype):
         return CheckpointError(
             f"tensor {entry.stored_name} holds NaN or infinity", where=entry.file, mend="fetch or write it again"
         )
     nbytes = cast_in(stored, nbytes, entry.dtype, spec.dtype)
-    if not all_finite(stored[:nbytes].numpy(), spec.dtype):
+    if not all_finite_bytes(stored[:nbytes].numpy(), spec.dtype):
         return CheckpointError(
             f"tensor {entry.stored_name} holds numbers beyond the range of {spec.dtype}",
             where=entry.file,

@@ -7,7 +7,6 @@ whose tensors are all in memory, which a 10 GB merge must not need; hence the wr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -222,8 +221,8 @@ def plan_file(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = 
     return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw, ordered
 
 
-def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str], torch.Tensor]) -> str:
-    """Write a safetensors file one tensor at a time, fsynced; returns the sha256 of its bytes.
+def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str], torch.Tensor]) -> None:
+    """Write a safetensors file one tensor at a time, fsynced.
 
     Args:
         path: the file; the caller makes the result atomic (see transaction.py).
@@ -231,19 +230,15 @@ def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str],
         produce: gives the tensor of a name, with the dtype and shape of its spec; called once a name, in file order.
     """
     head, ordered = plan_file(specs)
-    digest = hashlib.sha256(head)
     with open(path, "wb") as file:
         file.write(head)
         for spec in ordered:
             tensor = produce(spec.name)
             if DTYPE_NAMES[tensor.dtype] != spec.dtype or tuple(tensor.shape) != spec.shape:
                 raise ValueError(f"{spec.name}: {tensor.dtype} {tuple(tensor.shape)} does not fit {spec}")
-            view = tensor_bytes(tensor)
-            digest.update(view)
-            file.write(view)
+            file.write(tensor_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

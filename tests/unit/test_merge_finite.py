@@ -11,8 +11,8 @@ import torch
 from merge_oracle import LAYOUT, PROJECTIONS, edit_tensors, random_adapter, save_base
 
 from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.finite import all_finite_bytes
 from mistral_prune_lora.merge import merge_adapters
-from mistral_prune_lora.merge_arithmetic import all_finite
 from mistral_prune_lora.safetensors_file import DTYPES
 
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}
@@ -41,18 +41,18 @@ def test_every_number_is_told(dtype):
         patterns = np.array([n & (2 * sign - 1) ^ s for n in numbers for s in (0, sign)], dtype=f"u{width}")
     finite = is_finite(patterns, dtype)
     assert 0 < finite.sum() < len(finite)
-    assert all_finite(patterns[finite].view(np.uint8), dtype)
+    assert all_finite_bytes(patterns[finite].view(np.uint8), dtype)
     company = patterns[finite][:5]
     for pattern in patterns[~finite]:
         for data in ([pattern], [*company, pattern], [pattern, *company]):
-            assert not all_finite(np.array(data, dtype=patterns.dtype).view(np.uint8), dtype), hex(pattern)
+            assert not all_finite_bytes(np.array(data, dtype=patterns.dtype).view(np.uint8), dtype), hex(pattern)
 
 
 def test_whole_numbers_are_none_of_its_business():
     ones = np.full(64, 255, dtype=np.uint8)
-    assert all(all_finite(ones, dtype) for dtype in DTYPES if dtype not in FLOATS)
-    assert not any(all_finite(ones, dtype) for dtype in FLOATS)
-    assert all(all_finite(ones[:0], dtype) for dtype in DTYPES)
+    assert all(all_finite_bytes(ones, dtype) for dtype in DTYPES if dtype not in FLOATS)
+    assert not any(all_finite_bytes(ones, dtype) for dtype in FLOATS)
+    assert all(all_finite_bytes(ones[:0], dtype) for dtype in DTYPES)
 
 
 @pytest.fixture(scope="module")
