@@ -22,6 +22,11 @@ from workflow_project import Project
 from mistral_prune_lora.layout import Layout
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their argument: a test's name must be the same in every process that collects it."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def layout() -> Layout:
     """B holds layers 3 and 4, C holds 5 and 6."""
