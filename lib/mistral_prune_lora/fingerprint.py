@@ -23,7 +23,8 @@ def code_digest(*modules: str) -> str:
     Comments and blank lines count: a digest that parsed them away would be cleverer than it is safe.
 
     Args:
-        modules: names within the package, e.g. "merge" or "pruning.data".
+        modules: names of modules within the library, e.g. "merge" or "pruning.data". A package's name is none: its
+            `__init__.py` imports nothing, so the digest would never change.
 
     Raises:
         FileNotFoundError: there is no such module.
@@ -68,8 +69,7 @@ def _exists(name: str) -> bool:
 
 
 def _path(name: str) -> Path:
-    base = _ROOT.joinpath(*name.split(".")[1:])
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"no module {name} in {_ROOT}")
+    path = _ROOT.joinpath(*name.split(".")[1:]).with_suffix(".py")
+    if not path.is_file():
+        raise FileNotFoundError(f"no module {name} in {_ROOT}")
+    return path

@@ -1,3 +1,4 @@
+import ast
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,21 @@ def test_wording_and_display_and_what_is_refused_do_not_count(library):
     assert fingerprint.code_digest("merge") == before
 
 
-def test_a_module_that_is_not_there_is_an_error(library):
+@pytest.mark.parametrize("name", ["mrege", "pruning", ""])
+def test_a_module_that_is_not_there_and_a_package_are_errors(library, name):
     with pytest.raises(FileNotFoundError):
-        fingerprint.code_digest("mrege")
+        fingerprint.code_digest(name)
+
+
+def test_an_edit_behind_a_package_counts(library):
+    before = fingerprint.code_digest("pruning.layeronly_drop")
+    edit(library / "pruning/data.py")
+    assert fingerprint.code_digest("pruning.layeronly_drop") != before
+
+
+def test_a_package_s_init_holds_nothing_but_its_docstring():
+    inits = list(Path(fingerprint.__file__).parent.rglob("__init__.py"))
+    assert len(inits) > 1
+    for init in inits:
+        (only,) = ast.parse(init.read_text()).body
+        assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant), init
