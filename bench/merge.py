@@ -36,7 +36,7 @@ from mistral_prune_lora.descriptions import make_manifest
 from mistral_prune_lora.errors import reports_errors
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model_files import SINGLE_FILE
-from mistral_prune_lora.safetensors_file import TensorSpec, read_header, write_file
+from mistral_prune_lora.storage.safetensors_file import TensorSpec, read_header, write_file
 
 DROPPED = 8
 GEOMETRY = {"hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8, "vocabulary": 32000}

@@ -14,7 +14,7 @@ from mistral_prune_lora.architecture import empty_layer
 from mistral_prune_lora.descriptions import make_manifest
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model_files import layer_file_name
-from mistral_prune_lora.safetensors_file import TensorSpec, write_file
+from mistral_prune_lora.storage.safetensors_file import TensorSpec, write_file
 
 _DEVIATION = 0.02
 

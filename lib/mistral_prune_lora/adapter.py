@@ -21,8 +21,8 @@ from mistral_prune_lora.adapter_config import ELSEWHERE, AdapterConfig
 from mistral_prune_lora.checkpoint import LAYER_PREFIX
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import AdapterError
-from mistral_prune_lora.plain_file import lies_there
-from mistral_prune_lora.safetensors_file import TensorEntry, read_header
+from mistral_prune_lora.storage.plain_file import lies_there
+from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(

@@ -16,7 +16,7 @@ import regex
 
 from mistral_prune_lora.checkpoint import LAYER_PREFIX
 from mistral_prune_lora.errors import AdapterError
-from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.storage.json_file import read_json
 
 CONFIG_FILE = "adapter_config.json"
 ELSEWHERE = "merge it with PEFT's merge_and_unload, and prune the result"

@@ -12,7 +12,6 @@ import torch
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.families import read_config
-from mistral_prune_lora.json_file import read_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import MANIFEST, read_layout, read_manifest, tells_depth
 from mistral_prune_lora.model_files import (
@@ -25,8 +24,9 @@ from mistral_prune_lora.model_files import (
     layer_files,
     weight_files,
 )
-from mistral_prune_lora.plain_file import lies_there
-from mistral_prune_lora.safetensors_file import TensorEntry, read_header
+from mistral_prune_lora.storage.json_file import read_json
+from mistral_prune_lora.storage.plain_file import lies_there
+from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
 
 _STORED_LAYER_PREFIX = re.compile(r"(?:model\.){0,2}layers\.(\d+)\.")
 

@@ -19,10 +19,10 @@ from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, SourceError, reports_errors
 from mistral_prune_lora.families import read_config
 from mistral_prune_lora.family_tensors import check_model_tensors
-from mistral_prune_lora.json_file import write_json
-from mistral_prune_lora.outputs import Output, Record, claim
+from mistral_prune_lora.storage.json_file import write_json
+from mistral_prune_lora.storage.outputs import Output, Record, claim
+from mistral_prune_lora.storage.transaction import atomic_directory
 from mistral_prune_lora.tokenizer import TOKENIZER_FILES, tokenizer_files
-from mistral_prune_lora.transaction import atomic_directory
 
 SOURCE_FILE = "source.json"
 # Named one by one: consolidated.safetensors would be a second copy of all weights, *.bin can run code when loaded.

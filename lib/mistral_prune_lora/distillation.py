@@ -23,16 +23,16 @@ from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.distillation_settings import LoraSettings, LossSettings, OptimiserSettings
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
-from mistral_prune_lora.finite import all_finite
-from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.model import head_name, load_model
 from mistral_prune_lora.model_files import bundle_layers
-from mistral_prune_lora.outputs import Output, Record, claim, listed_files
 from mistral_prune_lora.pruning_identity import check_same_pruning, read_identity
-from mistral_prune_lora.space import reserved_space
+from mistral_prune_lora.storage.finite import all_finite
+from mistral_prune_lora.storage.json_file import write_json
+from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files
+from mistral_prune_lora.storage.space import reserved_space
+from mistral_prune_lora.storage.transaction import atomic_directory
 from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
-from mistral_prune_lora.transaction import atomic_directory
 from mistral_prune_lora.window_warnings import warn_of
 from mistral_prune_lora.windows import Windows
 

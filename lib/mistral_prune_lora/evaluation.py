@@ -13,20 +13,20 @@ from pathlib import Path
 
 import torch
 
-from mistral_prune_lora.activations import open_finished
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError, NumberError
 from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
-from mistral_prune_lora.json_file import write_json
 from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, resident_groups
 from mistral_prune_lora.layout import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.model import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
 from mistral_prune_lora.pruning_identity import KEY, check_same_pruning
 from mistral_prune_lora.statistics import WindowScores, summarise
-from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.storage.activations import open_finished
+from mistral_prune_lora.storage.json_file import write_json
+from mistral_prune_lora.storage.transaction import atomic_file
 from mistral_prune_lora.window_warnings import warn_of
 from mistral_prune_lora.windows import PROTOCOL, Windows
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mistral_prune_lora.activations import require_space
 from mistral_prune_lora.argument_types import LeftOut
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
@@ -38,10 +37,11 @@ from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.model import DTYPES
-from mistral_prune_lora.outputs import Output, claim
+from mistral_prune_lora.storage.activations import require_space
+from mistral_prune_lora.storage.outputs import Output, claim
+from mistral_prune_lora.storage.transaction import check_place
 from mistral_prune_lora.text import Text, load_text
 from mistral_prune_lora.tokenizer import find_tokenizer, load_tokenizer
-from mistral_prune_lora.transaction import check_place
 from mistral_prune_lora.windows import Windows, make_windows
 
 _WEEK = 7 * 24 * 3600.0

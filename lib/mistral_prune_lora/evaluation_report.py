@@ -11,9 +11,9 @@ from pathlib import Path
 from mistral_prune_lora.errors import printable
 from mistral_prune_lora.evaluation import StageResult
 from mistral_prune_lora.layout import Layout
-from mistral_prune_lora.outputs import Output, read_record
 from mistral_prune_lora.statistics import compare_stages
-from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.storage.outputs import Output, read_record
+from mistral_prune_lora.storage.transaction import atomic_file
 from mistral_prune_lora.windows import WindowsIdentity
 
 _WIDE, _NARROW, _BOX, _LABEL = "=" * 70, "─" * 60, 41, 41

@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from mistral_prune_lora.activations import ActivationReader, ActivationWriter, open_finished
 from mistral_prune_lora.checkpoint import Checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError
@@ -30,8 +29,6 @@ from mistral_prune_lora.evaluation_subject import (
     start_record,
     tensors_digest,
 )
-from mistral_prune_lora.finite import all_finite, mend_for, tensor_fault
-from mistral_prune_lora.journal import Journal, say_left_out
 from mistral_prune_lora.layers import (
     Backbone,
     Compute,
@@ -45,6 +42,9 @@ from mistral_prune_lora.layers import (
 from mistral_prune_lora.model import head_name, model_config
 from mistral_prune_lora.perplexity import Head, score_batch
 from mistral_prune_lora.statistics import WindowScores
+from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, open_finished
+from mistral_prune_lora.storage.finite import all_finite, mend_for, tensor_fault
+from mistral_prune_lora.storage.journal import Journal, say_left_out
 from mistral_prune_lora.windows import Windows
 
 

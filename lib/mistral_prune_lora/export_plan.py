@@ -16,7 +16,7 @@ from mistral_prune_lora.export_config import FLOATS, StageConfig, stage_config
 from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.merge_plan import Item, split_files
 from mistral_prune_lora.model import model_config
-from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
+from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
 
 FORMATS = ("stock", "stage_files")
 STAGE_FILES = {"B": "stage2_layers_B.safetensors", "C": "stage3_layers_C.safetensors"}

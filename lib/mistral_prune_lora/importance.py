@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from mistral_prune_lora.activations import ActivationReader, ActivationWriter
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
@@ -34,7 +33,8 @@ from mistral_prune_lora.layers import (
 )
 from mistral_prune_lora.model import model_config
 from mistral_prune_lora.prune import split_block
-from mistral_prune_lora.transaction import atomic_file, scratch_directory
+from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter
+from mistral_prune_lora.storage.transaction import atomic_file, scratch_directory
 
 
 def last_token_states(

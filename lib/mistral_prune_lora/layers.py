@@ -23,8 +23,8 @@ from mistral_prune_lora.checkpoint import Checkpoint
 from mistral_prune_lora.errors import DataError, PipelineError
 from mistral_prune_lora.model import build_layer
 from mistral_prune_lora.pruning.identity import PassLayer
-from mistral_prune_lora.safetensors_file import DTYPES as STORED_DTYPES
 from mistral_prune_lora.sizes import size_text
+from mistral_prune_lora.storage.safetensors_file import DTYPES as STORED_DTYPES
 
 # Of what is free; the rest is for whoever else is on the machine, and for the page cache that weights are read through.
 # A CPU gains nothing from more layers at once but fewer trips of the hidden states to disk, so it takes less.

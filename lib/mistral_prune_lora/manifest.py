@@ -13,10 +13,10 @@ from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.families import read_config
-from mistral_prune_lora.json_file import read_json, read_json_if_there
 from mistral_prune_lora.layout import MOST_LAYERS, Layout
 from mistral_prune_lora.model_files import is_layer_list, is_model_dir
-from mistral_prune_lora.plain_file import lies_there
+from mistral_prune_lora.storage.json_file import read_json, read_json_if_there
+from mistral_prune_lora.storage.plain_file import lies_there
 
 MANIFEST, PRUNE_LOG = "manifest.json", "prune_log.json"
 _KEPT, _B, _C = "stages.A.kept_layers", "stages.B.removed_layers", "stages.C.removed_layers"

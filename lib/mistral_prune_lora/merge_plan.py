@@ -18,7 +18,7 @@ from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.model_files import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name
 from mistral_prune_lora.pruning_identity import check_same_pruning, read_identity
-from mistral_prune_lora.safetensors_file import TensorEntry, TensorSpec
+from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
 
 _FLOATS = ("F32", "F16", "BF16")
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # by the name that a user gives, the safetensors name

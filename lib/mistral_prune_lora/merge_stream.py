@@ -20,13 +20,13 @@ import torch
 
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.finite import all_finite_bytes
 from mistral_prune_lora.merge_arithmetic import Factors, cast_in, merge_rows
 from mistral_prune_lora.merge_plan import Item
-from mistral_prune_lora.read_back import Compare
-from mistral_prune_lora.safetensors_file import DTYPES, plan_file, read_into
-from mistral_prune_lora.stopwatch import Stopwatch
-from mistral_prune_lora.streamed_file import StreamedFile
+from mistral_prune_lora.storage.finite import all_finite_bytes
+from mistral_prune_lora.storage.read_back import Compare
+from mistral_prune_lora.storage.safetensors_file import DTYPES, plan_file, read_into
+from mistral_prune_lora.storage.stopwatch import Stopwatch
+from mistral_prune_lora.storage.streamed_file import StreamedFile
 
 _BLOCK_BYTES = 2 << 20
 # MKL computes products of 1 to 3 rows, and odd rows at the end of a block, by other kernels with other rounding. Blocks

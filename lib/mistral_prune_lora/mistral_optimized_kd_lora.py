@@ -162,11 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.families import read_config
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.model_place import model_directory
-    from mistral_prune_lora.outputs import Output, claim
+    from mistral_prune_lora.storage.outputs import Output, claim
+    from mistral_prune_lora.storage.transaction import check_place
     from mistral_prune_lora.teacher_states import holds_states, states_output, teacher_states
     from mistral_prune_lora.text import load_text
     from mistral_prune_lora.tokenizer import load_tokenizer
-    from mistral_prune_lora.transaction import check_place
     from mistral_prune_lora.windows import make_windows
 
     given, overwrite = request.settings, request.settings["overwrite"]

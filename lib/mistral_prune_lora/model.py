@@ -22,9 +22,9 @@ from mistral_prune_lora.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.family_tensors import check_layer_tensors, check_model_tensors
-from mistral_prune_lora.json_file import read_json_if_there
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.pruning_identity import check_same_pruning
+from mistral_prune_lora.storage.json_file import read_json_if_there
 
 _AGAIN = "Fetch the model again"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.json_file import read_json, read_json_if_there
 from mistral_prune_lora.layout import MOST_LAYERS
-from mistral_prune_lora.plain_file import lies_there
+from mistral_prune_lora.storage.json_file import read_json, read_json_if_there
+from mistral_prune_lora.storage.plain_file import lies_there
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 BUNDLE_META, LAYERS_MAP = "bundle_meta.json", "layers_map.json"

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from mistral_prune_lora.layout import STAGES
-from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.storage.transaction import atomic_file
 
 _STYLE = {"pruned": ("o", "#b5651d"), "merged": ("s", "#1f6f8b")}
 

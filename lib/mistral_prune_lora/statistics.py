@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mistral_prune_lora.errors import DataError, NumberError
-from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.storage.transaction import atomic_file
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.json_file import read_json
 from mistral_prune_lora.layout import PARTS_OF_STAGE, STAGES
-from mistral_prune_lora.plain_file import check_plain
 from mistral_prune_lora.statistics import compare_stages
-from mistral_prune_lora.transaction import atomic_file
+from mistral_prune_lora.storage.json_file import read_json
+from mistral_prune_lora.storage.plain_file import check_plain
+from mistral_prune_lora.storage.transaction import atomic_file
 
 VARIANTS = ("dense", "pruned", "merged")
 COLUMNS = (

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.plain_file import check_plain, open_plain
+from mistral_prune_lora.storage.plain_file import check_plain, open_plain
 
 FORMATS = (".parquet", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".txt")
 MAX_TEXT_BYTES = 1 << 30  # of one file, unpacked; a file of C4 has 0.8 GB, all of WikiText-103 has 0.5 GB

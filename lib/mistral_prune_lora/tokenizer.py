@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError, PipelineError
-from mistral_prune_lora.json_file import read_json_if_there
-from mistral_prune_lora.plain_file import check_plain, lies_there
+from mistral_prune_lora.storage.json_file import read_json_if_there
+from mistral_prune_lora.storage.plain_file import check_plain, lies_there
 
 # Any one of these groups is a tokenizer; the other names only add to it. A tokenizer.model by itself is not: which
 # special tokens go around a text stands in tokenizer_config.json, and transformers guesses wrong without it.

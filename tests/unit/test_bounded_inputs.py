@@ -16,7 +16,7 @@ from mistral_prune_lora.families import check_family
 from mistral_prune_lora.layout import MOST_LAYERS, Layout
 from mistral_prune_lora.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.model_files import bundle_layers
-from mistral_prune_lora.safetensors_file import read_header
+from mistral_prune_lora.storage.safetensors_file import read_header
 from mistral_prune_lora.text import load_documents
 from mistral_prune_lora.text_rows import read_lines, read_rows, read_text, split_files
 from mistral_prune_lora.text_saved import saved_rows

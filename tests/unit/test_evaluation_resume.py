@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 
 from mistral_prune_lora import evaluation_command, evaluation_runs
-from mistral_prune_lora.activations import ActivationReader
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_command import forget_old_work
@@ -25,6 +24,7 @@ from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Backbone, Compute
 from mistral_prune_lora.layout import STAGES
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
+from mistral_prune_lora.storage.activations import ActivationReader
 
 # Runs the command, notes the layers and windows of every forward pass in a file, and takes its time over each.
 SLOW_COMMAND = """

@@ -16,10 +16,10 @@ import torch
 from merge_oracle import edit_json, edit_tensors
 from test_export import LAYOUT, parts
 
-from mistral_prune_lora import space, transaction
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.export import export_stage
 from mistral_prune_lora.export_stage import main
+from mistral_prune_lora.storage import space, transaction
 
 
 @pytest.fixture
@@ -186,7 +186,8 @@ def test_a_full_disk_leaves_the_former_result(given, tmp_path):
 # Imports once; each fork ends without a word, once in the middle of an export and once before its last step.
 DYING = """
 import os, sys
-from mistral_prune_lora import export, transaction
+from mistral_prune_lora import export
+from mistral_prune_lora.storage import transaction
 
 def die(*args):
     os._exit(9)

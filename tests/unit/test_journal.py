@@ -6,7 +6,7 @@ import zlib
 import pytest
 
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.journal import Journal
+from mistral_prune_lora.storage.journal import Journal
 
 HEADER = {"run": "one", "shape": (2, 3)}
 ENTRIES = [{"batch": number, "nll": [number + 0.125, 7.25]} for number in range(3)]

@@ -6,8 +6,8 @@ import os
 import pytest
 
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.json_file import MAX_DEPTH, parsed, read_json, read_json_if_there
-from mistral_prune_lora.plain_file import open_plain
+from mistral_prune_lora.storage.json_file import MAX_DEPTH, parsed, read_json, read_json_if_there
+from mistral_prune_lora.storage.plain_file import open_plain
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, {tests!r})
 from unit.test_merge_crash import state
 from mistral_prune_lora.merge import merge_adapters
-from mistral_prune_lora import transaction
+from mistral_prune_lora.storage import transaction
 
 base, first, second, out, renames = sys.argv[1:]
 sys.stderr = open(os.devnull, "w")

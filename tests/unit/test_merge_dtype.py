@@ -27,7 +27,7 @@ from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
-from mistral_prune_lora.safetensors_file import read_header
+from mistral_prune_lora.storage.safetensors_file import read_header
 
 LORA = {"r": 4, "lora_alpha": 7, "target_modules": PROJECTIONS}
 DORA = {**LORA, "use_dora": True, "use_rslora": True}

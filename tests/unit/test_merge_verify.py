@@ -10,13 +10,14 @@ import torch
 from merge_oracle import LAYOUT, PROJECTIONS, random_adapter, save_base
 
 from mistral_prune_lora import merge as merge_module
-from mistral_prune_lora import merge_stream, merge_verify, streamed_file
+from mistral_prune_lora import merge_stream, merge_verify
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.merge_arithmetic import Factors
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
-from mistral_prune_lora.safetensors_file import plan_file, read_header
+from mistral_prune_lora.storage import streamed_file
+from mistral_prune_lora.storage.safetensors_file import plan_file, read_header
 
 MERGED, COPIED, HEADER = "model.layers.4.mlp.up_proj.weight", "lm_head.weight", "the header"
 BUFFER = 16384  # of the 180 kB of weights, so that most buffers come back while others are being written

@@ -13,7 +13,7 @@ from output_project import COMMANDS, INPUTS, error_line, snapshot
 
 from mistral_prune_lora.dense import fetch_dense
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.outputs import Output, claim
+from mistral_prune_lora.storage.outputs import Output, claim
 
 
 def ways(kind: str, given: Path, links: Path) -> dict[str, Path]:

@@ -7,12 +7,12 @@ from cut_model import cut, make_compact, plain_stage, random_windows, save_dense
 from safetensors.torch import load_file
 
 from mistral_prune_lora import evaluation_runs, perplexity
-from mistral_prune_lora.activations import ActivationReader
 from mistral_prune_lora.errors import DataError, LayoutError
 from mistral_prune_lora.evaluation import Teacher, boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout import STAGES, Layout
+from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.summary import check_same_ids
 
 CPU = torch.device("cpu")

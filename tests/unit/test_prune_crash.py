@@ -15,10 +15,10 @@ from cut_model import save_dense
 from output_project import snapshot
 from tiny import save_tokenizer
 
-from mistral_prune_lora import scratch, transaction
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.prune import prune_model
-from mistral_prune_lora.transaction import atomic_directories
+from mistral_prune_lora.storage import scratch, transaction
+from mistral_prune_lora.storage.transaction import atomic_directories
 
 LAYOUTS = [Layout(8, (3, 4), (5, 6)), Layout(8, (2, 3), (4, 5))]
 PARTS = ("bundles/B", "bundles/C", "A")

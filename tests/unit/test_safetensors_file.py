@@ -13,7 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.safetensors_file import DTYPE_NAMES, DTYPES, TensorSpec, plan_file, read_header, write_file
+from mistral_prune_lora.storage.safetensors_file import (
+    DTYPE_NAMES,
+    DTYPES,
+    TensorSpec,
+    plan_file,
+    read_header,
+    write_file,
+)
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(

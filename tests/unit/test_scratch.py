@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from mistral_prune_lora import scratch
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.transaction import atomic_directory, atomic_file, check_place
+from mistral_prune_lora.storage import scratch
+from mistral_prune_lora.storage.transaction import atomic_directory, atomic_file, check_place
 
 # Begins to write, says so, and waits to be told to end.
 WRITER = """
 import sys
-from mistral_prune_lora.transaction import atomic_directory, atomic_file
+from mistral_prune_lora.storage.transaction import atomic_directory, atomic_file
 write = {"directory": atomic_directory, "file": atomic_file}[sys.argv[1]]
 with write(sys.argv[2]) as fresh:
     (fresh / "config.json" if fresh.is_dir() else fresh).write_text("half")
@@ -242,7 +242,7 @@ def test_a_read_only_disk_is_refused_before_the_work(tmp_path, mount):
 ASKER = """
 import os, sys
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.transaction import check_place
+from mistral_prune_lora.storage.transaction import check_place
 if os.geteuid() == 0:
     os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
 for place in sys.argv[1:]:
@@ -297,7 +297,7 @@ def test_work_that_cannot_even_be_renamed_is_kept_in_its_folder(out, read_only, 
         atomic_directory(out) as fresh,
     ):
         (fresh / "config.json").write_text("new")
-        patch.setattr("mistral_prune_lora.transaction._exchange", refused)
+        patch.setattr("mistral_prune_lora.storage.transaction._exchange", refused)
         patch.setattr(os, "rename", refused)
         if read_only:
             patch.setattr(Path, "touch", refused)

@@ -11,8 +11,8 @@ import threading
 import numpy as np
 import pytest
 
-from mistral_prune_lora import streamed_file
-from mistral_prune_lora.streamed_file import StreamedFile
+from mistral_prune_lora.storage import streamed_file
+from mistral_prune_lora.storage.streamed_file import StreamedFile
 
 BUFFER = streamed_file._BUFFER_BYTES
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral_prune_lora import transaction
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.transaction import (
+from mistral_prune_lora.storage import transaction
+from mistral_prune_lora.storage.transaction import (
     atomic_directories,
     atomic_directory,
     atomic_file,

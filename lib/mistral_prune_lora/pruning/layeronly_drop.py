@@ -13,7 +13,7 @@ from mistral_prune_lora.argument_types import positive, seed, share, size_in_byt
 from mistral_prune_lora.errors import LayoutError, PipelineError, reports_errors
 from mistral_prune_lora.layout import Layout
 from mistral_prune_lora.manifest import PRUNE_LOG, read_layout
-from mistral_prune_lora.transaction import atomic_file, check_place
+from mistral_prune_lora.storage.transaction import atomic_file, check_place
 
 # What the scripts that this pipeline grew out of search with: their defaults, and their candidates.
 PRESETS = {
@@ -169,8 +169,8 @@ def _log_places(given: argparse.Namespace) -> tuple[str, Path | None]:
 
 def _claim(given: argparse.Namespace, log_file: Path | None) -> Callable[[], None]:
     """Raise a PipelineError unless everything may and can be written; returns the check for the log outside of A."""
-    from mistral_prune_lora.outputs import claim
     from mistral_prune_lora.prune import prune_log_output, prune_outputs
+    from mistral_prune_lora.storage.outputs import claim
 
     read = [given.model, *given.text_file, given.dataset, given.mirror]
     parts = prune_outputs(given.save_dir, given.save_removed_dir)

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.stopwatch import Stopwatch
+from mistral_prune_lora.storage.stopwatch import Stopwatch
 
 ALIGNMENT = 4096  # of addresses, offsets and sizes in direct transfers: a multiple of every common device's block
 _BUFFERS = 3

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.json_file import without_duplicates
-from mistral_prune_lora.plain_file import open_plain
+from mistral_prune_lora.storage.json_file import without_duplicates
+from mistral_prune_lora.storage.plain_file import open_plain
 
 # In the order of the safetensors library's own enumeration, which its writer sorts by (largest first).
 DTYPES: dict[str, torch.dtype] = {

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError, printable
-from mistral_prune_lora.json_file import MAX_BYTES, parsed
-from mistral_prune_lora.plain_file import open_plain
-from mistral_prune_lora.scratch import Scratch, leftovers, take
+from mistral_prune_lora.storage.json_file import MAX_BYTES, parsed
+from mistral_prune_lora.storage.plain_file import open_plain
+from mistral_prune_lora.storage.scratch import Scratch, leftovers, take
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 # What a user can mend by another place, or by room there.

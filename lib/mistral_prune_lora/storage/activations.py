@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, PipelineError, printable
-from mistral_prune_lora.finite import first_not_finite, mend_for
-from mistral_prune_lora.journal import Journal, open_own, say_left_out
-from mistral_prune_lora.json_file import parsed
-from mistral_prune_lora.plain_file import lies_there
-from mistral_prune_lora.safetensors_file import (
+from mistral_prune_lora.storage.finite import first_not_finite, mend_for
+from mistral_prune_lora.storage.journal import Journal, open_own, say_left_out
+from mistral_prune_lora.storage.json_file import parsed
+from mistral_prune_lora.storage.plain_file import lies_there
+from mistral_prune_lora.storage.safetensors_file import (
     DTYPE_NAMES,
     TensorSpec,
     plan_file,
@@ -34,7 +34,7 @@ from mistral_prune_lora.safetensors_file import (
     read_into,
     tensor_bytes,
 )
-from mistral_prune_lora.transaction import nearest_directory
+from mistral_prune_lora.storage.transaction import nearest_directory
 
 _TENSOR, _SUMS = "hidden_states", "crc32"
 _METADATA, _METADATA_SUM = "run", "run_crc32"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.json_file import read_json
+from mistral_prune_lora.storage.json_file import read_json
 
 _LARGEST_RECORD = 64 << 20  # bytes; the record of a merge names every tensor that was out of scope
 _DEPTH = 2  # how far into an input's folders its files are looked at; commands read no deeper

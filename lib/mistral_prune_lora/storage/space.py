@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.transaction import nearest_directory
+from mistral_prune_lora.storage.transaction import nearest_directory
 
 _MEND = "free space or choose another place"
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError, printable
-from mistral_prune_lora.json_file import parsed
+from mistral_prune_lora.storage.json_file import parsed
 
 _LONGEST_LINE = 1 << 26  # bytes; a batch of half a million windows would have as many
 _ELSEWHERE = "Move it away, or work in another folder"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.plain_file import lies_there, open_plain, too_large
+from mistral_prune_lora.storage.plain_file import lies_there, open_plain, too_large
 
 MAX_BYTES = 64 << 20  # the index of a model of a million tensors has about as much
 MAX_DEPTH = 100  # of lists and objects in each other

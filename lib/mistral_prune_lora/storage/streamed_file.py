@@ -10,8 +10,15 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from mistral_prune_lora.read_back import ALIGNMENT, Compare, ReadBack, aligned_buffer, open_direct, without_direct
-from mistral_prune_lora.stopwatch import Stopwatch
+from mistral_prune_lora.storage.read_back import (
+    ALIGNMENT,
+    Compare,
+    ReadBack,
+    aligned_buffer,
+    open_direct,
+    without_direct,
+)
+from mistral_prune_lora.storage.stopwatch import Stopwatch
 
 _BUFFER_BYTES = 4 << 20
 _BUFFERS = 4
