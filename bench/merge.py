@@ -34,7 +34,7 @@ from random_model import mistral_config, write_model
 
 from mistral_prune_lora.descriptions import make_manifest
 from mistral_prune_lora.errors import reports_errors
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.model_files import SINGLE_FILE
 from mistral_prune_lora.storage.safetensors_file import TensorSpec, read_header, write_file
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from random_model import mistral_config, write_parts
 
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.sizes import parse_size
 
 TARGET = "8GB"

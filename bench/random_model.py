@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenize
 
 from mistral_prune_lora.architecture import empty_layer
 from mistral_prune_lora.descriptions import make_manifest
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.model_files import layer_file_name
 from mistral_prune_lora.storage.safetensors_file import TensorSpec, write_file
 

@@ -19,7 +19,7 @@ from tiny import save_adapter, save_tokenizer, tiny_config
 from transformers import MistralForCausalLM
 from workflow_project import Project
 
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

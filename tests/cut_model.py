@@ -13,7 +13,7 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.descriptions import make_manifest
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.model_files import layer_file_name
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.text import Text

@@ -17,7 +17,7 @@ from peft import PeftModel
 from tiny import save_adapter, save_tokenizer
 from transformers import MistralForCausalLM
 
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 
 LAYOUT = Layout(8, (3, 4), (5, 6))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM
 
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_OF_ALL = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}

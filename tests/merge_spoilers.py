@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import MistralForCausalLM
 
 from mistral_prune_lora.descriptions import make_manifest
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 
 WEIGHTS = "adapter_model.safetensors"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 
 
 def read(folder: Path, name: str) -> dict:

@@ -14,7 +14,7 @@ from cut_model import cut, save_dense
 from merge_oracle import edit_json
 from tiny import save_adapter, save_tokenizer
 
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main as evaluate
 from mistral_prune_lora.mistral_optimized_kd_lora import main as train
 from mistral_prune_lora.pruning.layeronly_drop import main as prune

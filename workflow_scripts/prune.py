@@ -1,5 +1,5 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.prune import prune_model
 
 params, results = snakemake.params, f"results/{snakemake.wildcards.experiment}/pruning"

@@ -16,7 +16,7 @@ import torch
 from mistral_prune_lora.adapter import WEIGHTS_FILE, Adapter, open_adapter
 from mistral_prune_lora.checkpoint import LAYER_PREFIX
 from mistral_prune_lora.errors import AdapterError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
 _PART_IN_NAME = re.compile(r"(?:^|[^a-z])(?:([abc])_?(?:lora|adapter)|stage_?([abc]))(?![a-z])", re.IGNORECASE)

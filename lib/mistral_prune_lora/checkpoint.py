@@ -12,7 +12,7 @@ import torch
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.families import read_config
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import MANIFEST, read_layout, read_manifest, tells_depth
 from mistral_prune_lora.model_files import (
     INDEX_FILE,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import logged_split
 from mistral_prune_lora.model_files import LAYER_PREFIX, is_layer_list
 from mistral_prune_lora.pruning_identity import KEY

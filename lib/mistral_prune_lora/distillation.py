@@ -23,7 +23,7 @@ from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.distillation_settings import LoraSettings, LossSettings, OptimiserSettings
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.model import head_name, load_model
 from mistral_prune_lora.model_files import bundle_layers
 from mistral_prune_lora.pruning_identity import check_same_pruning, read_identity

@@ -19,7 +19,7 @@ from mistral_prune_lora.errors import LayoutError, NumberError
 from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
 from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, resident_groups
-from mistral_prune_lora.layout import STAGES, Segment, segment_tree, shared_segments
+from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.model import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
 from mistral_prune_lora.pruning_identity import KEY, check_same_pruning

@@ -15,7 +15,7 @@ from torch import nn
 from mistral_prune_lora.adapter import Adapter, Update, check_values
 from mistral_prune_lora.adapter_scope import check_for_a, from_compact, is_compact, open_adapters, part_of_adapter
 from mistral_prune_lora.errors import AdapterError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.identity import PassLayer
 
 _ROLES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir
 from mistral_prune_lora.model_place import model_directory

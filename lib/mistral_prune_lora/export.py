@@ -17,7 +17,7 @@ from mistral_prune_lora.descriptions import carried_prune_log, layers_map, make_
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.export_plan import ExportPlan, plan_export
-from mistral_prune_lora.layout import PARTS_OF_STAGE
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_arithmetic import exact_arithmetic
 from mistral_prune_lora.merge_plan import shard_index

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.layout import MOST_LAYERS
+from mistral_prune_lora.layout.partition import MOST_LAYERS
 from mistral_prune_lora.storage.json_file import read_json
 
 # What they have in common, and what the streamed run, the merge and the stages rest on: the embedding goes into the

@@ -18,7 +18,7 @@ from mistral_prune_lora.descriptions import (
 )
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.families import read_config
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_plan import MergePlan, shard_index
 from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, LAYERS_MAP

@@ -14,7 +14,7 @@ from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.families import read_config
 from mistral_prune_lora.family_tensors import check_layer_tensors, check_layers_alike, check_model_tensors
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.model_files import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name
 from mistral_prune_lora.pruning_identity import check_same_pruning, read_identity

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.layout import MOST_LAYERS
+from mistral_prune_lora.layout.partition import MOST_LAYERS
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there
 from mistral_prune_lora.storage.plain_file import lies_there
 

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from mistral_prune_lora.layout import STAGES
+from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.storage.transaction import atomic_file
 
 _STYLE = {"pruned": ("o", "#b5651d"), "merged": ("s", "#1f6f8b")}

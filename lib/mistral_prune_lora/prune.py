@@ -21,7 +21,7 @@ from mistral_prune_lora.descriptions import (
 )
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.family_tensors import check_model_tensors
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.model_files import BUNDLE_META, LAYER_PREFIX, LAYERS_MAP, SINGLE_FILE, layer_file_name
 from mistral_prune_lora.pruning_identity import KEY, pruning_identity

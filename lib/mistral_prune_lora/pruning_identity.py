@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from mistral_prune_lora.errors import LayoutError, printable
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import MANIFEST, read_manifest
 from mistral_prune_lora.model_files import BUNDLE_META, is_bundle_dir, is_model_dir
 from mistral_prune_lora.storage.json_file import read_json

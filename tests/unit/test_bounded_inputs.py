@@ -13,7 +13,7 @@ from mistral_prune_lora import text_rows
 from mistral_prune_lora.configuration import ConfigError, check_files
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.families import check_family
-from mistral_prune_lora.layout import MOST_LAYERS, Layout
+from mistral_prune_lora.layout.partition import MOST_LAYERS, Layout
 from mistral_prune_lora.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.model_files import bundle_layers
 from mistral_prune_lora.storage.safetensors_file import read_header

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from mistral_prune_lora.configuration import ConfigError, check_config, experiment_layout, trained_parts
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "rules" / "config.schema.yaml"

@@ -21,7 +21,7 @@ from transformers import MistralForCausalLM
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import read_layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.prune import prune_model

@@ -19,7 +19,7 @@ from mistral_prune_lora.distillation import (
     train_adapter,
 )
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, NumberError, PipelineError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.model import load_model
 from mistral_prune_lora.teacher_states import teacher_states
 

@@ -15,7 +15,7 @@ from mistral_prune_lora.errors import CheckpointError, NumberError
 from mistral_prune_lora.evaluation import Teacher, evaluate_stages, run_segment, score_stage
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
-from mistral_prune_lora.layout import STAGES
+from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.storage import activations
 
 IN_A_LAYER = [

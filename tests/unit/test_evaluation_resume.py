@@ -22,7 +22,7 @@ from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_command import forget_old_work
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Backbone, Compute
-from mistral_prune_lora.layout import STAGES
+from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 from mistral_prune_lora.storage.activations import ActivationReader
 

@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.export import export_stage
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.identity import PassLayer
 
 FILES = {"B": "stage2_layers_B.safetensors", "C": "stage3_layers_C.safetensors"}

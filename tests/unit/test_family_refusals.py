@@ -19,7 +19,7 @@ from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation import run_segment
 from mistral_prune_lora.families import FAMILIES, check_family, read_config
 from mistral_prune_lora.importance import last_token_states
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main as evaluate
 from mistral_prune_lora.mistral_optimized_kd_lora import main as train
 from mistral_prune_lora.model import load_model, model_config

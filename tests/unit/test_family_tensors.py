@@ -16,7 +16,7 @@ from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation_subject import Subject, outside_entries
 from mistral_prune_lora.families import FAMILIES
 from mistral_prune_lora.family_tensors import check_layers_alike, check_model_tensors, family_tensors
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.model import load_model
 from mistral_prune_lora.prune import prune_model

@@ -11,7 +11,7 @@ from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.descriptions import make_manifest
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layout import Layout, segment_tree
+from mistral_prune_lora.layout.partition import Layout, segment_tree
 from mistral_prune_lora.manifest import layout_from_manifest, read_layout
 from mistral_prune_lora.model_files import bundle_layers, layer_files
 

@@ -19,7 +19,7 @@ from merge_oracle import (
 from safetensors.torch import load_file, save_file
 
 from mistral_prune_lora import merge_stream
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralForCausalLM
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.model import load_model, restore_bundle
 from mistral_prune_lora.pruning.identity import PassLayer
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM
 from mistral_prune_lora.checkpoint import open_checkpoint
 from mistral_prune_lora.distillation import OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.model_files import weight_files
 from mistral_prune_lora.prune import prune_model

@@ -17,7 +17,7 @@ from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, P
 from mistral_prune_lora.evaluation import boundary_bytes, evaluate_stages, run_segment
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
-from mistral_prune_lora.layout import STAGES, Layout
+from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.sizes import parse_size, size_text
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, require_space
 from mistral_prune_lora.storage.safetensors_file import read_header

@@ -11,7 +11,7 @@ from mistral_prune_lora.errors import DataError, LayoutError
 from mistral_prune_lora.evaluation import Teacher, boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
-from mistral_prune_lora.layout import STAGES, Layout
+from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.summary import check_same_ids
 

@@ -15,7 +15,7 @@ from cut_model import save_dense
 from output_project import snapshot
 from tiny import save_tokenizer
 
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.prune import prune_model
 from mistral_prune_lora.storage import scratch, transaction
 from mistral_prune_lora.storage.transaction import atomic_directories

@@ -16,7 +16,7 @@ from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation import evaluate_stages, run_segment, score_stage
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.model import load_model, restore_bundle
 from mistral_prune_lora.prune import prune_model

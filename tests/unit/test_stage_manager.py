@@ -5,7 +5,7 @@ import torch
 from cut_model import cut, random_windows, save_dense
 
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.layout import PARTS_OF_STAGE, Layout
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.model import load_model
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.stage_manager import DynamicStageManager

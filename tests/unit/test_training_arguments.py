@@ -12,7 +12,7 @@ import pytest
 from mistral_prune_lora import distillation
 from mistral_prune_lora.descriptions import make_manifest
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_optimized_kd_lora import parser
 from mistral_prune_lora.training_arguments import (
     DEFAULTS,

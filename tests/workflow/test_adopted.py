@@ -6,7 +6,7 @@ from cut_model import cut
 from original_tools import installed_pass_layers, keys_by_map, read, trainers_indices, trainers_split, unpad
 from safetensors.torch import load_file, save_file
 
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 

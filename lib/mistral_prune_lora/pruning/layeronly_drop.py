@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mistral_prune_lora.argument_types import positive, seed, share, size_in_bytes
 from mistral_prune_lora.errors import LayoutError, PipelineError, reports_errors
-from mistral_prune_lora.layout import Layout
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.manifest import PRUNE_LOG, read_layout
 from mistral_prune_lora.storage.transaction import atomic_file, check_place
 
