@@ -32,10 +32,10 @@ from pathlib import Path
 import torch
 from random_model import mistral_config, write_model
 
-from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.directories import SINGLE_FILE
 from mistral_prune_lora.errors import reports_errors
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.model_files import SINGLE_FILE
 from mistral_prune_lora.storage.safetensors_file import TensorSpec, read_header, write_file
 
 DROPPED = 8

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from random_model import mistral_config, write_model
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import reports_errors
 from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree
 from mistral_prune_lora.model import head_name

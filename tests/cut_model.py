@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.directories import layer_file_name
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.model_files import layer_file_name
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.text import Text
 from mistral_prune_lora.windows import Windows, WindowsIdentity, ids_digest

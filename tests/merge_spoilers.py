@@ -14,7 +14,7 @@ from merge_oracle import LAYOUT, PROJECTIONS, edit_json, edit_tensors, random_ad
 from safetensors.torch import load_file
 from transformers import MistralForCausalLM
 
-from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.descriptions import make_manifest
 from mistral_prune_lora.layout.partition import Layout
 
 WEIGHTS = "adapter_model.safetensors"

@@ -1,6 +1,6 @@
+from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.console import job
 from mistral_prune_lora.text import load_text
-from mistral_prune_lora.tokenizer import load_tokenizer
 from mistral_prune_lora.windows import make_windows
 
 params = snakemake.params

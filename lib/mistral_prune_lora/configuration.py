@@ -12,13 +12,19 @@ from pathlib import Path
 import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
+from mistral_prune_lora.checkpoints.directories import (
+    bundle_layers,
+    is_bundle_dir,
+    is_model_dir,
+    layer_files,
+    weight_files,
+)
+from mistral_prune_lora.checkpoints.families import read_config
+from mistral_prune_lora.checkpoints.manifest import read_layout
+from mistral_prune_lora.checkpoints.pruning_identity import identities
+from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files
 from mistral_prune_lora.errors import LayoutError, PipelineError, printable, shortened
-from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import read_layout
-from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, layer_files, weight_files
-from mistral_prune_lora.pruning_identity import identities
-from mistral_prune_lora.tokenizer import tokenizer_files
 
 _LONGEST_LINE = 500
 

@@ -15,14 +15,14 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from mistral_prune_lora.checkpoints.families import read_config
+from mistral_prune_lora.checkpoints.family_tensors import check_model_tensors
+from mistral_prune_lora.checkpoints.tokenizer import TOKENIZER_FILES, tokenizer_files
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, SourceError, reports_errors
-from mistral_prune_lora.families import read_config
-from mistral_prune_lora.family_tensors import check_model_tensors
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
 from mistral_prune_lora.storage.transaction import atomic_directory
-from mistral_prune_lora.tokenizer import TOKENIZER_FILES, tokenizer_files
 
 SOURCE_FILE = "source.json"
 # Named one by one: consolidated.safetensors would be a second copy of all weights, *.bin can run code when loaded.
@@ -109,7 +109,7 @@ def check_dense(path: str | Path) -> None:
         CheckpointError: no such directory; files or tensors missing, left over or of the wrong shape; layers dropped.
         SourceError: there is no tokenizer.
     """
-    from mistral_prune_lora.checkpoint import open_checkpoint
+    from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
     from mistral_prune_lora.model import model_config
 
     checkpoint = open_checkpoint(path)

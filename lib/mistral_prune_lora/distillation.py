@@ -18,15 +18,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.directories import bundle_layers
+from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning, read_identity
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.distillation_settings import LoraSettings, LossSettings, OptimiserSettings
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.model import head_name, load_model
-from mistral_prune_lora.model_files import bundle_layers
-from mistral_prune_lora.pruning_identity import check_same_pruning, read_identity
 from mistral_prune_lora.storage.finite import all_finite
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files

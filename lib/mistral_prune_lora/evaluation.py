@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError, NumberError
 from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
@@ -22,7 +23,6 @@ from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, res
 from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.model import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
-from mistral_prune_lora.pruning_identity import KEY, check_same_pruning
 from mistral_prune_lora.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.json_file import write_json

@@ -12,8 +12,14 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from mistral_prune_lora.adapter import Adapter, Update, check_values
-from mistral_prune_lora.adapter_scope import check_for_a, from_compact, is_compact, open_adapters, part_of_adapter
+from mistral_prune_lora.checkpoints.adapter import Adapter, Update, check_values
+from mistral_prune_lora.checkpoints.adapter_scope import (
+    check_for_a,
+    from_compact,
+    is_compact,
+    open_adapters,
+    part_of_adapter,
+)
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.identity import PassLayer

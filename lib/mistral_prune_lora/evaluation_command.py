@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mistral_prune_lora.argument_types import LeftOut
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, load_tokenizer
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import AdapterError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation import StageResult, Teacher, boundary_bytes, evaluate_stages, hidden_bytes, stages_of
@@ -41,7 +42,6 @@ from mistral_prune_lora.storage.activations import require_space
 from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.transaction import check_place
 from mistral_prune_lora.text import Text, load_text
-from mistral_prune_lora.tokenizer import find_tokenizer, load_tokenizer
 from mistral_prune_lora.windows import Windows, make_windows
 
 _WEEK = 7 * 24 * 3600.0

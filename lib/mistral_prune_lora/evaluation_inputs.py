@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
+from mistral_prune_lora.checkpoints.manifest import read_layout
+from mistral_prune_lora.checkpoints.model_place import model_directory
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import read_layout
-from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir
-from mistral_prune_lora.model_place import model_directory
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from mistral_prune_lora.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError
 from mistral_prune_lora.evaluation_faults import layers_blamed

@@ -12,22 +12,22 @@ from pathlib import Path
 
 import torch
 
+from mistral_prune_lora.checkpoints.descriptions import carried_prune_log, layers_map, make_prune_log, parameter_counts
+from mistral_prune_lora.checkpoints.directories import BUNDLE_META, INDEX_FILE, LAYERS_MAP
+from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG, read_manifest
+from mistral_prune_lora.checkpoints.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.console import progress
-from mistral_prune_lora.descriptions import carried_prune_log, layers_map, make_prune_log, parameter_counts
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.export_plan import ExportPlan, plan_export
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
-from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_arithmetic import exact_arithmetic
 from mistral_prune_lora.merge_plan import shard_index
 from mistral_prune_lora.merge_stream import InputDigests, stream_file
-from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, LAYERS_MAP
 from mistral_prune_lora.storage.json_file import read_json, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.transaction import atomic_directory
-from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 
 _GENERATION = "generation_config.json"
 _DESCRIPTIONS = ("config.json", MANIFEST, PRUNE_LOG, BUNDLE_META, INDEX_FILE)

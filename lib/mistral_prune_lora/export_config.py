@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mistral_prune_lora.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.model import model_config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation_subject import Subject, outside_entries, tensors_digest
 from mistral_prune_lora.export_config import FLOATS, StageConfig, stage_config

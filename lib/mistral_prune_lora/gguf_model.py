@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from mistral_prune_lora.checkpoints.directories import weight_files
 from mistral_prune_lora.errors import SourceError
-from mistral_prune_lora.model_files import weight_files
 
 ARCHITECTURES = ("llama", "mistral")
 _CHECKED_TEXT = "The quick brown fox jumps over the lazy dog, and 42 of its friends follow."

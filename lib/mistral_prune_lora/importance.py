@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError, PipelineError

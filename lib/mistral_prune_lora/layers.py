@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mistral_prune_lora.architecture import empty_decoder
-from mistral_prune_lora.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.errors import DataError, PipelineError
 from mistral_prune_lora.model import build_layer
 from mistral_prune_lora.pruning.identity import PassLayer

@@ -10,28 +10,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mistral_prune_lora.adapter import WEIGHTS_FILE
-from mistral_prune_lora.adapter_config import CONFIG_FILE
-from mistral_prune_lora.adapter_scope import merged_before
+from mistral_prune_lora.checkpoints.adapter import WEIGHTS_FILE
+from mistral_prune_lora.checkpoints.adapter_config import CONFIG_FILE
+from mistral_prune_lora.checkpoints.adapter_scope import merged_before
+from mistral_prune_lora.checkpoints.directories import BUNDLE_META, INDEX_FILE, is_model_dir
+from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
+from mistral_prune_lora.checkpoints.pruning_identity import KEY
+from mistral_prune_lora.checkpoints.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
-from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.merge_arithmetic import exact_arithmetic
 from mistral_prune_lora.merge_descriptions import describe_merge
 from mistral_prune_lora.merge_plan import OUTPUT_DTYPES, MergePlan, plan_merge
 from mistral_prune_lora.merge_stream import InputDigests, stream_file
 from mistral_prune_lora.merge_verify import FileCheck
-from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, is_model_dir
-from mistral_prune_lora.pruning_identity import KEY
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
 from mistral_prune_lora.storage.safetensors_file import DTYPES
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.stopwatch import Stopwatch
 from mistral_prune_lora.storage.transaction import atomic_directory
-from mistral_prune_lora.tokenizer import copy_settings, local_tokenizer_files
 
 ARITHMETIC = "PEFT merge_and_unload: 16-bit factors cast to float32, delta = (B @ A) * scaling, one rounding an adapter"
 _SETTINGS = ("config.json", MANIFEST, PRUNE_LOG, BUNDLE_META, INDEX_FILE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mistral_prune_lora.adapter import Update
+from mistral_prune_lora.checkpoints.adapter import Update
 from mistral_prune_lora.storage.safetensors_file import DTYPES
 
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_prune_lora.checkpoint import Checkpoint
-from mistral_prune_lora.descriptions import (
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.descriptions import (
     carried_prune_log,
     dense_facts,
     layers_map,
@@ -16,13 +16,13 @@ from mistral_prune_lora.descriptions import (
     merged_bundle_meta,
     parameter_counts,
 )
+from mistral_prune_lora.checkpoints.directories import BUNDLE_META, INDEX_FILE, LAYERS_MAP
+from mistral_prune_lora.checkpoints.families import read_config
+from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG, read_manifest
+from mistral_prune_lora.checkpoints.pruning_identity import KEY
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.merge_plan import MergePlan, shard_index
-from mistral_prune_lora.model_files import BUNDLE_META, INDEX_FILE, LAYERS_MAP
-from mistral_prune_lora.pruning_identity import KEY
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
 

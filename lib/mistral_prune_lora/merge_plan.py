@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mistral_prune_lora.adapter import Adapter, Update, check_values
-from mistral_prune_lora.adapter_scope import check_for_a, from_compact, open_adapters
-from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.adapter import Adapter, Update, check_values
+from mistral_prune_lora.checkpoints.adapter_scope import check_for_a, from_compact, open_adapters
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.directories import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name
+from mistral_prune_lora.checkpoints.families import read_config
+from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_layers_alike, check_model_tensors
+from mistral_prune_lora.checkpoints.manifest import read_layout
+from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning, read_identity
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.families import read_config
-from mistral_prune_lora.family_tensors import check_layer_tensors, check_layers_alike, check_model_tensors
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import read_layout
-from mistral_prune_lora.model_files import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name
-from mistral_prune_lora.pruning_identity import check_same_pruning, read_identity
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
 
 _FLOATS = ("F32", "F16", "BF16")

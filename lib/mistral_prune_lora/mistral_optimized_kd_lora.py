@@ -159,14 +159,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     request = training_request(vars(parser().parse_args(argv)))
     from mistral_prune_lora import distillation
-    from mistral_prune_lora.families import read_config
+    from mistral_prune_lora.checkpoints.families import read_config
+    from mistral_prune_lora.checkpoints.model_place import model_directory
+    from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
     from mistral_prune_lora.model import DTYPES
-    from mistral_prune_lora.model_place import model_directory
     from mistral_prune_lora.storage.outputs import Output, claim
     from mistral_prune_lora.storage.transaction import check_place
     from mistral_prune_lora.teacher_states import holds_states, states_output, teacher_states
     from mistral_prune_lora.text import load_text
-    from mistral_prune_lora.tokenizer import load_tokenizer
     from mistral_prune_lora.windows import make_windows
 
     given, overwrite = request.settings, request.settings["overwrite"]
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _check_vocabularies(student: str, teacher: Path) -> None:
     """Raise a CheckpointError where the two models' logits are not of the same tokens."""
-    from mistral_prune_lora.families import read_config
+    from mistral_prune_lora.checkpoints.families import read_config
 
     sizes = [read_config(folder).get("vocab_size") for folder in (student, teacher)]
     if sizes[0] != sizes[1]:

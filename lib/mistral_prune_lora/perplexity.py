@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mistral_prune_lora.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.layers import build_norm
 from mistral_prune_lora.model import head_name, model_config
 from mistral_prune_lora.statistics import WindowScores

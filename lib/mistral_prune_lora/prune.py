@@ -9,9 +9,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
-from mistral_prune_lora.console import progress
-from mistral_prune_lora.descriptions import (
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.descriptions import (
     bundle_meta,
     dense_facts,
     layers_map,
@@ -19,18 +18,30 @@ from mistral_prune_lora.descriptions import (
     make_prune_log,
     parameter_counts,
 )
+from mistral_prune_lora.checkpoints.directories import (
+    BUNDLE_META,
+    LAYER_PREFIX,
+    LAYERS_MAP,
+    SINGLE_FILE,
+    layer_file_name,
+)
+from mistral_prune_lora.checkpoints.family_tensors import check_model_tensors
+from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
+from mistral_prune_lora.checkpoints.pruning_identity import KEY, pruning_identity
+from mistral_prune_lora.checkpoints.tokenizer import (
+    TOKENIZER_FILES,
+    copy_settings,
+    find_tokenizer,
+    local_tokenizer_files,
+)
+from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.family_tensors import check_model_tensors
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import MANIFEST, PRUNE_LOG
-from mistral_prune_lora.model_files import BUNDLE_META, LAYER_PREFIX, LAYERS_MAP, SINGLE_FILE, layer_file_name
-from mistral_prune_lora.pruning_identity import KEY, pruning_identity
 from mistral_prune_lora.storage.json_file import read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files, read_record
 from mistral_prune_lora.storage.safetensors_file import TensorSpec, tensor_bytes, write_file
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.transaction import atomic_directories
-from mistral_prune_lora.tokenizer import TOKENIZER_FILES, copy_settings, find_tokenizer, local_tokenizer_files
 
 RECORD_FILE = "prune.json"
 # What else lies in A's directory; prune_log.json may have a second name that is none of these.

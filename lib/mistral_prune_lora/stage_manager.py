@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.directories import bundle_layers
+from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.model import load_model, restore_layers
-from mistral_prune_lora.model_files import bundle_layers
 from mistral_prune_lora.pruning.identity import PassLayer
-from mistral_prune_lora.pruning_identity import check_same_pruning
 
 
 class DynamicStageManager:

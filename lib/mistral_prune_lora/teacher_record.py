@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.storage.activations import ActivationReader

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.evaluation_runs import Ending, Start, run_to_file

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
+from mistral_prune_lora.checkpoints.manifest import read_layout
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.manifest import read_layout
-from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
 PARTS = {"A": "A", "B": "B", "C": "C", "1": "A", "2": "B", "3": "C"}  # by what --stage says

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from mistral_prune_lora.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.tokenizer import is_tokenizer_of, own_tokenizer
 from mistral_prune_lora.errors import printable
-from mistral_prune_lora.tokenizer import is_tokenizer_of, own_tokenizer
 from mistral_prune_lora.windows import Windows
 
 

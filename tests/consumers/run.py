@@ -30,7 +30,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.dense import fetch_dense
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
@@ -39,7 +40,6 @@ from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.prune import prune_model
 from mistral_prune_lora.text import load_text
-from mistral_prune_lora.tokenizer import load_tokenizer
 from mistral_prune_lora.windows import make_windows
 
 HERE = Path(__file__).parent

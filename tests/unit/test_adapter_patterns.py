@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from mistral_prune_lora import adapter_config
-from mistral_prune_lora.adapter import open_adapter
-from mistral_prune_lora.adapter_config import AdapterConfig
+from mistral_prune_lora.checkpoints import adapter_config
+from mistral_prune_lora.checkpoints.adapter import open_adapter
+from mistral_prune_lora.checkpoints.adapter_config import AdapterConfig
 from mistral_prune_lora.errors import AdapterError
 
 PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"]

@@ -8,8 +8,8 @@ from cut_model import cut, save_dense
 from safetensors.torch import load_file
 from tiny import save_tokenizer
 
+from mistral_prune_lora.checkpoints.manifest import read_manifest
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import read_manifest
 from mistral_prune_lora.mistral_optimized_kd_lora import main
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 

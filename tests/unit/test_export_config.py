@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from mistral_prune_lora.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.export_config import stage_config
 from mistral_prune_lora.pruning.identity import PassLayer

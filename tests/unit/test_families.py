@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.distillation import LoraSettings, OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation import evaluate_stages

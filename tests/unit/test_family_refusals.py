@@ -13,11 +13,11 @@ from cut_model import cut, random_windows, save_dense
 from tiny import save_adapter, save_tokenizer, tiny_config
 from transformers import AutoConfig, Gemma2Config, LlavaConfig, MixtralConfig, Phi3Config
 
-from mistral_prune_lora.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
+from mistral_prune_lora.checkpoints.families import FAMILIES, check_family, read_config
 from mistral_prune_lora.configuration import ConfigError, check_config
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation import run_segment
-from mistral_prune_lora.families import FAMILIES, check_family, read_config
 from mistral_prune_lora.importance import last_token_states
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main as evaluate
@@ -213,7 +213,9 @@ def test_the_configuration_check_refuses_local_models(project):
 
 
 def test_neither_the_families_nor_the_configuration_import_torch():
-    code = "import sys, mistral_prune_lora.configuration, mistral_prune_lora.families as f; assert f.FAMILIES;"
+    code = (
+        "import sys, mistral_prune_lora.configuration, mistral_prune_lora.checkpoints.families as f; assert f.FAMILIES;"
+    )
     code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny import CONFIGS, save_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM
 
+from mistral_prune_lora.checkpoints.families import FAMILIES
+from mistral_prune_lora.checkpoints.family_tensors import check_layers_alike, check_model_tensors, family_tensors
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation_subject import Subject, outside_entries
-from mistral_prune_lora.families import FAMILIES
-from mistral_prune_lora.family_tensors import check_layers_alike, check_model_tensors, family_tensors
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.model import load_model
@@ -78,7 +78,7 @@ def test_sizes_that_are_none(changes, what):
 
 
 def test_torch_is_not_imported():
-    rooms = "mistral_prune_lora.family_tensors, mistral_prune_lora.pruning_identity"
+    rooms = "mistral_prune_lora.checkpoints.family_tensors, mistral_prune_lora.checkpoints.pruning_identity"
     subprocess.run([sys.executable, "-c", f"import sys, {rooms}; assert 'torch' not in sys.modules"], check=True)
 
 

@@ -8,12 +8,12 @@ from cut_model import cut, make_compact, save_dense
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mistral_prune_lora.checkpoint import open_checkpoint
-from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir, is_model_dir, weight_files
+from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree, shared_segments, stage_run
-from mistral_prune_lora.manifest import layout_from_manifest, read_manifest
-from mistral_prune_lora.model_files import bundle_layers, is_bundle_dir, is_model_dir, weight_files
 
 MISTRAL = Layout(32, tuple(range(21, 25)), tuple(range(25, 29)))
 

@@ -7,13 +7,13 @@ import pytest
 from cut_model import cut, make_compact, save_dense
 from original_tools import old_manifests, unpad
 
-from mistral_prune_lora.checkpoint import open_checkpoint
-from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.directories import bundle_layers, layer_files
+from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_layout
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layout.partition import Layout, segment_tree
-from mistral_prune_lora.manifest import layout_from_manifest, read_layout
-from mistral_prune_lora.model_files import bundle_layers, layer_files
 
 LAYOUT = Layout(8, (2, 3), (5,))
 OPEN = Layout(8, unassigned=(2, 3, 5))

@@ -12,12 +12,12 @@ from original_tools import keys_by_map, old_manifests, read, trainers_split, unp
 from tiny import save_adapter, save_tokenizer
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.directories import weight_files
 from mistral_prune_lora.distillation import OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
-from mistral_prune_lora.model_files import weight_files
 from mistral_prune_lora.prune import prune_model
 from mistral_prune_lora.stage_manager import DynamicStageManager
 

@@ -11,6 +11,7 @@ from merge_oracle import edit_json, edit_tensors, random_adapter
 from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM
 
+from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning, read_identity
 from mistral_prune_lora.distillation import LoraSettings, LossSettings, OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation import evaluate_stages, run_segment, score_stage
@@ -20,7 +21,6 @@ from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.model import load_model, restore_bundle
 from mistral_prune_lora.prune import prune_model
-from mistral_prune_lora.pruning_identity import KEY, check_same_pruning, read_identity
 from mistral_prune_lora.stage_manager import DynamicStageManager
 
 LAYOUT = Layout(5, (1, 2), (3,))

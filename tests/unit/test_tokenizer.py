@@ -12,8 +12,7 @@ import pytest
 import transformers
 from tiny import save_tokenizer, tiny_config
 
-from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.tokenizer import (
+from mistral_prune_lora.checkpoints.tokenizer import (
     copy_settings,
     find_tokenizer,
     is_tokenizer_of,
@@ -22,6 +21,7 @@ from mistral_prune_lora.tokenizer import (
     tokenizer_files,
     tokenizer_identity,
 )
+from mistral_prune_lora.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_identity_is_of_names_and_bytes(place):
 def test_finding_needs_no_transformers(place):
     place("model")
     code = (
-        "import sys; from mistral_prune_lora.tokenizer import find_tokenizer, tokenizer_files, tokenizer_identity\n"
+        "import sys; from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, tokenizer_files, tokenizer_identity\n"
         "tokenizer_files(find_tokenizer('model')); tokenizer_identity('model')\n"
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
@@ -276,7 +276,7 @@ def test_code_that_a_tokenizer_brings_is_never_run_whatever_standard_input_says(
     write_json(folder / file, {**left, "auto_map": maps})
     code = (
         "from mistral_prune_lora.errors import CheckpointError\n"
-        "from mistral_prune_lora.tokenizer import find_tokenizer, load_tokenizer\n"
+        "from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, load_tokenizer\n"
         "for function in (load_tokenizer, find_tokenizer):\n"
         "    try: function('base', tokenizer_path='evil')\n"
         "    except CheckpointError as error: print(error)\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mistral_prune_lora import distillation
-from mistral_prune_lora.descriptions import make_manifest
+from mistral_prune_lora.checkpoints.descriptions import make_manifest
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_optimized_kd_lora import parser

@@ -14,10 +14,10 @@ from cut_model import random_windows, text_of
 from tiny import save_tokenizer
 from transformers import AutoTokenizer, BatchEncoding
 
+from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.pruning.data import get_loaders
 from mistral_prune_lora.text import load_text
-from mistral_prune_lora.tokenizer import load_tokenizer
 from mistral_prune_lora.windows import Windows, first_windows, flat_ids, ids_digest, make_windows
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mistral_prune_lora.argument_types import positive, seed, share, size_in_bytes
+from mistral_prune_lora.checkpoints.manifest import PRUNE_LOG, read_layout
 from mistral_prune_lora.errors import LayoutError, PipelineError, reports_errors
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import PRUNE_LOG, read_layout
 from mistral_prune_lora.storage.transaction import atomic_file, check_place
 
 # What the scripts that this pipeline grew out of search with: their defaults, and their candidates.
@@ -107,13 +107,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parse(argv)
     log_name, log_file = _log_places(given)
-    from mistral_prune_lora.model_place import model_directory
+    from mistral_prune_lora.checkpoints.model_place import model_directory
     from mistral_prune_lora.prune import FIXED_LAYERS, prune_model
 
     keep_log = _claim(given, log_file)
     named, given.model = given.model, model_directory(given.model)
     if given.b_layers or given.c_layers:
-        from mistral_prune_lora.families import read_config
+        from mistral_prune_lora.checkpoints.families import read_config
 
         count = read_config(given.model)["num_hidden_layers"]
         layout = Layout(count, tuple(given.b_layers or ()), tuple(given.c_layers or ()))
@@ -184,13 +184,13 @@ def _claim(given: argparse.Namespace, log_file: Path | None) -> Callable[[], Non
 def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
     import torch
 
+    from mistral_prune_lora.checkpoints.families import read_config
+    from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
     from mistral_prune_lora.device import resolve_device
-    from mistral_prune_lora.families import read_config
     from mistral_prune_lora.importance import angular_distances, last_token_states
     from mistral_prune_lora.model import DTYPES
     from mistral_prune_lora.prune import split_block
     from mistral_prune_lora.pruning.data import get_loaders
-    from mistral_prune_lora.tokenizer import load_tokenizer
 
     count = read_config(given.model)["num_hidden_layers"]
     size = round(count * given.drop_frac)

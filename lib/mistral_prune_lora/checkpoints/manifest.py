@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from mistral_prune_lora.checkpoints.directories import is_layer_list, is_model_dir
+from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.families import read_config
 from mistral_prune_lora.layout.partition import MOST_LAYERS, Layout
-from mistral_prune_lora.model_files import is_layer_list, is_model_dir
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there
 from mistral_prune_lora.storage.plain_file import lies_there
 

@@ -10,11 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.families import read_config
-from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import MANIFEST, read_layout, read_manifest, tells_depth
-from mistral_prune_lora.model_files import (
+from mistral_prune_lora.checkpoints.directories import (
     INDEX_FILE,
     LAYER_PREFIX,
     SINGLE_FILE,
@@ -24,6 +20,10 @@ from mistral_prune_lora.model_files import (
     layer_files,
     weight_files,
 )
+from mistral_prune_lora.checkpoints.families import read_config
+from mistral_prune_lora.checkpoints.manifest import MANIFEST, read_layout, read_manifest, tells_depth
+from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header

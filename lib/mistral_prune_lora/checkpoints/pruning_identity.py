@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+from mistral_prune_lora.checkpoints.directories import BUNDLE_META, is_bundle_dir, is_model_dir
+from mistral_prune_lora.checkpoints.manifest import MANIFEST, read_manifest
 from mistral_prune_lora.errors import LayoutError, printable
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import MANIFEST, read_manifest
-from mistral_prune_lora.model_files import BUNDLE_META, is_bundle_dir, is_model_dir
 from mistral_prune_lora.storage.json_file import read_json
 
 KEY = "pruning_identity"

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mistral_prune_lora.checkpoints.directories import LAYER_PREFIX, is_layer_list
+from mistral_prune_lora.checkpoints.manifest import logged_split
+from mistral_prune_lora.checkpoints.pruning_identity import KEY
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.manifest import logged_split
-from mistral_prune_lora.model_files import LAYER_PREFIX, is_layer_list
-from mistral_prune_lora.pruning_identity import KEY
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
 MANIFEST_VERSION = "1.0"

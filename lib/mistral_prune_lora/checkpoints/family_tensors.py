@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistral_prune_lora.checkpoints.directories import LAYER_PREFIX
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.model_files import LAYER_PREFIX
 
 Shapes = Mapping[str, tuple[int, ...]]
 

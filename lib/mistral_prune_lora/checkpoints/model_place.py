@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mistral_prune_lora.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.directories import is_model_dir
+from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.errors import CheckpointError, SourceError
-from mistral_prune_lora.families import read_config
-from mistral_prune_lora.model_files import is_model_dir
 
 # Never the pickled weights, nor the second copy that Mistral's repositories carry.
 _FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]

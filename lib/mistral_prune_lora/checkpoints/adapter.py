@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from mistral_prune_lora.adapter_config import ELSEWHERE, AdapterConfig
-from mistral_prune_lora.checkpoint import LAYER_PREFIX
+from mistral_prune_lora.checkpoints.adapter_config import ELSEWHERE, AdapterConfig
+from mistral_prune_lora.checkpoints.checkpoint import LAYER_PREFIX
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.storage.plain_file import lies_there
