@@ -24,7 +24,7 @@ rule summary:
         "../envs/report.yaml"
     params:
         merges={experiment: merge_records(experiment) for experiment in EXPERIMENTS},
-        code=code_digest("summary"),
+        code=code_digest("results.summary"),
     script:
         "../workflow_scripts/summary.py"
 
@@ -41,7 +41,7 @@ rule plot_perplexity:
     conda:
         "../envs/report.yaml"
     params:
-        code=code_digest("plots"),
+        code=code_digest("results.plots"),
     script:
         "../workflow_scripts/plot_perplexity.py"
 

@@ -1,5 +1,5 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.summary import write_summary
+from mistral_prune_lora.results.summary import write_summary
 
 with job(snakemake.log[0]):
     write_summary(

@@ -23,7 +23,7 @@ from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, res
 from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.model import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
-from mistral_prune_lora.statistics import WindowScores, summarise
+from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.transaction import atomic_file

@@ -11,7 +11,7 @@ from pathlib import Path
 from mistral_prune_lora.errors import printable
 from mistral_prune_lora.evaluation import StageResult
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.statistics import compare_stages
+from mistral_prune_lora.results.statistics import compare_stages
 from mistral_prune_lora.storage.outputs import Output, read_record
 from mistral_prune_lora.storage.transaction import atomic_file
 from mistral_prune_lora.windows import WindowsIdentity

@@ -41,7 +41,7 @@ from mistral_prune_lora.layers import (
 )
 from mistral_prune_lora.model import head_name, model_config
 from mistral_prune_lora.perplexity import Head, score_batch
-from mistral_prune_lora.statistics import WindowScores
+from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, open_finished
 from mistral_prune_lora.storage.finite import all_finite, mend_for, tensor_fault
 from mistral_prune_lora.storage.journal import Journal, say_left_out

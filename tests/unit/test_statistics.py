@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from mistral_prune_lora.errors import DataError, NumberError
-from mistral_prune_lora.statistics import (
+from mistral_prune_lora.results.statistics import (
     WindowScores,
     compare_stages,
     paired_difference,

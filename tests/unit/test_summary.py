@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.statistics import WindowScores, summarise
-from mistral_prune_lora.summary import COLUMNS, write_summary
+from mistral_prune_lora.results.statistics import WindowScores, summarise
+from mistral_prune_lora.results.summary import COLUMNS, write_summary
 
 
 def result(folder, variant, stage, nll, *, experiment="one", dataset="text", ids="1" * 64):

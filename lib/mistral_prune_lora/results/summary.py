@@ -11,7 +11,7 @@ import pandas as pd
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
-from mistral_prune_lora.statistics import compare_stages
+from mistral_prune_lora.results.statistics import compare_stages
 from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import check_plain
 from mistral_prune_lora.storage.transaction import atomic_file

@@ -1,0 +1,1 @@
+"""What numbers mean: statistics, tables and figures. Imports no torch."""
