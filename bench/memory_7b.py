@@ -26,7 +26,7 @@ from mistral_prune_lora.importance import angular_distances, last_token_states
 from mistral_prune_lora.model import DTYPES
 from mistral_prune_lora.sizes import parse_size
 from mistral_prune_lora.teacher_states import teacher_states
-from mistral_prune_lora.windows import Windows, WindowsIdentity, ids_digest
+from mistral_prune_lora.text.windows import Windows, WindowsIdentity, ids_digest
 
 JOBS = ("importance", "teacher states")
 

@@ -26,7 +26,7 @@ from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree
 from mistral_prune_lora.perplexity import block_slices
 from mistral_prune_lora.pruning.identity import PassLayer
-from mistral_prune_lora.windows import Windows
+from mistral_prune_lora.text.windows import Windows
 
 CPU = torch.device("cpu")
 

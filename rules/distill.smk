@@ -20,7 +20,7 @@ rule train_windows:
         dataset=dataset_settings,
         seqlen=setting("distill", "seqlen"),
         windows=setting("distill", "windows"),
-        code=code_digest("windows", "text", "checkpoints.tokenizer"),
+        code=code_digest("text.windows", "text.sources", "checkpoints.tokenizer"),
     script:
         "../workflow_scripts/windows.py"
 

@@ -22,7 +22,7 @@ rule eval_windows:
         dataset=dataset_settings,
         seqlen=setting("perplexity", "seqlen"),
         windows=setting("perplexity", "windows"),
-        code=code_digest("windows", "text", "checkpoints.tokenizer"),
+        code=code_digest("text.windows", "text.sources", "checkpoints.tokenizer"),
     script:
         "../workflow_scripts/windows.py"
 

@@ -60,6 +60,6 @@ rule importance:
         seqlen=setting("importance", "seqlen"),
         windows=setting("importance", "windows"),
         dtype=setting("importance", "dtype"),
-        code=code_digest("importance", "windows", "text", "checkpoints.tokenizer"),
+        code=code_digest("importance", "text.windows", "text.sources", "checkpoints.tokenizer"),
     script:
         "../workflow_scripts/importance.py"

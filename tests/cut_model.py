@@ -16,8 +16,8 @@ from mistral_prune_lora.checkpoints.descriptions import make_manifest
 from mistral_prune_lora.checkpoints.directories import layer_file_name
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.identity import PassLayer
-from mistral_prune_lora.text import Text
-from mistral_prune_lora.windows import Windows, WindowsIdentity, ids_digest
+from mistral_prune_lora.text.sources import Text
+from mistral_prune_lora.text.windows import Windows, WindowsIdentity, ids_digest
 
 
 def save_dense(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **config) -> Path:

@@ -1,7 +1,7 @@
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.console import job
-from mistral_prune_lora.text import load_text
-from mistral_prune_lora.windows import make_windows
+from mistral_prune_lora.text.sources import load_text
+from mistral_prune_lora.text.windows import make_windows
 
 params = snakemake.params
 with job(snakemake.log[0]):

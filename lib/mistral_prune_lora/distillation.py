@@ -33,8 +33,8 @@ from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_fil
 from mistral_prune_lora.storage.space import reserved_space
 from mistral_prune_lora.storage.transaction import atomic_directory
 from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
-from mistral_prune_lora.window_warnings import warn_of
-from mistral_prune_lora.windows import Windows
+from mistral_prune_lora.text.doubts import warn_of
+from mistral_prune_lora.text.windows import Windows
 
 _CALMER = "Use a smaller learning rate, or bf16 or fp32 instead of fp16; nothing was written"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "training.csv", "training.json")

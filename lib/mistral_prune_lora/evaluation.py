@@ -27,8 +27,8 @@ from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.transaction import atomic_file
-from mistral_prune_lora.window_warnings import warn_of
-from mistral_prune_lora.windows import PROTOCOL, Windows
+from mistral_prune_lora.text.doubts import warn_of
+from mistral_prune_lora.text.windows import PROTOCOL, Windows
 
 
 @dataclass(frozen=True)

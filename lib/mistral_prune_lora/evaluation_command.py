@@ -41,8 +41,8 @@ from mistral_prune_lora.model import DTYPES
 from mistral_prune_lora.storage.activations import require_space
 from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.transaction import check_place
-from mistral_prune_lora.text import Text, load_text
-from mistral_prune_lora.windows import Windows, make_windows
+from mistral_prune_lora.text.sources import Text, load_text
+from mistral_prune_lora.text.windows import Windows, make_windows
 
 _WEEK = 7 * 24 * 3600.0
 _AGAIN = "Run the command again with another file; what is finished is not computed again"

@@ -14,7 +14,7 @@ from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.results.statistics import compare_stages
 from mistral_prune_lora.storage.outputs import Output, read_record
 from mistral_prune_lora.storage.transaction import atomic_file
-from mistral_prune_lora.windows import WindowsIdentity
+from mistral_prune_lora.text.windows import WindowsIdentity
 
 _WIDE, _NARROW, _BOX, _LABEL = "=" * 70, "─" * 60, 41, 41
 _AUTHOR, _LONGEST_HEADER = "an evaluation", 10_000

@@ -45,7 +45,7 @@ from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, open_finished
 from mistral_prune_lora.storage.finite import all_finite, mend_for, tensor_fault
 from mistral_prune_lora.storage.journal import Journal, say_left_out
-from mistral_prune_lora.windows import Windows
+from mistral_prune_lora.text.windows import Windows
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.model import DTYPES, head_name, model_config
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
-from mistral_prune_lora.windows import Windows
+from mistral_prune_lora.text.windows import Windows
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STAGE_SIGN = {"A": "A", "AB": "AB", "FULL": "ABC"}

@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.storage.outputs import Output, claim
     from mistral_prune_lora.storage.transaction import check_place
     from mistral_prune_lora.teacher_states import holds_states, states_output, teacher_states
-    from mistral_prune_lora.text import load_text
-    from mistral_prune_lora.windows import make_windows
+    from mistral_prune_lora.text.sources import load_text
+    from mistral_prune_lora.text.windows import make_windows
 
     given, overwrite = request.settings, request.settings["overwrite"]
     device, dtype, states = given["device"], DTYPES[given["dtype"]], given.get("teacher_states")

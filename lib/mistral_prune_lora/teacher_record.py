@@ -9,7 +9,7 @@ from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.storage.activations import ActivationReader
-from mistral_prune_lora.windows import Windows
+from mistral_prune_lora.text.windows import Windows
 
 
 def weight_digests(path: str | Path) -> dict[str, str]:

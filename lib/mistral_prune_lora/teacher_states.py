@@ -15,7 +15,7 @@ from mistral_prune_lora.model import model_config
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.teacher_record import teacher_record, weight_digests
-from mistral_prune_lora.windows import Windows
+from mistral_prune_lora.text.windows import Windows
 
 
 def teacher_states(

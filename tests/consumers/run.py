@@ -39,8 +39,8 @@ from mistral_prune_lora.export import export_stage
 from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.prune import prune_model
-from mistral_prune_lora.text import load_text
-from mistral_prune_lora.windows import make_windows
+from mistral_prune_lora.text.sources import load_text
+from mistral_prune_lora.text.windows import make_windows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.pruning.data import get_loaders, token_ids
-from mistral_prune_lora.text import load_text
+from mistral_prune_lora.text.sources import load_text
 
 
 @pytest.fixture(scope="module")

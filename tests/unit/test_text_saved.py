@@ -2,7 +2,7 @@ import datasets
 import pytest
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.text import load_text
+from mistral_prune_lora.text.sources import load_text
 
 
 @pytest.fixture

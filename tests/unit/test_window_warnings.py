@@ -13,8 +13,8 @@ from tiny import save_tokenizer
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.distillation import OptimiserSettings, train_adapter
 from mistral_prune_lora.evaluation import score_stage
-from mistral_prune_lora.text import load_text
-from mistral_prune_lora.windows import make_windows
+from mistral_prune_lora.text.sources import load_text
+from mistral_prune_lora.text.windows import make_windows
 
 LONG = "windows of 64 tokens are longer than the 48 positions that the model was made for (max_position_embeddings)"
 

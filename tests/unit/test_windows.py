@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, BatchEncoding
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.pruning.data import get_loaders
-from mistral_prune_lora.text import load_text
-from mistral_prune_lora.windows import Windows, first_windows, flat_ids, ids_digest, make_windows
+from mistral_prune_lora.text.sources import load_text
+from mistral_prune_lora.text.windows import Windows, first_windows, flat_ids, ids_digest, make_windows
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.text import Text, load_documents, load_text
+from mistral_prune_lora.text.sources import Text, load_documents, load_text
 
 IGNORED = -100  # the target that cross-entropy skips
 

@@ -23,7 +23,7 @@ from mistral_prune_lora.storage.json_file import parsed
 from mistral_prune_lora.storage.plain_file import check_plain
 from mistral_prune_lora.storage.safetensors_file import TensorSpec, plan_file, tensor_bytes
 from mistral_prune_lora.storage.transaction import atomic_file
-from mistral_prune_lora.text import Text
+from mistral_prune_lora.text.sources import Text
 
 PROTOCOL = "text joined and tokenised once, non-overlapping windows, remainder dropped, seqlen-1 predictions a window"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.text_rows import describe_files, missing_split, read_lines, read_rows, split_named
+from mistral_prune_lora.text.rows import describe_files, missing_split, read_lines, read_rows, split_named
 
 
 @dataclass(frozen=True)

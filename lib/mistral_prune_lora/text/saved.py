@@ -11,7 +11,7 @@ from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there
 from mistral_prune_lora.storage.plain_file import check_plain, lies_there
-from mistral_prune_lora.text_rows import MAX_TEXT_BYTES, missing_split
+from mistral_prune_lora.text.rows import MAX_TEXT_BYTES, missing_split
 
 _SINGLE, _SEVERAL = "state.json", "dataset_dict.json"
 

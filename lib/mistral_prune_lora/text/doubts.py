@@ -7,7 +7,7 @@ import sys
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.checkpoints.tokenizer import is_tokenizer_of, own_tokenizer
 from mistral_prune_lora.errors import printable
-from mistral_prune_lora.windows import Windows
+from mistral_prune_lora.text.windows import Windows
 
 
 def warn_of(model: Checkpoint, windows: Windows) -> list[str]:

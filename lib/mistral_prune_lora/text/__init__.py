@@ -1,0 +1,1 @@
+"""Text and the windows of token ids that are cut from it."""
