@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from mistral_prune_lora.architecture import empty_layer
 from mistral_prune_lora.checkpoints.descriptions import make_manifest
 from mistral_prune_lora.checkpoints.directories import layer_file_name
 from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.models.architecture import empty_layer
 from mistral_prune_lora.storage.safetensors_file import TensorSpec, write_file
 
 _DEVIATION = 0.02

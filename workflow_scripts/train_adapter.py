@@ -1,7 +1,7 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device
 from mistral_prune_lora.distillation import LoraSettings, LossSettings, OptimiserSettings, train_adapter
-from mistral_prune_lora.model import DTYPES
+from mistral_prune_lora.models.load import DTYPES
 from mistral_prune_lora.text.windows import Windows
 
 params = snakemake.params

@@ -110,7 +110,7 @@ def check_dense(path: str | Path) -> None:
         SourceError: there is no tokenizer.
     """
     from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-    from mistral_prune_lora.model import model_config
+    from mistral_prune_lora.models.load import model_config
 
     checkpoint = open_checkpoint(path)
     if checkpoint.kind != "model":

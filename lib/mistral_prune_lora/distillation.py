@@ -26,7 +26,7 @@ from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.distillation_settings import LoraSettings, LossSettings, OptimiserSettings
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.model import head_name, load_model
+from mistral_prune_lora.models.load import head_name, load_model
 from mistral_prune_lora.storage.finite import all_finite
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files

@@ -21,7 +21,7 @@ from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_f
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
 from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, resident_groups
 from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
-from mistral_prune_lora.model import DTYPES, model_config
+from mistral_prune_lora.models.load import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
 from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished

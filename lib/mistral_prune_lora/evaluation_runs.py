@@ -39,7 +39,7 @@ from mistral_prune_lora.layers import (
     resident_groups,
     stream_batches,
 )
-from mistral_prune_lora.model import head_name, model_config
+from mistral_prune_lora.models.load import head_name, model_config
 from mistral_prune_lora.perplexity import Head, score_batch
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, open_finished

@@ -15,7 +15,7 @@ from mistral_prune_lora.evaluation_subject import Subject, outside_entries, tens
 from mistral_prune_lora.export_config import FLOATS, StageConfig, stage_config
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.merge_plan import Item, split_files
-from mistral_prune_lora.model import model_config
+from mistral_prune_lora.models.load import model_config
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
 
 FORMATS = ("stock", "stage_files")

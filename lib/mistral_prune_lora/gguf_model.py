@@ -69,7 +69,7 @@ def convert_gguf(gguf: str | Path, output_dir: str | Path) -> dict:
         PreTrainedTokenizerFast,
     )
 
-    from mistral_prune_lora.architecture import renew_rotary_embedding
+    from mistral_prune_lora.models.architecture import renew_rotary_embedding
 
     # Not AutoTokenizer: to learn the tokenizer's class it would read the file a second, slow way, ten times as long.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)

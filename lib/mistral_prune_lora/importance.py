@@ -31,7 +31,7 @@ from mistral_prune_lora.layers import (
     resident_groups,
     stream_batches,
 )
-from mistral_prune_lora.model import model_config
+from mistral_prune_lora.models.load import model_config
 from mistral_prune_lora.prune import split_block
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter
 from mistral_prune_lora.storage.transaction import atomic_file, scratch_directory

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from mistral_prune_lora.architecture import empty_decoder
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.errors import DataError, PipelineError
-from mistral_prune_lora.model import build_layer
+from mistral_prune_lora.models.architecture import empty_decoder
+from mistral_prune_lora.models.load import build_layer
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.sizes import size_text
 from mistral_prune_lora.storage.safetensors_file import DTYPES as STORED_DTYPES

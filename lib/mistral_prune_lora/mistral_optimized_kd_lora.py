@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.checkpoints.families import read_config
     from mistral_prune_lora.checkpoints.model_place import model_directory
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-    from mistral_prune_lora.model import DTYPES
+    from mistral_prune_lora.models.load import DTYPES
     from mistral_prune_lora.storage.outputs import Output, claim
     from mistral_prune_lora.storage.transaction import check_place
     from mistral_prune_lora.teacher_states import holds_states, states_output, teacher_states

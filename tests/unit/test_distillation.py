@@ -20,7 +20,7 @@ from mistral_prune_lora.distillation import (
 )
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.model import load_model
+from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.teacher_states import teacher_states
 
 LAYOUT = Layout(8, (3, 4), (5, 6))

@@ -22,10 +22,10 @@ from mistral_prune_lora.importance import last_token_states
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main as evaluate
 from mistral_prune_lora.mistral_optimized_kd_lora import main as train
-from mistral_prune_lora.model import load_model, model_config
+from mistral_prune_lora.models.load import load_model, model_config
+from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
-from mistral_prune_lora.stage_manager import DynamicStageManager
 from mistral_prune_lora.teacher_states import teacher_states
 
 LAYOUT = Layout(8, (3, 4), (5, 6))

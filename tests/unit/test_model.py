@@ -12,7 +12,7 @@ from transformers import MistralForCausalLM
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.model import load_model, restore_bundle
+from mistral_prune_lora.models.load import load_model, restore_bundle
 from mistral_prune_lora.pruning.identity import PassLayer
 
 LAYOUTS = [Layout(8, (3, 4), (5, 6)), Layout(8, (0,), (7,)), Layout(8, (0, 1), (5,))]

@@ -18,8 +18,8 @@ from mistral_prune_lora.distillation import OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.prune import prune_model
-from mistral_prune_lora.stage_manager import DynamicStageManager
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 SMALL = ["--text_file", "corpus.txt", "--seqlen", "32", "--nsamples", "4"]

@@ -103,7 +103,7 @@ def test_kl_and_agreement_equal_those_of_whole_logits(tmp_path, parts):
     (a,) = evaluate_stages(
         pruned, ["A"], windows, compute, work_dir=tmp_path / "w", teacher=Teacher(dense.model, final)
     )
-    from mistral_prune_lora.model import load_model
+    from mistral_prune_lora.models.load import load_model
 
     with torch.inference_mode():
         p = load_model(dense_dir, dtype=torch.float32)(windows.ids.long()).logits[:, :-1].double()

@@ -19,9 +19,9 @@ from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merge import merge_adapters
-from mistral_prune_lora.model import load_model, restore_bundle
+from mistral_prune_lora.models.load import load_model, restore_bundle
+from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.prune import prune_model
-from mistral_prune_lora.stage_manager import DynamicStageManager
 
 LAYOUT = Layout(5, (1, 2), (3,))
 CPU = Compute(torch.device("cpu"), torch.float32)

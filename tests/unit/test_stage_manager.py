@@ -6,9 +6,9 @@ from cut_model import cut, random_windows, save_dense
 
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
-from mistral_prune_lora.model import load_model
+from mistral_prune_lora.models.load import load_model
+from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.identity import PassLayer
-from mistral_prune_lora.stage_manager import DynamicStageManager
 
 LAYOUTS = [Layout(8, (3, 4), (5, 6)), Layout(8, (0, 5), (7,))]
 
@@ -52,7 +52,7 @@ def test_generation_follows_the_stage(parts):
 
 
 def test_a_bundle_is_read_when_it_is_needed_and_once(parts, monkeypatch):
-    from mistral_prune_lora import stage_manager
+    from mistral_prune_lora.models import stage_manager
 
     read, restore = [], stage_manager.restore_layers
     monkeypatch.setattr(stage_manager, "restore_layers", lambda *args: read.append(args[1].path.name) or restore(*args))

@@ -188,7 +188,7 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
     from mistral_prune_lora.device import resolve_device
     from mistral_prune_lora.importance import angular_distances, last_token_states
-    from mistral_prune_lora.model import DTYPES
+    from mistral_prune_lora.models.load import DTYPES
     from mistral_prune_lora.prune import split_block
     from mistral_prune_lora.pruning.data import get_loaders
 

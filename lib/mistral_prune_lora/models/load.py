@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mistral_prune_lora.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_model_tensors
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.models.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.storage.json_file import read_json_if_there
 

@@ -1,0 +1,1 @@
+"""Models in memory, made by their own transformers class."""
