@@ -19,7 +19,6 @@ from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError, NumberError
 from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
 from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
-from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, resident_groups
 from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.models.load import DTYPES, model_config
 from mistral_prune_lora.perplexity import head_bytes
@@ -27,6 +26,7 @@ from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.transaction import atomic_file
+from mistral_prune_lora.streaming.layers import Compute, LayerSource, embedding_bytes, resident_groups
 from mistral_prune_lora.text.doubts import warn_of
 from mistral_prune_lora.text.windows import PROTOCOL, Windows
 

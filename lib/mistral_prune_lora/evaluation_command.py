@@ -35,12 +35,12 @@ from mistral_prune_lora.evaluation_report import (
     write_json,
 )
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.models.load import DTYPES
 from mistral_prune_lora.storage.activations import require_space
 from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.transaction import check_place
+from mistral_prune_lora.streaming.layers import Compute
 from mistral_prune_lora.text.sources import Text, load_text
 from mistral_prune_lora.text.windows import Windows, make_windows
 

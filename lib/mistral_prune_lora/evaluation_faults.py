@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from mistral_prune_lora.errors import NumberError
-from mistral_prune_lora.layers import Compute, LayerSource
 from mistral_prune_lora.storage.finite import mend_for, tensor_fault
+from mistral_prune_lora.streaming.layers import Compute, LayerSource
 
 
 class Origin(Protocol):

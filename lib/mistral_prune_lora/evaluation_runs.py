@@ -29,7 +29,13 @@ from mistral_prune_lora.evaluation_subject import (
     start_record,
     tensors_digest,
 )
-from mistral_prune_lora.layers import (
+from mistral_prune_lora.models.load import head_name, model_config
+from mistral_prune_lora.perplexity import Head, score_batch
+from mistral_prune_lora.results.statistics import WindowScores
+from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, open_finished
+from mistral_prune_lora.storage.finite import all_finite, mend_for, tensor_fault
+from mistral_prune_lora.storage.journal import Journal, say_left_out
+from mistral_prune_lora.streaming.layers import (
     Backbone,
     Compute,
     DelayedStore,
@@ -39,12 +45,6 @@ from mistral_prune_lora.layers import (
     resident_groups,
     stream_batches,
 )
-from mistral_prune_lora.models.load import head_name, model_config
-from mistral_prune_lora.perplexity import Head, score_batch
-from mistral_prune_lora.results.statistics import WindowScores
-from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, open_finished
-from mistral_prune_lora.storage.finite import all_finite, mend_for, tensor_fault
-from mistral_prune_lora.storage.journal import Journal, say_left_out
 from mistral_prune_lora.text.windows import Windows
 
 

@@ -18,11 +18,11 @@ import torch
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
-from mistral_prune_lora.layers import Compute, LayerSource, UnmergedAdapter
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.models.load import DTYPES, head_name, model_config
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
+from mistral_prune_lora.streaming.layers import Compute, LayerSource, UnmergedAdapter
 from mistral_prune_lora.text.windows import Windows
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
-from mistral_prune_lora.layers import build_norm
 from mistral_prune_lora.models.load import head_name, model_config
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.finite import all_finite, tensor_fault
+from mistral_prune_lora.streaming.layers import build_norm
 
 # In one block: 32 MB of float32. Smaller ones read the projection too often, larger ones leave the cache.
 BLOCK_LOGITS = 1 << 23

@@ -36,9 +36,9 @@ from mistral_prune_lora.dense import fetch_dense
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.export import export_stage
-from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.streaming.layers import Compute
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import make_windows
 

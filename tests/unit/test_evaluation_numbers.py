@@ -14,9 +14,9 @@ from tiny import save_tokenizer
 from mistral_prune_lora.errors import CheckpointError, NumberError
 from mistral_prune_lora.evaluation import Teacher, evaluate_stages, run_segment, score_stage
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.storage import activations
+from mistral_prune_lora.streaming.layers import Compute
 
 IN_A_LAYER = [
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),

@@ -21,15 +21,15 @@ from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_command import forget_old_work
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layers import Backbone, Compute
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 from mistral_prune_lora.storage.activations import ActivationReader
+from mistral_prune_lora.streaming.layers import Backbone, Compute
 
 # Runs the command, notes the layers and windows of every forward pass in a file, and takes its time over each.
 SLOW_COMMAND = """
 import sys, time
-from mistral_prune_lora import layers
+from mistral_prune_lora.streaming import layers
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 from mistral_prune_lora.pruning.identity import PassLayer
 forward = layers.Backbone.__call__

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.export import export_stage
-from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.streaming.layers import Compute
 
 LAYOUT, SCATTERED, FIRST_AND_LAST = Layout(8, (3, 4), (5, 6)), Layout(8, (1, 6), (3,)), Layout(8, (0,), (7,))
 FLOAT32 = Compute(torch.device("cpu"), torch.float32)

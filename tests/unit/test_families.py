@@ -18,13 +18,13 @@ from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_adapters import open_peft_adapters
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.prune import prune_model
 from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.streaming.layers import Compute
 
 # The first layer of each kind of attention is dropped: a KV cache measures its length there.
 LAYOUT = Layout(6, (0, 3), (4,))

@@ -17,10 +17,10 @@ from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.errors import LayoutError, PipelineError
 from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
-from mistral_prune_lora.layers import Compute, LayerSource, embedding_bytes, working_bytes
 from mistral_prune_lora.models.load import model_config
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.pruning.layeronly_drop import main, parse
+from mistral_prune_lora.streaming.layers import Compute, LayerSource, embedding_bytes, working_bytes
 
 
 @pytest.fixture(scope="module")

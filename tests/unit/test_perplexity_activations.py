@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, PipelineError
 from mistral_prune_lora.evaluation import boundary_bytes, evaluate_stages, run_segment
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.sizes import parse_size, size_text
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, require_space
 from mistral_prune_lora.storage.safetensors_file import read_header
+from mistral_prune_lora.streaming.layers import Compute
 
 SHAPE, RUN = (5, 4, 8), {"ids_sha256": "0" * 64}
 Usage = namedtuple("Usage", "total used free")

@@ -11,8 +11,8 @@ from cut_model import cut, random_windows, save_dense
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.evaluation import Teacher, evaluate_stages, run_segment, score_stage
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layers import Backbone, Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree, shared_segments, stage_run
+from mistral_prune_lora.streaming.layers import Backbone, Compute
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 SETTINGS = {"dtype": "bf16", "device": "cpu", "batch_size": 2}

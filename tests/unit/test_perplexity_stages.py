@@ -10,10 +10,10 @@ from mistral_prune_lora import evaluation_runs, perplexity
 from mistral_prune_lora.errors import DataError, LayoutError
 from mistral_prune_lora.evaluation import Teacher, boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation_subject import Subject
-from mistral_prune_lora.layers import Compute
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.results.summary import check_same_ids
 from mistral_prune_lora.storage.activations import ActivationReader
+from mistral_prune_lora.streaming.layers import Compute
 
 CPU = torch.device("cpu")
 CONTIGUOUS, SCATTERED, FIRST_AND_LAST = Layout(8, (3, 4), (5, 6)), Layout(8, (1, 6), (3,)), Layout(8, (0,), (7,))

@@ -1,0 +1,1 @@
+"""Layers that come and go while all windows pass through them."""
