@@ -45,7 +45,7 @@ RANK = 16
 TARGETS = {("merge", "copy"): 1.25, ("merge+check", "merge"): 1.4, ("merge+check", "copy"): None}
 MERGE_WORKER = """
 import json, sys
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 base, adapter, output, verify, report = sys.argv[1:]
 seconds = merge_adapters(base, [adapter], output, device="cpu", verify=verify == "verify").seconds
 json.dump(seconds, open(report, "w"))

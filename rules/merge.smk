@@ -29,7 +29,7 @@ rule merge_A:
         adapter_dir=adapter_source_dir,
         adapter_indices=setting("adapter_indices"),
         output_dtype=setting("merge", "output_dtype"),
-        code=code_digest("merge"),
+        code=code_digest("merging.merge"),
     script:
         "../workflow_scripts/merge.py"
 
@@ -63,6 +63,6 @@ for suffix, layout, members in layout_groups():
                 adapter_dir=adapter_source_dir,
                 skeleton_dir=skeleton_dir,
                 output_dtype=setting("merge", "output_dtype"),
-                code=code_digest("merge"),
+                code=code_digest("merging.merge"),
             script:
                 "../workflow_scripts/merge.py"

@@ -1,6 +1,6 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 
 with job(snakemake.log[0]):
     merge_adapters(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from trainers import count_from_zero, with_aliases
 
 from mistral_prune_lora.errors import AdapterError
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 
 WEIGHTS = "adapter_model.safetensors"
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}

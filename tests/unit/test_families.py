@@ -19,7 +19,7 @@ from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_adapters import open_peft_adapters
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.prune import prune_model

@@ -17,7 +17,7 @@ from mistral_prune_lora.checkpoints.family_tensors import check_layers_alike, ch
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation_subject import Subject, outside_entries
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.prune import prune_model
 

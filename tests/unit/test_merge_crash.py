@@ -15,9 +15,9 @@ import pytest
 import torch
 from merge_oracle import LAYOUT, PROJECTIONS, random_adapter, save_base
 
-from mistral_prune_lora import merge as merge_module
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging import merge as merge_module
+from mistral_prune_lora.merging.merge import merge_adapters
 
 TRIALS = 50
 
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from unit.test_merge_crash import state
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.storage import transaction
 
 base, first, second, out, renames = sys.argv[1:]
@@ -102,7 +102,7 @@ def test_killed_at_any_moment(renames, inputs, tmp_path):
 
 LIMITED = """
 import resource, sys
-import mistral_prune_lora.merge
+import mistral_prune_lora.merging.merge
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 sys.exit(main(sys.argv[1:]))
@@ -158,7 +158,7 @@ def test_an_interrupt_leaves_nothing(inputs, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mistral_prune_lora.merge_stream.merge_rows", interrupt)
+    monkeypatch.setattr("mistral_prune_lora.merging.stream.merge_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge_adapters(inputs[0], [inputs[1]], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

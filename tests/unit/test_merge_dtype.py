@@ -21,11 +21,11 @@ from merge_oracle import (
 )
 from transformers import AutoModelForCausalLM
 
-from mistral_prune_lora import merge as merge_module
-from mistral_prune_lora import merge_stream
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging import merge as merge_module
+from mistral_prune_lora.merging import stream as merge_stream
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 from mistral_prune_lora.storage.safetensors_file import read_header
 

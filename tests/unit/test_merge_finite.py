@@ -11,7 +11,7 @@ import torch
 from merge_oracle import LAYOUT, PROJECTIONS, edit_tensors, random_adapter, save_base
 
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.storage.finite import all_finite_bytes
 from mistral_prune_lora.storage.safetensors_file import DTYPES
 

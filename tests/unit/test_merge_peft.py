@@ -18,9 +18,9 @@ from merge_oracle import (
 )
 from safetensors.torch import load_file, save_file
 
-from mistral_prune_lora import merge_stream
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging import stream as merge_stream
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 
 LORA = LORA_OF_ALL

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mistral_prune_lora import merge_arithmetic, merge_stream
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging import arithmetic as merge_arithmetic
+from mistral_prune_lora.merging import stream as merge_stream
+from mistral_prune_lora.merging.merge import merge_adapters
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SETTINGS = settings(max_examples=60, deadline=None)

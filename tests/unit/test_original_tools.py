@@ -17,7 +17,7 @@ from mistral_prune_lora.checkpoints.directories import weight_files
 from mistral_prune_lora.distillation import OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.prune import prune_model
 

@@ -12,8 +12,8 @@ from mistral_prune_lora import distillation
 
 # The first step of each command that takes long.
 FIRST_STEPS = {
-    "merge A": "mistral_prune_lora.merge.stream_file",
-    "merge B": "mistral_prune_lora.merge.stream_file",
+    "merge A": "mistral_prune_lora.merging.merge.stream_file",
+    "merge B": "mistral_prune_lora.merging.merge.stream_file",
     "train": "mistral_prune_lora.text.sources.load_text",
     "prune": "mistral_prune_lora.prune._copy_tensors",
     "evaluate": "mistral_prune_lora.evaluation_command.load_text",

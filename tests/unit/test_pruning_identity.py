@@ -17,7 +17,7 @@ from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation import evaluate_stages, run_segment, score_stage
 from mistral_prune_lora.evaluation_subject import Subject
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.merge import merge_adapters
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model, restore_bundle
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.prune import prune_model

@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parser().parse_args(argv)
-    from mistral_prune_lora.merge import merge_adapters
+    from mistral_prune_lora.merging.merge import merge_adapters
 
     merge_adapters(
         given.base_model,

@@ -21,11 +21,11 @@ from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
-from mistral_prune_lora.merge_arithmetic import exact_arithmetic
-from mistral_prune_lora.merge_descriptions import describe_merge
-from mistral_prune_lora.merge_plan import OUTPUT_DTYPES, MergePlan, plan_merge
-from mistral_prune_lora.merge_stream import InputDigests, stream_file
-from mistral_prune_lora.merge_verify import FileCheck
+from mistral_prune_lora.merging.arithmetic import exact_arithmetic
+from mistral_prune_lora.merging.descriptions import describe_merge
+from mistral_prune_lora.merging.plan import OUTPUT_DTYPES, MergePlan, plan_merge
+from mistral_prune_lora.merging.stream import InputDigests, stream_file
+from mistral_prune_lora.merging.verify import FileCheck
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
 from mistral_prune_lora.storage.safetensors_file import DTYPES

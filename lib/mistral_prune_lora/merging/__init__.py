@@ -1,0 +1,1 @@
+"""Adapters merged into a model or a bundle, with PEFT's bits."""
