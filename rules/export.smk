@@ -23,6 +23,6 @@ rule export_stage:
         stage=stage_name,
         model_dir=variant_model_dir,
         bundle_dirs=stage_bundle_dirs,
-        code=code_digest("export"),
+        code=code_digest("exporting.export"),
     script:
         "../workflow_scripts/export_stage.py"

@@ -1,5 +1,5 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.export import export_stage
+from mistral_prune_lora.exporting.export import export_stage
 
 with job(snakemake.log[0]):
     export_stage(

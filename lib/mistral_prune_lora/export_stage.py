@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser().parse_args(argv)
     # After parsing: --help need not wait for torch.
     from mistral_prune_lora.evaluation_inputs import sort_inputs
-    from mistral_prune_lora.export import export_stage
+    from mistral_prune_lora.exporting.export import export_stage
 
     inputs = sort_inputs(
         [given.model_path], b_bundle=given.b_bundle, c_bundle=given.c_bundle, bundles_dir=given.bundles_dir

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.export_config import stage_config
+from mistral_prune_lora.exporting.config import stage_config
 from mistral_prune_lora.pruning.identity import PassLayer
 
 LAYERS = (0, 2, 3, 7)

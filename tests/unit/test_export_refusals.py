@@ -17,8 +17,8 @@ from merge_oracle import edit_json, edit_tensors
 from test_export import LAYOUT, parts
 
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.export import export_stage
 from mistral_prune_lora.export_stage import main
+from mistral_prune_lora.exporting.export import export_stage
 from mistral_prune_lora.storage import space, transaction
 
 
@@ -165,7 +165,7 @@ def test_a_disk_that_is_too_small_is_seen_before(given, tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys
-import mistral_prune_lora.export, mistral_prune_lora.evaluation_inputs
+import mistral_prune_lora.exporting.export, mistral_prune_lora.evaluation_inputs
 from mistral_prune_lora.export_stage import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.exit(main(sys.argv[1:]))
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_former_result(given, tmp_path):
 # Imports once; each fork ends without a word, once in the middle of an export and once before its last step.
 DYING = """
 import os, sys
-from mistral_prune_lora import export
+from mistral_prune_lora.exporting import export
 from mistral_prune_lora.storage import transaction
 
 def die(*args):

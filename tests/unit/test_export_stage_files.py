@@ -13,7 +13,7 @@ from test_export import LAYOUT, SCATTERED, SMALL, parts, score
 from transformers import MistralConfig, MistralForCausalLM
 
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.export import export_stage
+from mistral_prune_lora.exporting.export import export_stage
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.identity import PassLayer
 

@@ -19,7 +19,7 @@ from mistral_prune_lora.checkpoints.tokenizer import copy_settings, local_tokeni
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
-from mistral_prune_lora.export_plan import ExportPlan, plan_export
+from mistral_prune_lora.exporting.plan import ExportPlan, plan_export
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.merging.arithmetic import exact_arithmetic
 from mistral_prune_lora.merging.plan import shard_index
