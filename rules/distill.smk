@@ -40,7 +40,7 @@ rule teacher_states:
     params:
         dense_dir=experiment_dense_dir,
         dtype=setting("distill", "dtype"),
-        code=code_digest("teacher_states"),
+        code=code_digest("distillation.teacher_states"),
     script:
         "../workflow_scripts/teacher_states.py"
 
@@ -71,6 +71,6 @@ rule train_adapter:
         lora=setting("distill", "lora"),
         loss=setting("distill", "loss"),
         optimiser=setting("distill", "stages", "{part}"),
-        code=code_digest("distillation"),
+        code=code_digest("distillation.train"),
     script:
         "../workflow_scripts/train_adapter.py"

@@ -1,7 +1,7 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device, granted_memory
+from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.models.load import DTYPES
-from mistral_prune_lora.teacher_states import teacher_states
 from mistral_prune_lora.text.windows import Windows
 
 resources = snakemake.resources

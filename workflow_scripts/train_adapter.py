@@ -1,6 +1,6 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device
-from mistral_prune_lora.distillation import LoraSettings, LossSettings, OptimiserSettings, train_adapter
+from mistral_prune_lora.distillation.train import LoraSettings, LossSettings, OptimiserSettings, train_adapter
 from mistral_prune_lora.models.load import DTYPES
 from mistral_prune_lora.text.windows import Windows
 

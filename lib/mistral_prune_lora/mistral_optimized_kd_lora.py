@@ -16,8 +16,7 @@ from mistral_prune_lora.argument_types import (
     share,
     temperature,
 )
-from mistral_prune_lora.errors import CheckpointError, reports_errors
-from mistral_prune_lora.training_arguments import (
+from mistral_prune_lora.distillation.arguments import (
     ADAPTER_FOLDERS,
     DEFAULTS,
     NOT_TAKEN,
@@ -25,6 +24,7 @@ from mistral_prune_lora.training_arguments import (
     PARTS,
     training_request,
 )
+from mistral_prune_lora.errors import CheckpointError, reports_errors
 
 EXAMPLES = """examples, in the order they must be run (merge each adapter before the next part is trained):
   A, on the pruned model:
@@ -158,14 +158,14 @@ def _add_original(p: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     request = training_request(vars(parser().parse_args(argv)))
-    from mistral_prune_lora import distillation
     from mistral_prune_lora.checkpoints.families import read_config
     from mistral_prune_lora.checkpoints.model_place import model_directory
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
+    from mistral_prune_lora.distillation import train as distillation
+    from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
     from mistral_prune_lora.models.load import DTYPES
     from mistral_prune_lora.storage.outputs import Output, claim
     from mistral_prune_lora.storage.transaction import check_place
-    from mistral_prune_lora.teacher_states import holds_states, states_output, teacher_states
     from mistral_prune_lora.text.sources import load_text
     from mistral_prune_lora.text.windows import make_windows
 

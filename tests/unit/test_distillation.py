@@ -10,8 +10,9 @@ from cut_model import cut, random_windows, save_dense
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from mistral_prune_lora import distillation
-from mistral_prune_lora.distillation import (
+from mistral_prune_lora.distillation import train as distillation
+from mistral_prune_lora.distillation.teacher_states import teacher_states
+from mistral_prune_lora.distillation.train import (
     LoraSettings,
     LossSettings,
     OptimiserSettings,
@@ -21,7 +22,6 @@ from mistral_prune_lora.distillation import (
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.load import load_model
-from mistral_prune_lora.teacher_states import teacher_states
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 QUICK = OptimiserSettings(steps=3, batch_size=2, gradient_accumulation=1, learning_rate=1e-2, warmup_steps=1)

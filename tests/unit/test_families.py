@@ -13,7 +13,7 @@ from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.distillation import LoraSettings, OptimiserSettings, train_adapter
+from mistral_prune_lora.distillation.train import LoraSettings, OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation import evaluate_stages
 from mistral_prune_lora.evaluation_adapters import open_peft_adapters

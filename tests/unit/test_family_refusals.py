@@ -16,6 +16,7 @@ from transformers import AutoConfig, Gemma2Config, LlavaConfig, MixtralConfig, P
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.checkpoints.families import FAMILIES, check_family, read_config
 from mistral_prune_lora.configuration import ConfigError, check_config
+from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation import run_segment
 from mistral_prune_lora.importance import last_token_states
@@ -26,7 +27,6 @@ from mistral_prune_lora.models.load import load_model, model_config
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
-from mistral_prune_lora.teacher_states import teacher_states
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.directories import weight_files
-from mistral_prune_lora.distillation import OptimiserSettings, train_adapter
+from mistral_prune_lora.distillation.train import OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters

@@ -8,7 +8,7 @@ import pytest
 from output_project import COMMANDS, INPUTS, error_line, record
 from peft import PeftConfig
 
-from mistral_prune_lora import distillation
+from mistral_prune_lora.distillation import train as distillation
 
 # The first step of each command that takes long.
 FIRST_STEPS = {

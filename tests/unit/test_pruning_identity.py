@@ -12,7 +12,7 @@ from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning, read_identity
-from mistral_prune_lora.distillation import LoraSettings, LossSettings, OptimiserSettings, train_adapter
+from mistral_prune_lora.distillation.train import LoraSettings, LossSettings, OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation import evaluate_stages, run_segment, score_stage
 from mistral_prune_lora.evaluation_subject import Subject

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora import evaluation_runs
 from mistral_prune_lora.digest import file_sha256
+from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError, PipelineError
-from mistral_prune_lora.teacher_states import teacher_states
 
 TIGHT = {torch.float32: 620_000, torch.bfloat16: 380_000}  # bytes: three of eight layers, or four
 

@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral_prune_lora import distillation
 from mistral_prune_lora.checkpoints.descriptions import make_manifest
-from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.mistral_optimized_kd_lora import parser
-from mistral_prune_lora.training_arguments import (
+from mistral_prune_lora.distillation import train as distillation
+from mistral_prune_lora.distillation.arguments import (
     DEFAULTS,
     INSTEAD,
     NOT_TAKEN,
@@ -22,6 +19,9 @@ from mistral_prune_lora.training_arguments import (
     SAME,
     training_request,
 )
+from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.mistral_optimized_kd_lora import parser
 
 TAUGHT = ["--use_kd", "--teacher_model", "dense", "--kd_alpha", "0.3", "--kd_T", "4"]
 TEXT = ["--text_file", "corpus.txt"]

@@ -23,7 +23,8 @@ from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning, read_identity
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.distillation_settings import LoraSettings, LossSettings, OptimiserSettings
+from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings
+from mistral_prune_lora.distillation.teacher_record import open_teacher_states, weight_digests
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.load import head_name, load_model
@@ -32,7 +33,6 @@ from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files
 from mistral_prune_lora.storage.space import reserved_space
 from mistral_prune_lora.storage.transaction import atomic_directory
-from mistral_prune_lora.teacher_record import open_teacher_states, weight_digests
 from mistral_prune_lora.text.doubts import warn_of
 from mistral_prune_lora.text.windows import Windows
 

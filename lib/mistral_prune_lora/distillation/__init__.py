@@ -1,0 +1,1 @@
+"""Adapters trained by distillation from the dense model."""
