@@ -20,10 +20,10 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
-from mistral_prune_lora.evaluation import evaluate_stages
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.perplexity import block_slices
+from mistral_prune_lora.evaluation.stages import evaluate_stages
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree
-from mistral_prune_lora.perplexity import block_slices
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.streaming.layers import Compute
 from mistral_prune_lora.text.windows import Windows

@@ -1,6 +1,6 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device, granted_memory
-from mistral_prune_lora.evaluation import score_stage
+from mistral_prune_lora.evaluation.stages import score_stage
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):

@@ -1,6 +1,6 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device, granted_memory
-from mistral_prune_lora.evaluation import run_segment
+from mistral_prune_lora.evaluation.stages import run_segment
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):

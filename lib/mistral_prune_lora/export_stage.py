@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parser().parse_args(argv)
     # After parsing: --help need not wait for torch.
-    from mistral_prune_lora.evaluation_inputs import sort_inputs
+    from mistral_prune_lora.evaluation.inputs import sort_inputs
     from mistral_prune_lora.exporting.export import export_stage
 
     inputs = sort_inputs(

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with the given arguments, or those of the process."""
     args = parser().parse_args(argv)
     # After parsing: --help need not wait for torch.
-    from mistral_prune_lora.evaluation_command import run
+    from mistral_prune_lora.evaluation.command import run
 
     try:
         run(args)

@@ -118,7 +118,7 @@ def test_a_bug_keeps_its_traceback():
 # All that is imported first, then as little more memory as one thread's stack needs.
 STARVED = """
 import resource, sys
-from mistral_prune_lora import evaluation_command
+from mistral_prune_lora.evaluation import command as evaluation_command
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + int(sys.argv[1]), -1))

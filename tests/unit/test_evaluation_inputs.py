@@ -8,7 +8,7 @@ import pytest
 from cut_model import cut, save_dense
 
 from mistral_prune_lora.errors import CheckpointError, LayoutError, SourceError
-from mistral_prune_lora.evaluation_inputs import bundle_part, sort_inputs
+from mistral_prune_lora.evaluation.inputs import bundle_part, sort_inputs
 from mistral_prune_lora.layout.partition import Layout
 
 LAYOUT = Layout(8, (3, 4), (5, 6))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 
 from mistral_prune_lora.errors import CheckpointError, NumberError
-from mistral_prune_lora.evaluation import Teacher, evaluate_stages, run_segment, score_stage
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.stages import Teacher, evaluate_stages, run_segment, score_stage
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.storage import activations
 from mistral_prune_lora.streaming.layers import Compute

@@ -16,11 +16,12 @@ from evaluation_project import LAYOUT
 from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 
-from mistral_prune_lora import evaluation_command, evaluation_runs
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.evaluation import evaluate_stages
-from mistral_prune_lora.evaluation_command import forget_old_work
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation import command as evaluation_command
+from mistral_prune_lora.evaluation import runs as evaluation_runs
+from mistral_prune_lora.evaluation.command import forget_old_work
+from mistral_prune_lora.evaluation.stages import evaluate_stages
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 from mistral_prune_lora.storage.activations import ActivationReader

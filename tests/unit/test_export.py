@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from mistral_prune_lora.evaluation import evaluate_stages
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.stages import evaluate_stages
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.export import export_stage
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.prune import prune_model

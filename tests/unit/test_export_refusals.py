@@ -165,7 +165,7 @@ def test_a_disk_that_is_too_small_is_seen_before(given, tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys
-import mistral_prune_lora.exporting.export, mistral_prune_lora.evaluation_inputs
+import mistral_prune_lora.exporting.export, mistral_prune_lora.evaluation.inputs
 from mistral_prune_lora.export_stage import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.exit(main(sys.argv[1:]))

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.distillation.train import LoraSettings, OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.evaluation import evaluate_stages
-from mistral_prune_lora.evaluation_adapters import open_peft_adapters
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.adapters import open_peft_adapters
+from mistral_prune_lora.evaluation.stages import evaluate_stages
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model

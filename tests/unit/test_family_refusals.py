@@ -18,7 +18,7 @@ from mistral_prune_lora.checkpoints.families import FAMILIES, check_family, read
 from mistral_prune_lora.configuration import ConfigError, check_config
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.evaluation import run_segment
+from mistral_prune_lora.evaluation.stages import run_segment
 from mistral_prune_lora.importance import last_token_states
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main as evaluate

@@ -12,7 +12,7 @@ from mistral_prune_lora.checkpoints.descriptions import make_manifest
 from mistral_prune_lora.checkpoints.directories import bundle_layers, layer_files
 from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_layout
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import Layout, segment_tree
 
 LAYOUT = Layout(8, (2, 3), (5,))

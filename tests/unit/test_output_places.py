@@ -16,7 +16,7 @@ FIRST_STEPS = {
     "merge B": "mistral_prune_lora.merging.merge.stream_file",
     "train": "mistral_prune_lora.text.sources.load_text",
     "prune": "mistral_prune_lora.prune._copy_tensors",
-    "evaluate": "mistral_prune_lora.evaluation_command.load_text",
+    "evaluate": "mistral_prune_lora.evaluation.command.load_text",
 }
 
 
@@ -109,7 +109,7 @@ def test_a_trained_adapter_that_cannot_be_put_in_place_is_kept(user_folder, tmp_
 
 
 def test_results_that_cannot_be_put_in_place_are_kept(user_folder, tmp_path, capsys, monkeypatch):
-    place, summary = tmp_path / "r.json", "mistral_prune_lora.evaluation_command.summary"
+    place, summary = tmp_path / "r.json", "mistral_prune_lora.evaluation.command.summary"
     monkeypatch.setattr(summary, lambda records: place.write_text("years of work") and "")
     assert COMMANDS["evaluate a mirror"].run(json=place) == 1
     line = error_line(capsys)

@@ -14,8 +14,8 @@ from evaluation_project import evaluate, write_project
 from safetensors.torch import load_file, save_file
 
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, PipelineError
-from mistral_prune_lora.evaluation import boundary_bytes, evaluate_stages, run_segment
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.stages import boundary_bytes, evaluate_stages, run_segment
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.sizes import parse_size, size_text
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, require_space

@@ -9,8 +9,8 @@ import torch
 from cut_model import cut, random_windows, save_dense
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.evaluation import Teacher, evaluate_stages, run_segment, score_stage
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.stages import Teacher, evaluate_stages, run_segment, score_stage
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree, shared_segments, stage_run
 from mistral_prune_lora.streaming.layers import Backbone, Compute
 

@@ -6,10 +6,11 @@ import torch
 from cut_model import cut, make_compact, plain_stage, random_windows, save_dense
 from safetensors.torch import load_file
 
-from mistral_prune_lora import evaluation_runs, perplexity
 from mistral_prune_lora.errors import DataError, LayoutError
-from mistral_prune_lora.evaluation import Teacher, boundary_bytes, evaluate_stages
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation import perplexity
+from mistral_prune_lora.evaluation import runs as evaluation_runs
+from mistral_prune_lora.evaluation.stages import Teacher, boundary_bytes, evaluate_stages
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.results.summary import check_same_ids
 from mistral_prune_lora.storage.activations import ActivationReader

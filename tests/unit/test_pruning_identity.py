@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning, read_identity
 from mistral_prune_lora.distillation.train import LoraSettings, LossSettings, OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.evaluation import evaluate_stages, run_segment, score_stage
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.stages import evaluate_stages, run_segment, score_stage
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model, restore_bundle

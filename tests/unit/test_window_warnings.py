@@ -12,7 +12,7 @@ from tiny import save_tokenizer
 
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.distillation.train import OptimiserSettings, train_adapter
-from mistral_prune_lora.evaluation import score_stage
+from mistral_prune_lora.evaluation.stages import score_stage
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import make_windows
 

@@ -10,7 +10,7 @@ from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.distillation.teacher_record import teacher_record, weight_digests
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.evaluation_runs import Ending, Start, run_to_file
+from mistral_prune_lora.evaluation.runs import Ending, Start, run_to_file
 from mistral_prune_lora.models.load import model_config
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.outputs import Output, claim

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.evaluation_subject import Subject, outside_entries, tensors_digest
+from mistral_prune_lora.evaluation.subject import Subject, outside_entries, tensors_digest
 from mistral_prune_lora.exporting.config import FLOATS, StageConfig, stage_config
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.merging.plan import Item, split_files

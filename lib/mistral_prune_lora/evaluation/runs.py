@@ -20,8 +20,9 @@ from transformers import PreTrainedConfig
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError
-from mistral_prune_lora.evaluation_faults import layers_blamed
-from mistral_prune_lora.evaluation_subject import (
+from mistral_prune_lora.evaluation.faults import layers_blamed
+from mistral_prune_lora.evaluation.perplexity import Head, score_batch
+from mistral_prune_lora.evaluation.subject import (
     check_continues,
     extend_record,
     outside_entries,
@@ -30,7 +31,6 @@ from mistral_prune_lora.evaluation_subject import (
     tensors_digest,
 )
 from mistral_prune_lora.models.load import head_name, model_config
-from mistral_prune_lora.perplexity import Head, score_batch
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, open_finished
 from mistral_prune_lora.storage.finite import all_finite, mend_for, tensor_fault

@@ -16,10 +16,9 @@ from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, load_tokenizer
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import AdapterError, LayoutError, PipelineError
-from mistral_prune_lora.evaluation import StageResult, Teacher, boundary_bytes, evaluate_stages, hidden_bytes, stages_of
-from mistral_prune_lora.evaluation_adapters import open_peft_adapters
-from mistral_prune_lora.evaluation_inputs import Inputs, sort_inputs
-from mistral_prune_lora.evaluation_report import (
+from mistral_prune_lora.evaluation.adapters import open_peft_adapters
+from mistral_prune_lora.evaluation.inputs import Inputs, sort_inputs
+from mistral_prune_lora.evaluation.report import (
     box,
     csv_output,
     details,
@@ -34,7 +33,15 @@ from mistral_prune_lora.evaluation_report import (
     write_csv,
     write_json,
 )
-from mistral_prune_lora.evaluation_subject import Subject
+from mistral_prune_lora.evaluation.stages import (
+    StageResult,
+    Teacher,
+    boundary_bytes,
+    evaluate_stages,
+    hidden_bytes,
+    stages_of,
+)
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.models.load import DTYPES
 from mistral_prune_lora.storage.activations import require_space

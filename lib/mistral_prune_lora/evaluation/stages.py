@@ -17,11 +17,11 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError, NumberError
-from mistral_prune_lora.evaluation_runs import Scoring, Start, Teacher, run_to_file
-from mistral_prune_lora.evaluation_subject import Subject, extend_record, record_digest, start_record
+from mistral_prune_lora.evaluation.perplexity import head_bytes
+from mistral_prune_lora.evaluation.runs import Scoring, Start, Teacher, run_to_file
+from mistral_prune_lora.evaluation.subject import Subject, extend_record, record_digest, start_record
 from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.models.load import DTYPES, model_config
-from mistral_prune_lora.perplexity import head_bytes
 from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.json_file import write_json

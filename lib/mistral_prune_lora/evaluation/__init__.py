@@ -1,0 +1,1 @@
+"""Perplexity of stages, every shared run of layers computed once."""
