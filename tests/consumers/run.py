@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-from mistral_prune_lora.dense import fetch_dense
+from mistral_prune_lora.dense.fetch import fetch_dense
 from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.export import export_stage

@@ -21,7 +21,7 @@ from tiny import save_tokenizer, tiny_config
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
-from mistral_prune_lora.dense import check_dense, fetch_dense, main
+from mistral_prune_lora.dense.fetch import check_dense, fetch_dense, main
 from mistral_prune_lora.errors import CheckpointError, PipelineError, SourceError
 from mistral_prune_lora.models.load import load_model
 
@@ -408,7 +408,7 @@ def test_command(dense: Path, capsys):
 
 def test_help_comes_without_torch():
     code = (
-        "import sys; from mistral_prune_lora.dense import main\n"
+        "import sys; from mistral_prune_lora.dense.fetch import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"

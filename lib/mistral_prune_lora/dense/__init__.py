@@ -1,0 +1,1 @@
+"""The dense model that everything starts from, fetched, converted and checked."""
