@@ -23,8 +23,8 @@ from random_model import mistral_config, write_model
 
 from mistral_prune_lora.device import granted_memory
 from mistral_prune_lora.distillation.teacher_states import teacher_states
-from mistral_prune_lora.importance import angular_distances, last_token_states
 from mistral_prune_lora.models.load import DTYPES
+from mistral_prune_lora.pruning.importance import angular_distances, last_token_states
 from mistral_prune_lora.sizes import parse_size
 from mistral_prune_lora.text.windows import Windows, WindowsIdentity, ids_digest
 

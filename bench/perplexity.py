@@ -28,7 +28,7 @@ from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import reports_errors
 from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree
 from mistral_prune_lora.models.load import head_name
-from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.text.windows import Windows, WindowsIdentity, ids_digest
 
 RANDOM = {"layers": 32, "hidden": 1024, "intermediate": 3584, "heads": 32, "kv_heads": 8, "vocabulary": 8000}

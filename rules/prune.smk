@@ -31,7 +31,7 @@ for suffix, layout, members in layout_groups():
             num_layers=layout.num_layers,
             b_layers=layout.b,
             c_layers=layout.c,
-            code=code_digest("prune"),
+            code=code_digest("pruning.cut"),
         script:
             "../workflow_scripts/prune.py"
 
@@ -60,6 +60,6 @@ rule importance:
         seqlen=setting("importance", "seqlen"),
         windows=setting("importance", "windows"),
         dtype=setting("importance", "dtype"),
-        code=code_digest("importance", "text.windows", "text.sources", "checkpoints.tokenizer"),
+        code=code_digest("pruning.importance", "text.windows", "text.sources", "checkpoints.tokenizer"),
     script:
         "../workflow_scripts/importance.py"

@@ -1,6 +1,6 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.pruning.cut import prune_model
 
 params, results = snakemake.params, f"results/{snakemake.wildcards.experiment}/pruning"
 with job(snakemake.log[0]):

@@ -24,7 +24,7 @@ from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
-from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.pruning.layeronly_drop import main as layeronly_drop
 
 LAYOUT = Layout(8, (2, 3), (5,))

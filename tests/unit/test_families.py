@@ -22,7 +22,7 @@ from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
-from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.streaming.layers import Compute
 

@@ -19,12 +19,12 @@ from mistral_prune_lora.configuration import ConfigError, check_config
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation.stages import run_segment
-from mistral_prune_lora.importance import last_token_states
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main as evaluate
 from mistral_prune_lora.mistral_optimized_kd_lora import main as train
 from mistral_prune_lora.models.load import load_model, model_config
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
+from mistral_prune_lora.pruning.importance import last_token_states
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
 

@@ -19,7 +19,7 @@ from mistral_prune_lora.evaluation.subject import Subject, outside_entries
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model
-from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.pruning.cut import prune_model
 
 LAYOUT = Layout(5, (1, 2), (3,))
 CASES = {

@@ -12,13 +12,18 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
-from mistral_prune_lora import importance
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.errors import LayoutError, PipelineError
-from mistral_prune_lora.importance import angular_distances, last_token_states, plot_importance, write_importance
 from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.pruning import importance
 from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.pruning.importance import (
+    angular_distances,
+    last_token_states,
+    plot_importance,
+    write_importance,
+)
 from mistral_prune_lora.pruning.layeronly_drop import main, parse
 from mistral_prune_lora.streaming.layers import Compute, LayerSource, embedding_bytes, working_bytes
 

@@ -19,7 +19,7 @@ from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
-from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.pruning.cut import prune_model
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 SMALL = ["--text_file", "corpus.txt", "--seqlen", "32", "--nsamples", "4"]

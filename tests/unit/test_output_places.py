@@ -15,7 +15,7 @@ FIRST_STEPS = {
     "merge A": "mistral_prune_lora.merging.merge.stream_file",
     "merge B": "mistral_prune_lora.merging.merge.stream_file",
     "train": "mistral_prune_lora.text.sources.load_text",
-    "prune": "mistral_prune_lora.prune._copy_tensors",
+    "prune": "mistral_prune_lora.pruning.cut._copy_tensors",
     "evaluate": "mistral_prune_lora.evaluation.command.load_text",
 }
 

@@ -14,7 +14,7 @@ from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_m
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.load import load_model
-from mistral_prune_lora.prune import prune_model, split_block
+from mistral_prune_lora.pruning.cut import prune_model, split_block
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 

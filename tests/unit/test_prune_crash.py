@@ -16,7 +16,7 @@ from output_project import snapshot
 from tiny import save_tokenizer
 
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.storage import scratch, transaction
 from mistral_prune_lora.storage.transaction import atomic_directories
 

@@ -20,7 +20,7 @@ from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model, restore_bundle
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
-from mistral_prune_lora.prune import prune_model
+from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.streaming.layers import Compute
 
 LAYOUT = Layout(5, (1, 2), (3,))

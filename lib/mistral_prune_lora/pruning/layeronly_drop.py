@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parse(argv)
     log_name, log_file = _log_places(given)
     from mistral_prune_lora.checkpoints.model_place import model_directory
-    from mistral_prune_lora.prune import FIXED_LAYERS, prune_model
+    from mistral_prune_lora.pruning.cut import FIXED_LAYERS, prune_model
 
     keep_log = _claim(given, log_file)
     named, given.model = given.model, model_directory(given.model)
@@ -158,7 +158,7 @@ def _log_places(given: argparse.Namespace) -> tuple[str, Path | None]:
             where="--prune_log",
             mend="give a name, which is meant inside --save_dir, or an absolute path",
         )
-    from mistral_prune_lora.prune import FILES_OF_A
+    from mistral_prune_lora.pruning.cut import FILES_OF_A
 
     if file.name != PRUNE_LOG and file.name in FILES_OF_A:
         raise PipelineError(
@@ -169,7 +169,7 @@ def _log_places(given: argparse.Namespace) -> tuple[str, Path | None]:
 
 def _claim(given: argparse.Namespace, log_file: Path | None) -> Callable[[], None]:
     """Raise a PipelineError unless everything may and can be written; returns the check for the log outside of A."""
-    from mistral_prune_lora.prune import prune_log_output, prune_outputs
+    from mistral_prune_lora.pruning.cut import prune_log_output, prune_outputs
     from mistral_prune_lora.storage.outputs import claim
 
     read = [given.model, *given.text_file, given.dataset, given.mirror]
@@ -187,10 +187,10 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
     from mistral_prune_lora.checkpoints.families import read_config
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
     from mistral_prune_lora.device import resolve_device
-    from mistral_prune_lora.importance import angular_distances, last_token_states
     from mistral_prune_lora.models.load import DTYPES
-    from mistral_prune_lora.prune import split_block
+    from mistral_prune_lora.pruning.cut import split_block
     from mistral_prune_lora.pruning.data import get_loaders
+    from mistral_prune_lora.pruning.importance import angular_distances, last_token_states
 
     count = read_config(given.model)["num_hidden_layers"]
     size = round(count * given.drop_frac)

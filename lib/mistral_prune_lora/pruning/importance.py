@@ -22,7 +22,7 @@ from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError, PipelineError
 from mistral_prune_lora.models.load import model_config
-from mistral_prune_lora.prune import split_block
+from mistral_prune_lora.pruning.cut import split_block
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter
 from mistral_prune_lora.storage.transaction import atomic_file, scratch_directory
 from mistral_prune_lora.streaming.layers import (
