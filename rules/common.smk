@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from mistral_prune_lora.configuration import (
+from mistral_prune_lora.workflow.configuration import (
     check_config,
     check_files,
     experiment_layout,
@@ -12,7 +12,7 @@ from mistral_prune_lora.configuration import (
     trained_parts,
 )
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.fingerprint import code_digest
+from mistral_prune_lora.workflow.fingerprint import code_digest
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout, segment_tree, stage_run
 from mistral_prune_lora.checkpoints.directories import INDEX_FILE, SINGLE_FILE, layer_file_name, layer_files, weight_files
 from mistral_prune_lora.text.sources import DATASETS

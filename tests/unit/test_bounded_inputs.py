@@ -13,7 +13,6 @@ from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.families import check_family
 from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files
-from mistral_prune_lora.configuration import ConfigError, check_files
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layout.partition import MOST_LAYERS, Layout
 from mistral_prune_lora.storage.safetensors_file import read_header
@@ -21,6 +20,7 @@ from mistral_prune_lora.text import rows as text_rows
 from mistral_prune_lora.text.rows import read_lines, read_rows, read_text, split_files
 from mistral_prune_lora.text.saved import saved_rows
 from mistral_prune_lora.text.sources import load_documents
+from mistral_prune_lora.workflow.configuration import ConfigError, check_files
 
 
 def test_numbers_of_layers_that_no_model_has():

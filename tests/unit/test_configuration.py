@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mistral_prune_lora.configuration import ConfigError, check_config, experiment_layout, trained_parts
 from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.workflow.configuration import ConfigError, check_config, experiment_layout, trained_parts
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "rules" / "config.schema.yaml"

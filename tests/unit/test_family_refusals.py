@@ -15,7 +15,6 @@ from transformers import AutoConfig, Gemma2Config, LlavaConfig, MixtralConfig, P
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.checkpoints.families import FAMILIES, check_family, read_config
-from mistral_prune_lora.configuration import ConfigError, check_config
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation.stages import run_segment
@@ -27,6 +26,7 @@ from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.importance import last_token_states
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
+from mistral_prune_lora.workflow.configuration import ConfigError, check_config
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -213,9 +213,7 @@ def test_the_configuration_check_refuses_local_models(project):
 
 
 def test_neither_the_families_nor_the_configuration_import_torch():
-    code = (
-        "import sys, mistral_prune_lora.configuration, mistral_prune_lora.checkpoints.families as f; assert f.FAMILIES;"
-    )
+    code = "import sys, mistral_prune_lora.workflow.configuration, mistral_prune_lora.checkpoints.families as f; assert f.FAMILIES;"
     code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

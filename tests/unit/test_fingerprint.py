@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mistral_prune_lora import fingerprint
+from mistral_prune_lora.workflow import fingerprint
 
 
 @pytest.fixture
