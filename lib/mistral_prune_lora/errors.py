@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mistral_prune_lora.version import package_line
+from mistral_prune_lora.provenance import package_line
 
 _PREFIX = "error: "
 _LONGEST = 500 - len(_PREFIX)  # characters; a path alone may have 4096

@@ -21,7 +21,9 @@ from tiny import save_tokenizer, tiny_config
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
-from mistral_prune_lora.dense.fetch import check_dense, fetch_dense, main
+from mistral_prune_lora.dense.__main__ import main
+from mistral_prune_lora.dense.check import check_dense
+from mistral_prune_lora.dense.fetch import fetch_dense
 from mistral_prune_lora.errors import CheckpointError, PipelineError, SourceError
 from mistral_prune_lora.models.load import load_model
 
@@ -408,7 +410,7 @@ def test_command(dense: Path, capsys):
 
 def test_help_comes_without_torch():
     code = (
-        "import sys; from mistral_prune_lora.dense.fetch import main\n"
+        "import sys; from mistral_prune_lora.dense.__main__ import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"

@@ -84,7 +84,7 @@ def hub(dense: Path, tmp_path: Path):
     thread.start()
 
     def run(repo_id: str, revision: str = REVISION, **environment) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "mistral_prune_lora.dense.fetch", "--hub", repo_id, "--revision", revision]
+        command = [sys.executable, "-m", "mistral_prune_lora.dense", "--hub", repo_id, "--revision", revision]
         command += ["--output_dir", str(tmp_path / "dense"), "--cache_dir", str(tmp_path / "cache")]
         environment = {
             **os.environ,

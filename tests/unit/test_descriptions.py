@@ -20,10 +20,10 @@ from transformers import MistralForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.manifest import read_layout
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.pruning.layeronly_drop import main as layeronly_drop
 

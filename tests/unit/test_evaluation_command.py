@@ -11,7 +11,7 @@ import pytest
 from evaluation_project import MERGED, PRUNED, evaluate, write_project
 from tiny import save_tokenizer
 
-from mistral_prune_lora.version import package_line
+from mistral_prune_lora.provenance import package_line
 
 A, B, C = (f"./{MERGED}/{part}_merged" for part in "ABC")
 MIRROR = ["--mirror", "./wikitext"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -110,14 +111,15 @@ def test_a_hub_id_is_fetched_without_pickles_and_second_copies(parts, tmp_path, 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     inputs = sort_inputs(["mistralai/Mistral-7B-v0.1"])
     assert inputs.models == [("mistralai/Mistral-7B-v0.1", tmp_path / "dense")]
-    assert asked["repo_id"] == "mistralai/Mistral-7B-v0.1" and "consolidated*" in asked["ignore_patterns"]
-    assert not any(pattern.endswith(".bin") for pattern in asked["allow_patterns"])
+    assert asked["repo_id"] == "mistralai/Mistral-7B-v0.1"
+    for file in ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors"):
+        assert not any(fnmatch(file, pattern) for pattern in asked["allow_patterns"])
 
     def unreachable(*args, **kwargs):
         raise OSError("no route to the Hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(SourceError, match="cannot be fetched from the Hub: no route"):
+    with pytest.raises(SourceError, match="no local directory, and on the Hub the download failed: no route"):
         sort_inputs(["mistralai/Mistral-7B-v0.1"])
 
 

@@ -6,12 +6,14 @@ import pytest
 
 from mistral_prune_lora.workflow import fingerprint
 
+LIBRARY = Path(fingerprint.__file__).parents[1]
+
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A copy of the library's sources that a test may edit."""
     root = tmp_path / "mistral_prune_lora"
-    shutil.copytree(Path(fingerprint.__file__).parent, root, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(LIBRARY, root, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(fingerprint, "_ROOT", root)
     fingerprint._imports.cache_clear()
     yield root
@@ -24,20 +26,20 @@ def edit(path):
 
 
 def test_an_edit_changes_the_digest_of_what_imports_it_and_of_nothing_else(library):
-    merge, model = fingerprint.code_digest("merge"), fingerprint.code_digest("model")
-    edit(library / "model.py")
-    assert fingerprint.code_digest("merge") == merge
-    assert fingerprint.code_digest("model") != model
-    edit(library / "safetensors_file.py")
-    assert fingerprint.code_digest("merge") != merge
+    merge, model = fingerprint.code_digest("merging.merge"), fingerprint.code_digest("models.load")
+    edit(library / "models/load.py")
+    assert fingerprint.code_digest("merging.merge") == merge
+    assert fingerprint.code_digest("models.load") != model
+    edit(library / "storage/safetensors_file.py")
+    assert fingerprint.code_digest("merging.merge") != merge
 
 
 def test_wording_and_display_and_what_is_refused_do_not_count(library):
-    before = fingerprint.code_digest("merge")
+    before = fingerprint.code_digest("merging.merge")
     edit(library / "console.py")
     edit(library / "errors.py")
-    edit(library / "families.py")
-    assert fingerprint.code_digest("merge") == before
+    edit(library / "checkpoints/families.py")
+    assert fingerprint.code_digest("merging.merge") == before
 
 
 @pytest.mark.parametrize("name", ["mrege", "pruning", ""])
@@ -53,8 +55,13 @@ def test_an_edit_behind_a_package_counts(library):
 
 
 def test_a_package_s_init_holds_nothing_but_its_docstring():
-    inits = list(Path(fingerprint.__file__).parent.rglob("__init__.py"))
+    inits = list(LIBRARY.rglob("__init__.py"))
     assert len(inits) > 1
     for init in inits:
         (only,) = ast.parse(init.read_text()).body
         assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant), init
+
+
+def test_what_does_not_count_is_there():
+    for name in fingerprint._WITHOUT_EFFECT:
+        assert fingerprint._path(name).is_file()

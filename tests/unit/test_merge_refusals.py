@@ -14,8 +14,8 @@ from merge_spoilers import LORA, SPOILT, WEIGHTS
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.provenance import package_line
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
-from mistral_prune_lora.version import package_line
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from merge_oracle import LAYOUT, PROJECTIONS, random_adapter, save_base
 
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merging import merge as merge_module
 from mistral_prune_lora.merging import stream as merge_stream
 from mistral_prune_lora.merging import verify as merge_verify
 from mistral_prune_lora.merging.arithmetic import Factors
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 from mistral_prune_lora.storage import streamed_file
 from mistral_prune_lora.storage.safetensors_file import plan_file, read_header

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.evaluation import runs as evaluation_runs
+from mistral_prune_lora.provenance import file_sha256
 
 TIGHT = {torch.float32: 620_000, torch.bfloat16: 380_000}  # bytes: three of eight layers, or four
 

@@ -161,7 +161,7 @@ def test_no_network_says_how_to_use_a_mirror(monkeypatch):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(DataError, match=r"cannot be reached .*Give a local copy .* as mirror of c4, or .* pydoc\.$"):
+    with pytest.raises(DataError, match=r"cannot be reached, .*Give a local copy .* as mirror of c4, or .* pydoc\.$"):
         load_text("c4")
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import mistral_prune_lora
-from mistral_prune_lora.version import VERSION, package_line
+from mistral_prune_lora.provenance import VERSION, package_line
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(mistral_prune_lora.__file__).parent
 COMMANDS = sorted(
-    ".".join(("mistral_prune_lora", *path.relative_to(PACKAGE).with_suffix("").parts))
+    ".".join(("mistral_prune_lora", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__main__")
     for path in PACKAGE.rglob("*.py")
     if 'if __name__ == "__main__":' in path.read_text()
 )
@@ -52,4 +52,4 @@ def test_the_version_is_written_in_one_place():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
     attribute = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
-    assert attribute == "mistral_prune_lora.version.VERSION"
+    assert attribute == "mistral_prune_lora.provenance.VERSION"

@@ -19,8 +19,8 @@ import torch
 
 from mistral_prune_lora.checkpoints.adapter_config import ELSEWHERE, AdapterConfig
 from mistral_prune_lora.checkpoints.checkpoint import LAYER_PREFIX
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import AdapterError
+from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
 

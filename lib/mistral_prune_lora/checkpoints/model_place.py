@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.checkpoints.directories import is_model_dir
+from mistral_prune_lora.checkpoints.directories import INDEX_FILE, LAYERS_MAP, SINGLE_FILE, is_model_dir
 from mistral_prune_lora.checkpoints.families import read_config
+from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
+from mistral_prune_lora.checkpoints.tokenizer import TOKENIZER_FILES
 from mistral_prune_lora.errors import CheckpointError, SourceError
+from mistral_prune_lora.hub import fetch_files
 
-# Never the pickled weights, nor the second copy that Mistral's repositories carry.
-_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
+# What a model's repository is asked for, by name: *.bin can run code when it is loaded.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    SINGLE_FILE,
+    "model-*-of-*.safetensors",
+    INDEX_FILE,
+    *TOKENIZER_FILES,
+)
+_PRUNED_FILES = (MANIFEST, PRUNE_LOG, LAYERS_MAP, "merge.json")
 
 
 def model_directory(path: str) -> Path:
@@ -33,21 +45,17 @@ def model_directory(path: str) -> Path:
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         # open_checkpoint words the error: it cannot be a repository's id.
         return open_checkpoint(path).path
-    # Weights come after the configuration is known to be one that is taken.
-    read_config(_download(path, ["config.json"]))
-    return _download(path, _FILES)
-
-
-def _download(repo_id: str, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = snapshot_download(repo_id, allow_patterns=files, ignore_patterns=["consolidated*"])
-    except Exception as error:  # huggingface_hub and its HTTP client raise a dozen unrelated kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(
-            f"is no local directory, and cannot be fetched from the Hub: {first}",
-            where=repo_id,
-            mend="Check the path; for a Hub id, check the network and, for a gated model, log in with `hf auth login`",
-        ) from error
-    return Path(folder)
+        return fetch_model(path, [*MODEL_FILES, *_PRUNED_FILES])
+    except SourceError as error:
+        # It may as well be a path with a slip in it.
+        raise SourceError(f"is no local directory, and on the Hub {error.what}", where=path, mend=error.mend) from error
+
+
+def fetch_model(repo_id: str, files: Sequence[str], *, revision: str | None = None, cache: Path | None = None) -> Path:
+    """Fetch a model from the Hub; its weights come after its configuration is known to be one that is taken.
+
+    Arguments, result and errors as for `hub.fetch_files`; CheckpointError for a family that is not taken.
+    """
+    read_config(fetch_files(repo_id, ["config.json"], revision=revision, cache=cache))
+    return fetch_files(repo_id, files, revision=revision, cache=cache)

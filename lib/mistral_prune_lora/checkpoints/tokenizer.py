@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mistral_prune_lora.errors import CheckpointError, PipelineError
+from mistral_prune_lora.hub import fetched_files
 from mistral_prune_lora.storage.json_file import read_json_if_there
 from mistral_prune_lora.storage.plain_file import check_plain, lies_there
 
@@ -303,14 +304,12 @@ def _named_in(file: Path | None, key: str) -> tuple[str, None] | tuple[None, str
 
 
 def _cached(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(TOKENIZER_FILES), local_files_only=True))
-    except Exception as error:
+    folder = fetched_files(repo_id, TOKENIZER_FILES)
+    if folder is None:
         raise CheckpointError(
             "is neither a directory nor a Hub model in the local cache", where=repo_id, mend="load its tokenizer first"
-        ) from error
+        )
+    return folder
 
 
 def _not_found(tried: list[str]) -> CheckpointError:

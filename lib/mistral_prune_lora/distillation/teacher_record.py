@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.text.windows import Windows
 

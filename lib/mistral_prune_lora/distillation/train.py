@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import random
@@ -28,6 +27,7 @@ from mistral_prune_lora.distillation.teacher_record import open_teacher_states, 
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.load import head_name, load_model
+from mistral_prune_lora.provenance import PACKAGE, versions
 from mistral_prune_lora.storage.finite import all_finite
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files
@@ -179,7 +179,7 @@ def train_adapter(
             "warnings": doubts,
             "seconds": round(time.monotonic() - started, 1),
             "files": [*listed_files(fresh), RECORD.name],
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "versions": versions(PACKAGE, "torch", "transformers", "peft"),
         }
         write_json(fresh / RECORD.name, about)
 

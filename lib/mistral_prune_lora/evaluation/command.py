@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -30,8 +28,8 @@ from mistral_prune_lora.evaluation.report import (
     opening,
     summary,
     windows_line,
-    write_csv,
-    write_json,
+    write_results,
+    write_table,
 )
 from mistral_prune_lora.evaluation.stages import (
     StageResult,
@@ -44,6 +42,7 @@ from mistral_prune_lora.evaluation.stages import (
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.models.load import DTYPES
+from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.storage.activations import require_space
 from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.transaction import check_place
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     pairs = differences(evaluation.results)
     if pairs:
         print("\n" + differences_table(pairs))
-    for path, write in ((args.json, write_json), (args.csv, write_csv)):
+    for path, write in ((args.json, write_results), (args.csv, write_table)):
         try:
             if path:
                 write(path, evaluation.results, check)
@@ -158,7 +157,7 @@ def default_work_dir(args: argparse.Namespace) -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     asked = {**vars(args), "cwd": os.getcwd(), "json": None, "csv": None, "overwrite": None}
-    name = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    name = record_sha256({key: str(value) for key, value in asked.items()})[:16]
     return cache / "mistral_prune_lora" / "evaluation" / name
 
 

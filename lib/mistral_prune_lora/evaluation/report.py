@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -12,6 +11,7 @@ from mistral_prune_lora.errors import printable
 from mistral_prune_lora.evaluation.stages import StageResult
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.results.statistics import compare_stages
+from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, read_record
 from mistral_prune_lora.storage.transaction import atomic_file
 from mistral_prune_lora.text.windows import WindowsIdentity
@@ -169,7 +169,7 @@ def _is_table(path: Path) -> bool:
     return {"label", "stage", "ppl", "ids_sha256"} <= set(header) <= set(_CSV_COLUMNS)
 
 
-def write_json(path: str | Path, results: Sequence[StageResult], check: Callable[[], None]) -> None:
+def write_results(path: str | Path, results: Sequence[StageResult], check: Callable[[], None]) -> None:
     """All results with what identifies them, and their paired differences, as one JSON object.
 
     Args:
@@ -178,11 +178,11 @@ def write_json(path: str | Path, results: Sequence[StageResult], check: Callable
     """
     content = {"results": [result.record for result in results], "differences": differences(results)}
     with atomic_file(path, check=check) as fresh:
-        fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(fresh, content)
 
 
-def write_csv(path: str | Path, results: Sequence[StageResult], check: Callable[[], None]) -> None:
-    """A row a result; arguments as for `write_json`."""
+def write_table(path: str | Path, results: Sequence[StageResult], check: Callable[[], None]) -> None:
+    """A row a result; arguments as for `write_results`."""
     with atomic_file(path, check=check) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _CSV_COLUMNS, extrasaction="ignore", restval="")
         writer.writeheader()

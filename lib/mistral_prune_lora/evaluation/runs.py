@@ -26,11 +26,11 @@ from mistral_prune_lora.evaluation.subject import (
     check_continues,
     extend_record,
     outside_entries,
-    record_digest,
     start_record,
     tensors_digest,
 )
 from mistral_prune_lora.models.load import head_name, model_config
+from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, open_finished
 from mistral_prune_lora.storage.finite import all_finite, mend_for, tensor_fault
@@ -324,7 +324,7 @@ class Scoring:
         outside = outside_entries(self._teacher.model)
         head = tensors_digest({n: e for n, e in outside.items() if n != "model.embed_tokens.weight"})
         tied = tensors_digest({"weight": outside[head_name(self._teacher.model)]})
-        return record_digest({"hidden": teacher.run, "head": head, "projection": tied})
+        return record_sha256({"hidden": teacher.run, "head": head, "projection": tied})
 
     def forget(self) -> None:
         """Remove the journal: its result is kept elsewhere."""

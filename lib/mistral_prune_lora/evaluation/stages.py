@@ -19,9 +19,10 @@ from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError, NumberError
 from mistral_prune_lora.evaluation.perplexity import head_bytes
 from mistral_prune_lora.evaluation.runs import Scoring, Start, Teacher, run_to_file
-from mistral_prune_lora.evaluation.subject import Subject, extend_record, record_digest, start_record
+from mistral_prune_lora.evaluation.subject import Subject, extend_record, start_record
 from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
 from mistral_prune_lora.models.load import DTYPES, model_config
+from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.json_file import write_json
@@ -187,7 +188,7 @@ def evaluate_stages(
     records: dict[str | None, dict] = {None: start_record(subject.model, windows, compute.dtype)}
     for segment in tree:
         records[segment.name] = extend_record(records[segment.parent], sources[segment.name], compute)
-    files = {name: folder / f"{record_digest(record)[:24]}.safetensors" for name, record in records.items() if name}
+    files = {name: folder / f"{record_sha256(record)[:24]}.safetensors" for name, record in records.items() if name}
     # What an earlier evaluation has left is started from, whether this one would keep it or not.
     there = {name for name, file in files.items() if open_finished(file, records[name])}
     kept = _kept(tree, keep_parts, there)
@@ -207,7 +208,7 @@ def evaluate_stages(
         tail_sources = subject.sources(tail)
         record = extend_record(records[parent], tail_sources, compute)
         final = final_hidden if stage == wanted[-1] else None
-        place = folder / f"{record_digest(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
+        place = folder / f"{record_sha256(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
         job = Scoring(subject.model, windows, compute, place, teacher, final)
         record, scores = job.run(lambda parent=parent: boundary(parent), tail_sources, f"stage {stage}", record)
         about = {"stage": stage, "label": subject.label(stage), KEY: subject.pruning_identity}
@@ -329,7 +330,7 @@ def _result(
             "ids_sha256": told.ids_sha256,
             "tokenizer": {"name": told.tokenizer, "sha256": told.tokenizer_sha256},
             "steps": record["steps"],
-            "weights_sha256": record_digest(weights),
+            "weights_sha256": record_sha256(weights),
             "weights": weights,
             **({"dense_sha256": record["dense"]} if "dense" in record else {}),
             "warnings": list(doubts),

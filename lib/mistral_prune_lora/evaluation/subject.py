@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.models.load import DTYPES, head_name, model_config
+from mistral_prune_lora.provenance import record_sha256, versions
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
 from mistral_prune_lora.streaming.layers import Compute, LayerSource, UnmergedAdapter
@@ -191,8 +190,7 @@ def machine_record(compute: Compute) -> dict:
         "device": compute.device.type,
         "batch_size": compute.batch_size,
         "threads": torch.get_num_threads() if compute.device.type == "cpu" else None,
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
+        **versions("torch", "transformers"),
     }
 
 
@@ -211,15 +209,10 @@ def check_continues(file: ActivationReader, model: Checkpoint, windows: Windows,
         raise DataError("does not say what was run", where=file.path, mend="Run its segment again")
 
 
-def record_digest(record: Mapping) -> str:
-    """The sha256 of a record."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def config_digest(model: Checkpoint) -> str:
     """The sha256 of what a model's configuration says about arithmetic."""
     told = {key: value for key, value in model.config.items() if key not in _CONFIG_WITHOUT_EFFECT}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return record_sha256(told)
 
 
 def tensors_digest(entries: Mapping[str, TensorEntry]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -17,13 +16,13 @@ from mistral_prune_lora.checkpoints.directories import BUNDLE_META, INDEX_FILE, 
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.checkpoints.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.console import progress
-from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.exporting.plan import ExportPlan, plan_export
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.merging.arithmetic import exact_arithmetic
 from mistral_prune_lora.merging.plan import shard_index
 from mistral_prune_lora.merging.stream import InputDigests, stream_file
+from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha256, versions
 from mistral_prune_lora.storage.json_file import read_json, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
 from mistral_prune_lora.storage.space import require_space
@@ -198,7 +197,7 @@ def _record(plan: ExportPlan, fresh: Path, digests: Mapping[str, str], written: 
         "remarks": plan.remarks,
         "inputs": digests,
         "outputs": {**written, **other_files_sha256(fresh, written)},
-        "versions": {n: importlib.metadata.version(n) for n in ("mistral-prune-lora", "torch", "transformers")},
+        "versions": versions(PACKAGE, "torch", "transformers"),
     }
 
 

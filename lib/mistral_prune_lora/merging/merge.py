@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -19,13 +18,13 @@ from mistral_prune_lora.checkpoints.pruning_identity import KEY
 from mistral_prune_lora.checkpoints.tokenizer import copy_settings, local_tokenizer_files
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.digest import file_sha256, other_files_sha256
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.merging.arithmetic import exact_arithmetic
 from mistral_prune_lora.merging.descriptions import describe_merge
 from mistral_prune_lora.merging.plan import OUTPUT_DTYPES, MergePlan, plan_merge
 from mistral_prune_lora.merging.stream import InputDigests, stream_file
 from mistral_prune_lora.merging.verify import FileCheck
+from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha256, versions
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
 from mistral_prune_lora.storage.safetensors_file import DTYPES
@@ -228,7 +227,7 @@ def _write_record(
         "merged_before": list(merged_before(plan.base.path).values()),
         "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged)},
         "outputs": written | other_files_sha256(fresh, written),
-        "versions": {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch")},
+        "versions": versions(PACKAGE, "torch"),
     }
     write_json(fresh / RECORD.name, record)
 

@@ -18,10 +18,10 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merging.arithmetic import Factors, cast_in, merge_rows
 from mistral_prune_lora.merging.plan import Item
+from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.finite import all_finite_bytes
 from mistral_prune_lora.storage.read_back import Compare
 from mistral_prune_lora.storage.safetensors_file import DTYPES, plan_file, read_into

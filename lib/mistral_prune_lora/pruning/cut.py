@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import shutil
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from mistral_prune_lora.checkpoints.tokenizer import (
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.provenance import PACKAGE, versions
 from mistral_prune_lora.storage.json_file import read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files, read_record
 from mistral_prune_lora.storage.safetensors_file import TensorSpec, tensor_bytes, write_file
@@ -189,16 +189,15 @@ def _record_of(part: str) -> Record:
 
 
 def _write_record(part: str, fresh: Path, identity: str) -> None:
-    versions = {"mistral-prune-lora": importlib.metadata.version("mistral-prune-lora")}
     files = [*listed_files(fresh), RECORD_FILE]
-    record = {"command": "prune", "part": part, KEY: identity, "files": files, "versions": versions}
+    record = {"command": "prune", "part": part, KEY: identity, "files": files, "versions": versions(PACKAGE)}
     write_json(fresh / RECORD_FILE, record)
 
 
 def _is_prune_log(path: Path) -> bool:
     content = read_record(path)
-    versions = content.get("versions")
-    return "selected_block" in content and isinstance(versions, dict) and "mistral-prune-lora" in versions
+    told = content.get("versions")
+    return "selected_block" in content and isinstance(told, dict) and PACKAGE in told
 
 
 def _part_bytes(dense: Checkpoint, layout: Layout, part: str) -> int:
@@ -265,9 +264,8 @@ def _copy_tensors(
 
 
 def _prune_log(dense: Checkpoint, model: str, layout: Layout, selection: Mapping, log: Mapping | None) -> dict:
-    versions = {name: importlib.metadata.version(name) for name in ("mistral-prune-lora", "torch", "transformers")}
     params = parameter_counts(layout, dense.shapes, tied=bool(dense.config.get("tie_word_embeddings")))
-    log = {**(log or {}), "versions": versions}
+    log = {**(log or {}), "versions": versions(PACKAGE, "torch", "transformers")}
     return make_prune_log(layout, model=model, params=params, selection=selection, log=log)
 
 

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, PipelineError, printable
+from mistral_prune_lora.provenance import record_text
 from mistral_prune_lora.storage.finite import first_not_finite, mend_for
 from mistral_prune_lora.storage.journal import Journal, open_own, say_left_out
 from mistral_prune_lora.storage.json_file import parsed
@@ -99,7 +100,7 @@ def open_finished(path: Path, run: Mapping) -> ActivationReader | None:
     except CheckpointError as error:
         print(f"warning: {printable(str(path))} {error.what}; it is made anew", file=sys.stderr)
         return None
-    return reader if reader.run == json.loads(_record_text(run)) else None
+    return reader if reader.run == json.loads(record_text(run)) else None
 
 
 class ActivationWriter:
@@ -127,7 +128,7 @@ class ActivationWriter:
         """
         self.path, self._shape, self._dtype, self._batch_size = Path(path), tuple(shape), dtype, batch_size
         spec = TensorSpec(_TENSOR, DTYPE_NAMES[dtype], self._shape)
-        record = _record_text(run)
+        record = record_text(run)
         metadata = {_METADATA: record, _METADATA_SUM: _seal(record, spec.dtype, self._shape)}
         self._head, ordered = plan_file([spec, TensorSpec(_SUMS, "U32", self._shape[:1])], metadata)
         starts = np.cumsum([len(self._head), *(tensor.nbytes for tensor in ordered)])
@@ -260,14 +261,9 @@ def _checksums(hidden: torch.Tensor) -> list[int]:
     return [zlib.crc32(tensor_bytes(window)) for window in hidden]
 
 
-def _record_text(run: Mapping) -> str:
-    return json.dumps(dict(run), sort_keys=True)
-
-
 def _seal(record: str, dtype: str, shape: Sequence[int]) -> str:
     """The checksum of what the header says: what was run, and how the bytes are to be taken."""
-    told = json.dumps([record, dtype, list(shape)])
-    return f"{zlib.crc32(told.encode()):08x}"
+    return f"{zlib.crc32(record_text([record, dtype, list(shape)]).encode()):08x}"
 
 
 def _sealed_run(path: str | Path, dtype: str, shape: Sequence[int]) -> dict:

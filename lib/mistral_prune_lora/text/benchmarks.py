@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.hub import fetch_dataset_file
 from mistral_prune_lora.text.rows import describe_files, missing_split, read_lines, read_rows, split_named
 
 
@@ -146,20 +147,6 @@ def _find_in_mirror(name: str, benchmark: Benchmark, split: str, mirror: Path) -
 
 
 def _download(name: str, benchmark: Benchmark, split: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
     file = f"{benchmark.folder}/{benchmark.files[split]}"
-    where = f"the Hub dataset {benchmark.repo_id}"
-    mirror = f"give a local copy of {file} as mirror of {name}, or use the built-in dataset pydoc"
-    try:
-        return Path(hf_hub_download(benchmark.repo_id, file, repo_type="dataset", revision=benchmark.revision))
-    except LocalEntryNotFoundError:
-        raise DataError(
-            f"{file} is not in the local cache, and the Hub cannot be reached", where=where, mend=mirror
-        ) from None
-    except EntryNotFoundError:
-        raise DataError(f"{file} is not there any more", where=where, mend=mirror) from None
-    except (HfHubHTTPError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{file} cannot be fetched: {first}", where=where, mend=mirror) from None
+    mend = f"give a local copy of {file} as mirror of {name}, or use the built-in dataset pydoc"
+    return fetch_dataset_file(benchmark.repo_id, file, revision=benchmark.revision, kind=DataError, mend=mend)

@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.plain_file import check_plain, open_plain
 
 FORMATS = (".parquet", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".txt")

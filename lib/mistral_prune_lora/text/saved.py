@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mistral_prune_lora.digest import file_sha256
 from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there
 from mistral_prune_lora.storage.plain_file import check_plain, lies_there
 from mistral_prune_lora.text.rows import MAX_TEXT_BYTES, missing_split

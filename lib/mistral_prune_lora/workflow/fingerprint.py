@@ -12,9 +12,11 @@ from functools import cache
 from pathlib import Path
 
 _PACKAGE = "mistral_prune_lora"
-_ROOT = Path(__file__).parent
+_ROOT = Path(__file__).parents[1]
 # How a result is shown, an error worded, or which model is refused does not change it.
-_WITHOUT_EFFECT = {f"{_PACKAGE}.{name}" for name in ("console", "errors", "families", "family_tensors")}
+_WITHOUT_EFFECT = {
+    f"{_PACKAGE}.{name}" for name in ("console", "errors", "checkpoints.families", "checkpoints.family_tensors")
+}
 
 
 def code_digest(*modules: str) -> str:
@@ -23,7 +25,7 @@ def code_digest(*modules: str) -> str:
     Comments and blank lines count: a digest that parsed them away would be cleverer than it is safe.
 
     Args:
-        modules: names of modules within the library, e.g. "merge" or "pruning.data". A package's name is none: its
+        modules: names of modules within the library, e.g. "merging.merge" or "console". A package's name is none: its
             `__init__.py` imports nothing, so the digest would never change.
 
     Raises:
