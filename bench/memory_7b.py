@@ -23,9 +23,9 @@ from random_model import mistral_config, write_model
 
 from mistral_prune_lora.device import granted_memory
 from mistral_prune_lora.distillation.teacher_states import teacher_states
-from mistral_prune_lora.models.load import DTYPES
 from mistral_prune_lora.pruning.importance import angular_distances, last_token_states
 from mistral_prune_lora.sizes import parse_size
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.text.windows import Windows, WindowsIdentity, ids_digest
 
 JOBS = ("importance", "teacher states")
@@ -39,7 +39,7 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=4, help="windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, default=512, help="token ids in a window (default: %(default)s)")
     p.add_argument("--batch_size", type=int, default=4, help="windows at once (default: %(default)s, the workflow's)")
-    p.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the computation (default: %(default)s)")
+    p.add_argument("--dtype", choices=COMPUTE_DTYPES, default="bf16", help="of the computation (default: %(default)s)")
     p.add_argument("--job", choices=JOBS, help="run this in the process itself; what the benchmark starts")
     args = p.parse_args()
     model = args.folder / f"dense-{args.layers}x{args.hidden}"
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, model: Path) -> None:
     ids = torch.randint(256, (args.windows, args.seqlen), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     output = args.folder / f"{model.name}.{args.job.replace(' ', '_')}"
     how = {
-        "dtype": DTYPES[args.dtype],
+        "dtype": COMPUTE_DTYPES[args.dtype],
         "batch_size": args.batch_size,
         "max_memory": granted_memory(parse_size(TARGET) // 10**6, "cpu"),
     }

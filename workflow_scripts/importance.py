@@ -1,13 +1,13 @@
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device, granted_memory
-from mistral_prune_lora.models.load import DTYPES
 from mistral_prune_lora.pruning.importance import (
     angular_distances,
     last_token_states,
     plot_importance,
     write_importance,
 )
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import make_windows
 
@@ -20,7 +20,7 @@ with job(snakemake.log[0]):
         params.dense_dir,
         windows.ids,
         beside=snakemake.output.table,
-        dtype=DTYPES[params.dtype],
+        dtype=COMPUTE_DTYPES[params.dtype],
         device=device,
         batch_size=4,
         max_memory=granted_memory(resources.get("mem_mb"), device),

@@ -1,7 +1,7 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device, granted_memory
 from mistral_prune_lora.distillation.teacher_states import teacher_states
-from mistral_prune_lora.models.load import DTYPES
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.text.windows import Windows
 
 resources = snakemake.resources
@@ -11,7 +11,7 @@ with job(snakemake.log[0]):
         snakemake.params.dense_dir,
         Windows.load(snakemake.input.windows),
         snakemake.output[0],
-        dtype=DTYPES[snakemake.params.dtype],
+        dtype=COMPUTE_DTYPES[snakemake.params.dtype],
         device=device,
         batch_size=4,
         max_memory=granted_memory(resources.get("mem_mb"), device),

@@ -1,7 +1,7 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device
 from mistral_prune_lora.distillation.train import LoraSettings, LossSettings, OptimiserSettings, train_adapter
-from mistral_prune_lora.models.load import DTYPES
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.text.windows import Windows
 
 params = snakemake.params
@@ -17,7 +17,7 @@ with job(snakemake.log[0]):
         lora=LoraSettings(**params.lora),
         loss=LossSettings(**params.loss),
         optimiser=OptimiserSettings(**params.optimiser),
-        dtype=DTYPES[params.dtype],
+        dtype=COMPUTE_DTYPES[params.dtype],
         device=granted_device(snakemake.resources.get("gpu", 1)),
         seed=params.seed,
         gradient_checkpointing=params.gradient_checkpointing,

@@ -163,14 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
     from mistral_prune_lora.distillation import train as distillation
     from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
-    from mistral_prune_lora.models.load import DTYPES
+    from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
     from mistral_prune_lora.storage.outputs import Output, claim
     from mistral_prune_lora.storage.transaction import check_place
     from mistral_prune_lora.text.sources import load_text
     from mistral_prune_lora.text.windows import make_windows
 
     given, overwrite = request.settings, request.settings["overwrite"]
-    device, dtype, states = given["device"], DTYPES[given["dtype"]], given.get("teacher_states")
+    device, dtype, states = given["device"], COMPUTE_DTYPES[given["dtype"]], given.get("teacher_states")
     read = [request.teacher, request.student, *request.bundles, *given.get("text_file", ()), given["dataset"]]
     outputs = [Output.directory(request.output_dir, "--output_dir", distillation.RECORD)]
     kept = [states] if states else []

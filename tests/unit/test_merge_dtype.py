@@ -27,11 +27,11 @@ from mistral_prune_lora.merging import merge as merge_module
 from mistral_prune_lora.merging import stream as merge_stream
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.storage.safetensors_file import read_header
 
 LORA = {"r": 4, "lora_alpha": 7, "target_modules": PROJECTIONS}
 DORA = {**LORA, "use_dora": True, "use_rslora": True}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MERGED, COPIED = "model.layers.4.mlp.up_proj.weight", "lm_head.weight"
 
 
@@ -63,19 +63,19 @@ def part_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("adapters", [["lora"], ["dora"], ["dora", "lora"]], ids="+".join)
-@pytest.mark.parametrize("wanted", DTYPES)
+@pytest.mark.parametrize("wanted", COMPUTE_DTYPES)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_equals_peft_on_a_model_that_was_loaded_in_it(stored, wanted, adapters, bases, tmp_path):
     folder = bases(stored)
     paths = [folder / name for name in adapters]
-    expected = peft_merged(folder / "dense", paths, DTYPES[wanted])
+    expected = peft_merged(folder / "dense", paths, COMPUTE_DTYPES[wanted])
     for part, base in (("A", folder / "A"), ("B", folder / "bundles/B"), ("C", folder / "bundles/C")):
         given = [folder / f"{name}-A" for name in adapters] if part == "A" else paths
         merge_adapters(base, given, tmp_path / part, output_dtype=wanted)
         got = read_result(tmp_path / part)
         assert got.keys() == {name for name in expected if part_of(name) == part}
         for name, tensor in got.items():
-            assert tensor.dtype == DTYPES[wanted]
+            assert tensor.dtype == COMPUTE_DTYPES[wanted]
             assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
@@ -86,7 +86,7 @@ def test_blocks_of_rows_are_cast_and_merged_where_they_lie(stored, wanted, block
     monkeypatch.setattr(merge_stream, "_BLOCK_BYTES", block)
     dense, parts = save_base(tmp_path, stored, Layout(2, (1,)), hidden_size=513, intermediate_size=1345, head_dim=250)
     adapter = random_adapter(tmp_path / "adapter", dense, {**DORA, "r": 16}, layers=[0])
-    expected = peft_merged(dense, [adapter], DTYPES[wanted])
+    expected = peft_merged(dense, [adapter], COMPUTE_DTYPES[wanted])
     merge_adapters(parts["A"], [adapter], tmp_path / "merged", output_dtype=wanted)
     for name, tensor in read_result(tmp_path / "merged").items():
         assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name

@@ -12,8 +12,8 @@ from merge_oracle import LAYOUT, PROJECTIONS, edit_tensors, random_adapter, save
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.storage.dtypes import DTYPES
 from mistral_prune_lora.storage.finite import all_finite_bytes
-from mistral_prune_lora.storage.safetensors_file import DTYPES
 
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.storage.dtypes import DTYPE_NAMES, DTYPES
 from mistral_prune_lora.storage.safetensors_file import (
-    DTYPE_NAMES,
-    DTYPES,
     TensorSpec,
     plan_file,
     read_header,

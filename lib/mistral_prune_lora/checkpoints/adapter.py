@@ -19,8 +19,10 @@ import torch
 
 from mistral_prune_lora.checkpoints.adapter_config import ELSEWHERE, AdapterConfig
 from mistral_prune_lora.checkpoints.checkpoint import LAYER_PREFIX
+from mistral_prune_lora.checkpoints.tensor_names import HEAD_MODULE, LAYERS, layer_prefix
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.provenance import file_sha256
+from mistral_prune_lora.storage.dtypes import FLOATS
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
 
@@ -30,7 +32,6 @@ _KEY = re.compile(
 )
 _LAYER = re.compile(r"(?:model\.){0,2}(?:_canonical_)?layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _HEAD = re.compile(r"(?:model\.){0,2}lm_head")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Adapter:
         match = LAYER_PREFIX.match(module)
         if self.compact is None or not match:
             return module
-        return f"model.layers.{self.compact.index(int(match[1]))}.{module[match.end() :]}"
+        return layer_prefix(self.compact.index(int(match[1]))) + module[match.end() :]
 
 
 def open_adapter(path: str | Path) -> Adapter:
@@ -172,9 +173,9 @@ def _place(key: str, path: Path) -> tuple[str, str]:
             f"tensor {key} belongs to no LoRA module that is merged here", where=path / WEIGHTS_FILE, mend=ELSEWHERE
         )
     if layer := _LAYER.fullmatch(match["module"]):
-        return f"model.layers.{layer['layer']}.{layer['rest']}", match["role"]
+        return f"{LAYERS}{layer['layer']}.{layer['rest']}", match["role"]
     if _HEAD.fullmatch(match["module"]):
-        return "lm_head", match["role"]
+        return HEAD_MODULE, match["role"]
     raise AdapterError(
         f"has an update for {match['module']}, which is neither a decoder layer nor the head of a language model",
         where=path / WEIGHTS_FILE,
@@ -203,7 +204,7 @@ def _update(module: str, roles: Mapping[str, TensorEntry], config: AdapterConfig
         raise AdapterError(f"{module} has a DoRA magnitude, but use_dora is off", where=where)
     a, b, magnitude = roles["lora_A"], roles["lora_B"], roles.get("lora_magnitude_vector")
     rank, alpha = config.rank(module), config.alpha(module)
-    strange = [entry for entry in roles.values() if entry.dtype not in _FLOATS]
+    strange = [entry for entry in roles.values() if entry.dtype not in ("F64", *FLOATS)]
     if strange:
         raise AdapterError(f"{module} has factors of dtype {strange[0].dtype}", where=where, mend=ELSEWHERE)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):

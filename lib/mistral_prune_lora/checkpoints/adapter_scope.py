@@ -15,6 +15,7 @@ import torch
 
 from mistral_prune_lora.checkpoints.adapter import WEIGHTS_FILE, Adapter, open_adapter
 from mistral_prune_lora.checkpoints.checkpoint import LAYER_PREFIX
+from mistral_prune_lora.checkpoints.tensor_names import layer_prefix
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.storage.json_file import read_json_if_there
@@ -39,7 +40,7 @@ def from_compact(adapter: Adapter, layout: Layout) -> Adapter:
     updates = {}
     for module, update in adapter.updates.items():
         match = LAYER_PREFIX.match(module)
-        name = f"model.layers.{layout.kept[update.layer]}.{module[match.end() :]}" if match else module
+        name = layer_prefix(layout.kept[update.layer]) + module[match.end() :] if match else module
         updates[name] = replace(update, module=name)
     return replace(adapter, updates=updates, compact=layout.kept)
 

@@ -12,7 +12,6 @@ import torch
 
 from mistral_prune_lora.checkpoints.directories import (
     INDEX_FILE,
-    LAYER_PREFIX,
     SINGLE_FILE,
     bundle_layers,
     is_bundle_dir,
@@ -22,6 +21,7 @@ from mistral_prune_lora.checkpoints.directories import (
 )
 from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, read_layout, read_manifest, tells_depth
+from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX, layer_prefix
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.storage.json_file import read_json
@@ -71,7 +71,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the layer is not here.
         """
-        prefix = f"model.layers.{index}."
+        prefix = layer_prefix(index)
         found = {name.removeprefix(prefix): e for name, e in self.entries.items() if name.startswith(prefix)}
         if not found:
             raise CheckpointError(f"holds no weights of layer {index}, only of {list(self.layers)}", where=self.path)
@@ -130,7 +130,7 @@ def _open_model(path: Path) -> Checkpoint:
                 raise CheckpointError(
                     f"tensor {name} lies beyond the {len(original)} layers of config.json", where=path
                 )
-            name = f"model.layers.{original[index]}.{name[match.end() :]}"
+            name = layer_prefix(original[index]) + name[match.end() :]
         entries[name] = entry
     opened = Checkpoint(path, "model", entries, config, layout)
     _refuse_unknown_depth(opened)
@@ -195,5 +195,5 @@ def _open_bundle(path: Path) -> Checkpoint:
             match = _STORED_LAYER_PREFIX.match(name)
             if match and int(match[1]) != index:
                 raise CheckpointError(f"holds {name}, a tensor of another layer", where=files[index])
-            entries[f"model.layers.{index}.{name[match.end() :] if match else name}"] = entry
+            entries[layer_prefix(index) + (name[match.end() :] if match else name)] = entry
     return Checkpoint(path, "bundle", entries)

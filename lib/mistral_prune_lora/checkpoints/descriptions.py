@@ -11,9 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mistral_prune_lora.checkpoints.directories import LAYER_PREFIX, is_layer_list
+from mistral_prune_lora.checkpoints.directories import is_layer_list
 from mistral_prune_lora.checkpoints.manifest import logged_split
 from mistral_prune_lora.checkpoints.pruning_identity import KEY
+from mistral_prune_lora.checkpoints.tensor_names import HEAD, LAYER_PREFIX, LAYERS
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.storage.json_file import read_json_if_there
@@ -77,7 +78,7 @@ def layers_map(num_layers: int, names: Mapping[str, str]) -> dict:
         match = LAYER_PREFIX.match(name)
         (layers[match[1]] if match else outside).append(written)
     prefixes = (re.match(r"(.*?layers\.)\d+\.", key) for keys in layers.values() for key in keys)
-    prefix = next((match[1] for match in prefixes if match), "model.layers.")
+    prefix = next((match[1] for match in prefixes if match), LAYERS)
     return {"num_layers": num_layers, "layer_prefix": prefix, "layers": layers, "non_layer_keys": outside}
 
 
@@ -96,7 +97,7 @@ def parameter_counts(layout: Layout, shapes: Mapping[str, Sequence[int]], *, tie
     outside, layers = 0, dict.fromkeys(range(layout.num_layers), 0)
     for name, shape in shapes.items():
         match = LAYER_PREFIX.match(name)
-        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+        if name.endswith("rotary_emb.inv_freq") or (tied and name == HEAD):
             continue
         if match:
             layers[int(match[1])] += math.prod(shape)

@@ -13,7 +13,6 @@ from mistral_prune_lora.storage.plain_file import lies_there
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 BUNDLE_META, LAYERS_MAP = "bundle_meta.json", "layers_map.json"
-LAYER_PREFIX = re.compile(r"model\.layers\.(\d+)\.")
 _LAYER_FILE = re.compile(r"layer_(\d+)\.safetensors")
 
 

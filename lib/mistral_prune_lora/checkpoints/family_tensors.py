@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_prune_lora.checkpoints.directories import LAYER_PREFIX
+from mistral_prune_lora.checkpoints.tensor_names import EMBEDDING, HEAD, LAYER_PREFIX, NORM, layer_prefix
 from mistral_prune_lora.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,7 +25,7 @@ _DEFAULTS = {
     "qwen3": {**_QWEN, "head_dim": 128},
 }
 _COMMON = {"hidden_size": 4096, "num_attention_heads": 32}
-_HEAD, _BUFFER = "lm_head.weight", "rotary_emb.inv_freq"
+_BUFFER = "rotary_emb.inv_freq"
 _MEND = "fetch or write the model again"
 
 
@@ -74,8 +74,8 @@ def family_tensors(config: Mapping, where: str | Path) -> FamilyTensors:
     if family == "qwen3":
         layer |= {f"self_attn.{name}.weight": (size["head_dim"],) for name in ("q_norm", "k_norm")}
     head = (size["vocab_size"], hidden)
-    outside = {"model.embed_tokens.weight": head, "model.norm.weight": (hidden,)}
-    return FamilyTensors(outside if config.get("tie_word_embeddings") else {**outside, _HEAD: head}, layer, head)
+    outside = {EMBEDDING: head, NORM: (hidden,)}
+    return FamilyTensors(outside if config.get("tie_word_embeddings") else {**outside, HEAD: head}, layer, head)
 
 
 def _sizes(config: Mapping, where: str | Path) -> dict[str, int]:
@@ -104,7 +104,7 @@ def check_model_tensors(config: Mapping, found: Shapes, layers: Iterable[int], w
         where: the model's directory.
     """
     wanted = family_tensors(config, Path(where) / "config.json")
-    outside = {**wanted.outside, _HEAD: wanted.head} if _HEAD in found else wanted.outside
+    outside = {**wanted.outside, HEAD: wanted.head} if HEAD in found else wanted.outside
     _compare(outside, found, where)
     _check_layers(wanted, found, layers, where)
 
@@ -138,12 +138,12 @@ def check_layers_alike(found: Shapes, layers: Iterable[int], where: str | Path) 
     for layer in held:
         for short in sorted(common | set(shapes)):
             # What all layers lack has no shape to compare with: it is missing.
-            _compare({f"model.layers.{layer}.{short}": shapes.get(short, ())}, found, where, "in another layer")
+            _compare({layer_prefix(layer) + short: shapes.get(short, ())}, found, where, "in another layer")
 
 
 def _check_layers(wanted: FamilyTensors, found: Shapes, layers: Iterable[int], where: str | Path) -> None:
     for layer in layers:
-        _compare({f"model.layers.{layer}.{name}": shape for name, shape in wanted.layer.items()}, found, where)
+        _compare({layer_prefix(layer) + name: shape for name, shape in wanted.layer.items()}, found, where)
 
 
 def _compare(wanted: Shapes, found: Shapes, where: str | Path, by: str = "by config.json") -> None:

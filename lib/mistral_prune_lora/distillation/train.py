@@ -28,6 +28,7 @@ from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.load import head_name, load_model
 from mistral_prune_lora.provenance import PACKAGE, versions
+from mistral_prune_lora.storage.dtypes import torch_name
 from mistral_prune_lora.storage.finite import all_finite
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files
@@ -174,7 +175,7 @@ def train_adapter(
             "teacher": None if teacher is None else {"dir": os.fspath(teacher_dir), "weights": teacher.digests},
             "windows": asdict(windows.identity),
             "settings": {"lora": asdict(lora), "loss": asdict(loss), "optimiser": asdict(optimiser)},
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": torch_name(dtype),
             "seed": seed,
             "warnings": doubts,
             "seconds": round(time.monotonic() - started, 1),

@@ -20,9 +20,10 @@ from mistral_prune_lora.checkpoints.adapter_scope import (
     open_adapters,
     part_of_adapter,
 )
+from mistral_prune_lora.checkpoints.tensor_names import HEAD_MODULE, layer_prefix
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.models.pass_layer import PassLayer
 
 _ROLES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
@@ -45,7 +46,7 @@ class PeftAdapter:
                 or holds NaN or infinity.
         """
         self.path, self.name, self._adapter = adapter.path, adapter.path.name, adapter
-        if "lm_head" in adapter.updates:
+        if HEAD_MODULE in adapter.updates:
             raise AdapterError(
                 "changes lm_head, which is no decoder layer",
                 where=adapter.path,
@@ -109,7 +110,7 @@ class PeftAdapter:
     def _check_targets(self, layer: nn.Module, index: int) -> None:
         """The merge's rule: PEFT would leave a random adapter where tensors are missing."""
         for name, module in layer.named_modules():
-            full = f"model.layers.{index}.{name}"
+            full = layer_prefix(index) + name
             if isinstance(module, nn.Linear) and full not in self._adapter.updates and self._adapter.targets(full):
                 raise AdapterError(
                     f"targets {full}, but holds no tensors for it",

@@ -41,9 +41,9 @@ from mistral_prune_lora.evaluation.stages import (
 )
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
-from mistral_prune_lora.models.load import DTYPES
 from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.storage.activations import require_space
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.transaction import check_place
 from mistral_prune_lora.streaming.layers import Compute
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     stages = _stages(args.stages, inputs)
     folders = [folder for _, folder in inputs.models]
     check = _claim(args, [*folders, *(_tokenizer_place(args, folder) for folder in folders)])
-    compute = Compute(resolve_device(args.device), DTYPES[args.dtype], args.batch_size, args.max_memory)
+    compute = Compute(resolve_device(args.device), COMPUTE_DTYPES[args.dtype], args.batch_size, args.max_memory)
     print(
         opening(
             {

@@ -21,10 +21,11 @@ from mistral_prune_lora.evaluation.perplexity import head_bytes
 from mistral_prune_lora.evaluation.runs import Scoring, Start, Teacher, run_to_file
 from mistral_prune_lora.evaluation.subject import Subject, extend_record, start_record
 from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
-from mistral_prune_lora.models.load import DTYPES, model_config
+from mistral_prune_lora.models.load import model_config
 from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.transaction import atomic_file
 from mistral_prune_lora.streaming.layers import Compute, LayerSource, embedding_bytes, resident_groups
@@ -87,7 +88,7 @@ def run_segment(
         NumberError: weights or hidden states hold NaN or infinity.
         PipelineError: memory or disk space does not suffice, or another process is writing `output`.
     """
-    compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
+    compute = Compute(resolve_device(device), COMPUTE_DTYPES[dtype], batch_size, max_memory)
     model, holder = open_checkpoint(model_dir), _open_weights(model_dir, weights_dir)
     check_same_pruning([model.path, holder.path])
     cut = Windows.load(windows)
@@ -133,7 +134,7 @@ def score_stage(
     Raises:
         As `run_segment`. NumberError also for a score or perplexity that is no number; nothing is written then.
     """
-    compute = Compute(resolve_device(device), DTYPES[dtype], batch_size, max_memory)
+    compute = Compute(resolve_device(device), COMPUTE_DTYPES[dtype], batch_size, max_memory)
     subject, holder = Subject.open(model_dir), _open_weights(model_dir, weights_dir)
     identity = check_same_pruning([subject.model.path, holder.path])
     teacher = Teacher(open_checkpoint(dense_dir), Path(teacher_hidden)) if teacher_hidden and dense_dir else None

@@ -17,14 +17,14 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
-from mistral_prune_lora.models.load import DTYPES, head_name, model_config
+from mistral_prune_lora.models.load import head_name, model_config
 from mistral_prune_lora.provenance import record_sha256, versions
 from mistral_prune_lora.storage.activations import ActivationReader
+from mistral_prune_lora.storage.dtypes import COMPUTE_NAMES
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
 from mistral_prune_lora.streaming.layers import Compute, LayerSource, UnmergedAdapter
 from mistral_prune_lora.text.windows import Windows
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STAGE_SIGN = {"A": "A", "AB": "AB", "FULL": "ABC"}
 _EMBEDDING = "model.embed_tokens.weight"
 _CHUNK_BYTES = 1 << 22
@@ -143,7 +143,7 @@ def start_record(model: Checkpoint, windows: Windows, dtype: torch.dtype) -> dic
         "ids_sha256": windows.identity.ids_sha256,
         "windows": len(windows),
         "seqlen": windows.seqlen,
-        "dtype": DTYPE_NAMES[dtype],
+        "dtype": COMPUTE_NAMES[dtype],
         "config_sha256": config_digest(model),
         "layers": [],
         "parameters": 0,

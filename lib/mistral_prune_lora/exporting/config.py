@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.storage.dtypes import DTYPES, torch_name
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # Lists that may have as many entries as the model has layers by chance.
@@ -37,8 +38,6 @@ _OF_DEPTH = (
     "interleave_moe_layer_step",
     "decoder_sparse_step",
 )
-# By their names in safetensors; anything else is quantised.
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def stage_config(model: Checkpoint, layers: Sequence[int], *, tied: bool, dtypes
         "use_cache": True,
     }
     if len(dtypes) == 1:
-        content |= dict.fromkeys(("dtype", "torch_dtype"), FLOATS[dtypes[0]])
+        content |= dict.fromkeys(("dtype", "torch_dtype"), torch_name(DTYPES[dtypes[0]]))
     if "rope_parameters" in content:
         content |= _older_names(told["rope_parameters"])
     return StageConfig(dict(sorted(content.items())), tuple(cut), tuple(derived))

@@ -10,17 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.tensor_names import EMBEDDING, HEAD, LAYERS, NORM, layer_prefix
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation.subject import Subject, outside_entries, tensors_digest
-from mistral_prune_lora.exporting.config import FLOATS, StageConfig, stage_config
+from mistral_prune_lora.exporting.config import StageConfig, stage_config
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.merging.plan import Item, split_files
 from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.storage.dtypes import FLOATS
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
 
 FORMATS = ("stock", "stage_files")
 STAGE_FILES = {"B": "stage2_layers_B.safetensors", "C": "stage3_layers_C.safetensors"}
-_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -146,22 +147,22 @@ def _outside(model: Checkpoint, remarks: list[str]) -> tuple[dict[str, TensorEnt
     written exactly if it differs or the model calls it untied, and the word is made true to what is written.
     """
     entries = outside_entries(model)
-    unknown = [n for n in model.entries if n not in (_EMBEDDING, _NORM, _HEAD) and not n.startswith("model.layers.")]
+    unknown = [n for n in model.entries if n not in (EMBEDDING, NORM, HEAD) and not n.startswith(LAYERS)]
     if unknown:
         raise CheckpointError(
             f"holds {unknown[0]}, which a stock model of this family does not have",
             where=model.entries[unknown[0]].file,
             mend="export the model that this was made from",
         )
-    if _HEAD not in entries:
+    if HEAD not in entries:
         return entries, True
     if not model_config(model).tie_word_embeddings:
         return entries, False
-    if tensors_digest({"": entries[_HEAD]}) == tensors_digest({"": entries[_EMBEDDING]}):
-        remarks.append(f"{_HEAD} is the embedding once more and is left out")
-        return {name: entry for name, entry in entries.items() if name != _HEAD}, True
+    if tensors_digest({"": entries[HEAD]}) == tensors_digest({"": entries[EMBEDDING]}):
+        remarks.append(f"{HEAD} is the embedding once more and is left out")
+        return {name: entry for name, entry in entries.items() if name != HEAD}, True
     remarks.append(
-        f"config.json calls the head tied, but {_HEAD} is not the embedding: it is written, and called untied"
+        f"config.json calls the head tied, but {HEAD} is not the embedding: it is written, and called untied"
     )
     return entries, False
 
@@ -197,9 +198,9 @@ def _items(
     outside: Mapping[str, TensorEntry], stored: Mapping[int, Mapping[str, TensorEntry]], numbers: Mapping[int, int]
 ) -> list[Item]:
     """The tensors to write, from the embedding to the head, layers under new numbers."""
-    named = {_EMBEDDING: outside[_EMBEDDING]} if outside else {}
+    named = {EMBEDDING: outside[EMBEDDING]} if outside else {}
     for layer, entries in stored.items():
-        named |= {f"model.layers.{numbers[layer]}.{name}": entry for name, entry in entries.items()}
+        named |= {layer_prefix(numbers[layer]) + name: entry for name, entry in entries.items()}
     named |= outside
     return [Item(TensorSpec(name, entry.dtype, entry.shape), entry) for name, entry in named.items()]
 
@@ -210,7 +211,7 @@ def _check_stock(items: Sequence[Item], config: Mapping, model: Checkpoint) -> N
     with torch.device("meta"):
         wanted = {n: tuple(t.shape) for n, t in AutoModelForCausalLM.from_config(settings).state_dict().items()}
     if settings.tie_word_embeddings:
-        wanted.pop(_HEAD, None)
+        wanted.pop(HEAD, None)
     there = {item.spec.name: item for item in items}
     missing = sorted(wanted.keys() - there.keys())
     misfit = [item for name, item in there.items() if wanted.get(name) != item.spec.shape]

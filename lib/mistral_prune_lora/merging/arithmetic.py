@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mistral_prune_lora.checkpoints.adapter import Update
-from mistral_prune_lora.storage.safetensors_file import DTYPES
+from mistral_prune_lora.storage.dtypes import DTYPES
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.merging.arithmetic import exact_arithmetic
 from mistral_prune_lora.merging.descriptions import describe_merge
-from mistral_prune_lora.merging.plan import OUTPUT_DTYPES, MergePlan, plan_merge
+from mistral_prune_lora.merging.plan import MergePlan, plan_merge
 from mistral_prune_lora.merging.stream import InputDigests, stream_file
 from mistral_prune_lora.merging.verify import FileCheck
 from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha256, versions
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES, torch_name
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
-from mistral_prune_lora.storage.safetensors_file import DTYPES
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.stopwatch import Stopwatch
 from mistral_prune_lora.storage.transaction import atomic_directory
@@ -189,7 +189,7 @@ def _write_dtype(config_file: Path, output_dtype: str) -> None:
     """Let a configuration tell the dtype of the weights, under the name or names that it tells it by."""
     config = read_json(config_file, CheckpointError)
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-    dtype = str(DTYPES[OUTPUT_DTYPES[output_dtype]]).removeprefix("torch.")
+    dtype = torch_name(COMPUTE_DTYPES[output_dtype])
     write_json(config_file, config | dict.fromkeys(names, dtype))
 
 

@@ -11,17 +11,16 @@ from pathlib import Path
 from mistral_prune_lora.checkpoints.adapter import Adapter, Update, check_values
 from mistral_prune_lora.checkpoints.adapter_scope import check_for_a, from_compact, open_adapters
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mistral_prune_lora.checkpoints.directories import LAYER_PREFIX, SINGLE_FILE, is_model_dir, layer_file_name
+from mistral_prune_lora.checkpoints.directories import SINGLE_FILE, is_model_dir, layer_file_name
 from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_layers_alike, check_model_tensors
 from mistral_prune_lora.checkpoints.manifest import read_layout
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning, read_identity
+from mistral_prune_lora.checkpoints.tensor_names import HEAD_MODULE, LAYER_PREFIX
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES, DTYPE_NAMES, FLOATS
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
-
-_FLOATS = ("F32", "F16", "BF16")
-OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # by the name that a user gives, the safetensors name
 
 
 @dataclass(frozen=True)
@@ -287,13 +286,13 @@ def _check_inside(
                 where=adapter.path,
                 mend="use an adapter that was trained for this model",
             )
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in FLOATS:
             raise AdapterError(
                 f"{module} is stored as {entry.dtype}: quantised weights are not merged here",
                 where=entry.file,
                 mend="merge into the unquantised model (float32, bfloat16 or float16)",
             )
-        if module == "lm_head" and base.config.get("tie_word_embeddings"):
+        if module == HEAD_MODULE and base.config.get("tie_word_embeddings"):
             raise AdapterError(
                 "adapts lm_head, which is also the embedding of this model", where=adapter.path, mend="untie them first"
             )
@@ -366,8 +365,8 @@ def _item(name: str, entry: TensorEntry, updates: tuple[Update, ...], output_dty
 
 def _cast_dtype(entry: TensorEntry, output_dtype: str) -> str:
     """The dtype of a tensor after the cast, as from_pretrained(dtype=) casts: floats become it, other numbers stay."""
-    if entry.dtype in ("F64", *_FLOATS):
-        return OUTPUT_DTYPES[output_dtype]
+    if entry.dtype in ("F64", *FLOATS):
+        return DTYPE_NAMES[COMPUTE_DTYPES[output_dtype]]
     if entry.dtype.startswith("F8") or len(entry.shape) > 1:
         raise CheckpointError(
             f"{entry.stored_name} is stored as {entry.dtype}: quantised weights are not cast here",

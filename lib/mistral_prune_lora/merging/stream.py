@@ -22,9 +22,10 @@ from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merging.arithmetic import Factors, cast_in, merge_rows
 from mistral_prune_lora.merging.plan import Item
 from mistral_prune_lora.provenance import file_sha256
+from mistral_prune_lora.storage.dtypes import DTYPES
 from mistral_prune_lora.storage.finite import all_finite_bytes
 from mistral_prune_lora.storage.read_back import Compare
-from mistral_prune_lora.storage.safetensors_file import DTYPES, plan_file, read_into
+from mistral_prune_lora.storage.safetensors_file import plan_file, read_into
 from mistral_prune_lora.storage.stopwatch import Stopwatch
 from mistral_prune_lora.storage.streamed_file import StreamedFile
 

@@ -26,7 +26,8 @@ import torch
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merging.plan import Item
-from mistral_prune_lora.storage.safetensors_file import DTYPES, plan_file, read_header, tensor_bytes
+from mistral_prune_lora.storage.dtypes import DTYPES
+from mistral_prune_lora.storage.safetensors_file import plan_file, read_header, tensor_bytes
 
 _EDGE_NUMBERS = 1 << 15  # of each tensor that nothing is added to, at both ends
 

@@ -23,11 +23,10 @@ from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, c
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.models.architecture import empty_layer, renew_rotary_embedding
-from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.models.pass_layer import PassLayer
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
 _AGAIN = "Fetch the model again"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:

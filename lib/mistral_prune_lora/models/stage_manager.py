@@ -14,7 +14,7 @@ from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.models.load import load_model, restore_layers
-from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.models.pass_layer import PassLayer
 
 
 class DynamicStageManager:

@@ -19,7 +19,6 @@ from mistral_prune_lora.checkpoints.descriptions import (
 )
 from mistral_prune_lora.checkpoints.directories import (
     BUNDLE_META,
-    LAYER_PREFIX,
     LAYERS_MAP,
     SINGLE_FILE,
     layer_file_name,
@@ -27,6 +26,7 @@ from mistral_prune_lora.checkpoints.directories import (
 from mistral_prune_lora.checkpoints.family_tensors import check_model_tensors
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.checkpoints.pruning_identity import KEY, pruning_identity
+from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX, layer_prefix
 from mistral_prune_lora.checkpoints.tokenizer import (
     TOKENIZER_FILES,
     copy_settings,
@@ -138,8 +138,8 @@ def prune_model(
         digests: dict[str, str] = {}
         for _, layers, bundle in bundles:
             for layer in layers:
-                digests |= _copy_tensors(dense, {f"model.layers.{layer}.": ""}, bundle / layer_file_name(layer), bar)
-        kept = {f"model.layers.{layer}.": f"model.layers.{layer}." for layer in layout.kept}
+                digests |= _copy_tensors(dense, {layer_prefix(layer): ""}, bundle / layer_file_name(layer), bar)
+        kept = {layer_prefix(layer): layer_prefix(layer) for layer in layout.kept}
         written = _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
         # Known once every tensor has passed; so what the parts say about themselves comes after all weights.
         identity = _identity(dense, layout, digests | written)

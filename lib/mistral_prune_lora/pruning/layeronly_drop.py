@@ -187,10 +187,10 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
     from mistral_prune_lora.checkpoints.families import read_config
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
     from mistral_prune_lora.device import resolve_device
-    from mistral_prune_lora.models.load import DTYPES
     from mistral_prune_lora.pruning.cut import split_block
     from mistral_prune_lora.pruning.data import get_loaders
     from mistral_prune_lora.pruning.importance import angular_distances, last_token_states
+    from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 
     count = read_config(given.model)["num_hidden_layers"]
     size = round(count * given.drop_frac)
@@ -215,7 +215,7 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
         given.model,
         torch.cat([ids for ids, _ in loader[: given.max_batches]]),
         beside=given.save_dir,
-        dtype=DTYPES[given.dtype],
+        dtype=COMPUTE_DTYPES[given.dtype],
         device=given.device,
         batch_size=given.batch_size,
         max_memory=given.max_memory,

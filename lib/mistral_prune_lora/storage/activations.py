@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, PipelineError, printable
 from mistral_prune_lora.provenance import record_text
+from mistral_prune_lora.storage.dtypes import DTYPE_NAMES, DTYPES
 from mistral_prune_lora.storage.finite import first_not_finite, mend_for
 from mistral_prune_lora.storage.journal import Journal, open_own, say_left_out
 from mistral_prune_lora.storage.json_file import parsed
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import (
-    DTYPE_NAMES,
     TensorSpec,
     plan_file,
     read_header,
@@ -67,7 +67,7 @@ class ActivationReader:
             raise CheckpointError("has no checksums of its windows", where=path, mend=_AGAIN)
         self.run = _sealed_run(path, entry.dtype, entry.shape)
         self.shape = entry.shape
-        self.dtype = next(dtype for dtype, name in DTYPE_NAMES.items() if name == entry.dtype)
+        self.dtype = DTYPES[entry.dtype]
         self._entry, self._sums = entry, sums.read().numpy()
 
     def read(self, first: int, last: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from mistral_prune_lora.errors import NumberError
-from mistral_prune_lora.storage.safetensors_file import DTYPES, TensorEntry
+from mistral_prune_lora.storage.dtypes import DTYPES
+from mistral_prune_lora.storage.safetensors_file import TensorEntry
 
 # Of each float dtype, the bits of the first number above zero that is not finite: all larger ones are none either.
 _NOT_FINITE = {

@@ -17,28 +17,10 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.errors import CheckpointError
+from mistral_prune_lora.storage.dtypes import DTYPE_NAMES, DTYPES
 from mistral_prune_lora.storage.json_file import without_duplicates
 from mistral_prune_lora.storage.plain_file import open_plain
 
-# In the order of the safetensors library's own enumeration, which its writer sorts by (largest first).
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SORT_RANK = {name: rank for rank, name in enumerate(DTYPES)}
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit

@@ -22,9 +22,8 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.errors import DataError, PipelineError
 from mistral_prune_lora.models.architecture import empty_decoder
 from mistral_prune_lora.models.load import build_layer
-from mistral_prune_lora.pruning.identity import PassLayer
+from mistral_prune_lora.models.pass_layer import PassLayer
 from mistral_prune_lora.sizes import size_text
-from mistral_prune_lora.storage.safetensors_file import DTYPES as STORED_DTYPES
 
 # Of what is free; the rest is for whoever else is on the machine, and for the page cache that weights are read through.
 # A CPU gains nothing from more layers at once but fewer trips of the hidden states to disk, so it takes less.
@@ -87,7 +86,7 @@ class LayerSource:
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of the layer's weights in `dtype`."""
         entries = self.checkpoint.layer(self.index).values()
-        return sum(e.nbytes // STORED_DTYPES[e.dtype].itemsize * dtype.itemsize for e in entries)
+        return sum(e.nbytes // e.itemsize * dtype.itemsize for e in entries)
 
 
 def resident_groups(
