@@ -26,6 +26,7 @@ from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.pruning.importance import angular_distances, last_token_states
 from mistral_prune_lora.sizes import parse_size
 from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
+from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.windows import Windows, WindowsIdentity, ids_digest
 
 JOBS = ("importance", "teacher states")
@@ -61,19 +62,18 @@ def run(args: argparse.Namespace, model: Path) -> None:
     """One of the two, as the workflow's script runs it in a job of 8 GB."""
     ids = torch.randint(256, (args.windows, args.seqlen), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     output = args.folder / f"{model.name}.{args.job.replace(' ', '_')}"
-    how = {
-        "dtype": COMPUTE_DTYPES[args.dtype],
-        "batch_size": args.batch_size,
-        "max_memory": granted_memory(parse_size(TARGET) // 10**6, "cpu"),
-    }
+    memory = granted_memory(parse_size(TARGET) // 10**6, "cpu")
+    compute = Compute.named("cpu", args.dtype, args.batch_size, memory)
     if args.job == "importance":
-        table = angular_distances(last_token_states(model, ids, beside=output, **how), max(1, args.layers // 4))
+        table = angular_distances(
+            last_token_states(model, ids, beside=output, compute=compute), max(1, args.layers // 4)
+        )
         print(table[table.recommended].to_string(index=False))
         return
     identity = WindowsIdentity(
         "random", "train", "nowhere", "", ids_digest(ids), "", "", 0, args.seqlen, args.windows, args.windows
     )
-    teacher_states(model, Windows(ids, identity), output, **how)
+    teacher_states(model, Windows(ids, identity), output, compute=compute)
     output.unlink()
 
 

@@ -47,7 +47,7 @@ rule segment:
         layers=segment_layers,
         batch_size=setting("perplexity", "batch_size"),
         dtype=setting("perplexity", "dtype"),
-        code=code_digest("evaluation.stages"),
+        code=code_digest("evaluation.jobs"),
     script:
         "../workflow_scripts/segment.py"
 
@@ -76,7 +76,7 @@ rule dense_perplexity:
         dense_dir=experiment_dense_dir,
         batch_size=setting("perplexity", "batch_size"),
         dtype=setting("perplexity", "dtype"),
-        code=code_digest("evaluation.stages"),
+        code=code_digest("evaluation.jobs"),
     script:
         "../workflow_scripts/perplexity.py"
 
@@ -108,6 +108,6 @@ rule perplexity:
         dense_dir=experiment_dense_dir,
         batch_size=setting("perplexity", "batch_size"),
         dtype=setting("perplexity", "dtype"),
-        code=code_digest("evaluation.stages"),
+        code=code_digest("evaluation.jobs"),
     script:
         "../workflow_scripts/perplexity.py"

@@ -60,6 +60,6 @@ rule importance:
         seqlen=setting("importance", "seqlen"),
         windows=setting("importance", "windows"),
         dtype=setting("importance", "dtype"),
-        code=code_digest("pruning.importance", "text.windows", "text.sources", "checkpoints.tokenizer"),
+        code=code_digest("pruning.importance", "results.plots", "text.windows", "text.sources", "checkpoints.tokenizer"),
     script:
         "../workflow_scripts/importance.py"

@@ -4,10 +4,10 @@ from mistral_prune_lora.device import granted_device, granted_memory
 from mistral_prune_lora.pruning.importance import (
     angular_distances,
     last_token_states,
-    plot_importance,
     write_importance,
 )
-from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
+from mistral_prune_lora.results.plots import plot_importance
+from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import make_windows
 
@@ -16,14 +16,12 @@ with job(snakemake.log[0]):
     tokenizer = load_tokenizer(params.dense_dir)
     windows = make_windows(load_text(**params.dataset), tokenizer, seqlen=params.seqlen, max_windows=params.windows)
     device = granted_device(resources.get("gpu", 1))
+    memory = granted_memory(resources.get("mem_mb"), device)
     states = last_token_states(
         params.dense_dir,
         windows.ids,
         beside=snakemake.output.table,
-        dtype=COMPUTE_DTYPES[params.dtype],
-        device=device,
-        batch_size=4,
-        max_memory=granted_memory(resources.get("mem_mb"), device),
+        compute=Compute.named(device, params.dtype, 4, memory),
     )
     table = angular_distances(
         states, params.drop, keep_last_layer=params.keep_last_layer, all_blocks=params.candidates == "all"

@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
     from mistral_prune_lora.storage.outputs import Output, claim
     from mistral_prune_lora.storage.transaction import check_place
+    from mistral_prune_lora.streaming.compute import Compute
     from mistral_prune_lora.text.sources import load_text
     from mistral_prune_lora.text.windows import make_windows
 
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     windows = make_windows(text, tokenizer, seqlen=given["seqlen"], max_windows=given["nsamples"])
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
     if states and not holds_states(states):
-        teacher_states(teacher, windows, states, dtype=dtype, device=device, overwrite=overwrite)
+        teacher_states(teacher, windows, states, compute=Compute.named(device, given["dtype"]), overwrite=overwrite)
     distillation.train_adapter(
         request.part,
         student_dir=request.student,

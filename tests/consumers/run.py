@@ -38,7 +38,7 @@ from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.export import export_stage
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.pruning.cut import prune_model
-from mistral_prune_lora.streaming.layers import Compute
+from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import make_windows
 

@@ -22,6 +22,7 @@ from mistral_prune_lora.distillation.train import (
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.load import load_model
+from mistral_prune_lora.streaming.compute import Compute
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 QUICK = OptimiserSettings(steps=3, batch_size=2, gradient_accumulation=1, learning_rate=1e-2, warmup_steps=1)
@@ -126,7 +127,7 @@ def test_training_brings_the_student_closer(parts, tmp_path):
 def test_the_same_settings_give_the_same_bytes_with_stored_states_or_without(parts, tmp_path):
     first = train(parts, "A", tmp_path / "one")
     second = train(parts, "A", tmp_path / "two")
-    teacher_states(parts[0], random_windows(6, 16), tmp_path / "states", dtype=torch.float32, batch_size=2)
+    teacher_states(parts[0], random_windows(6, 16), tmp_path / "states", compute=Compute.named("cpu", "fp32", 2))
     stored = train(parts, "A", tmp_path / "three", states=tmp_path / "states")
     other = train(parts, "A", tmp_path / "four", seed=1)
     name = "adapter_model.safetensors"
@@ -177,7 +178,7 @@ def test_no_adapter_comes_from_a_teacher_or_student_of_nan(parts, tmp_path, tens
         train(parts, "A", tmp_path / "adapter")
     if tensor != "lm_head.weight":  # which comes after the states
         with pytest.raises(NumberError, match=rf"tensor {tensor} holds NaN or infinity"):
-            teacher_states(dense, random_windows(6, 16), tmp_path / "states", dtype=torch.float32)
+            teacher_states(dense, random_windows(6, 16), tmp_path / "states", compute=Compute.named("cpu", "fp32"))
         assert not (tmp_path / "states").exists()
     save_dense(tmp_path / "sound")
     spoil(a / "model.safetensors", tensor, value)
@@ -187,7 +188,7 @@ def test_no_adapter_comes_from_a_teacher_or_student_of_nan(parts, tmp_path, tens
 
 
 def test_states_that_are_not_what_was_written_are_refused(parts, tmp_path):
-    teacher_states(parts[0], random_windows(6, 16), tmp_path / "states", dtype=torch.float32, batch_size=4)
+    teacher_states(parts[0], random_windows(6, 16), tmp_path / "states", compute=Compute.named("cpu", "fp32", 4))
     content = bytearray((tmp_path / "states").read_bytes())
     content[-1000] ^= 1
     (tmp_path / "states").write_bytes(content)
@@ -228,11 +229,11 @@ def test_gradient_accumulation_is_the_larger_batch(parts, tmp_path):
 
 
 def test_states_of_other_windows_or_another_teacher_are_refused(parts, tmp_path):
-    teacher_states(parts[0], random_windows(6, 16, seed=7), tmp_path / "states", dtype=torch.float32)
+    teacher_states(parts[0], random_windows(6, 16, seed=7), tmp_path / "states", compute=Compute.named("cpu", "fp32"))
     with pytest.raises(DataError, match="other windows"):
         train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
     stranger = save_dense(tmp_path / "stranger", seed=3)
-    teacher_states(stranger, random_windows(6, 16), tmp_path / "states", dtype=torch.float32)
+    teacher_states(stranger, random_windows(6, 16), tmp_path / "states", compute=Compute.named("cpu", "fp32"))
     with pytest.raises(DataError, match="another teacher"):
         train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
     assert not (tmp_path / "adapter").exists()

@@ -7,16 +7,18 @@ import shutil
 import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
+from evaluation_jobs import score_job, segment_job
 from evaluation_project import LAYOUT, evaluate
 from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 
 from mistral_prune_lora.errors import CheckpointError, NumberError
-from mistral_prune_lora.evaluation.stages import Teacher, evaluate_stages, run_segment, score_stage
+from mistral_prune_lora.evaluation.scoring import DenseAnswers
+from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.storage import activations
-from mistral_prune_lora.streaming.layers import Compute
+from mistral_prune_lora.streaming.compute import Compute
 
 IN_A_LAYER = [
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -127,7 +129,7 @@ def test_a_perplexity_beyond_the_largest_number_is_no_result(parts, tmp_path):
     save_file(content, parts / "A/model.safetensors", metadata={"format": "pt"})
     random_windows(3, 16).save(tmp_path / "w.safetensors")
     with pytest.raises(NumberError, match=r"the perplexity, is beyond the largest number \(in A\[A\]\)"):
-        score_stage(
+        score_job(
             stage="A", model_dir=parts / "A", weights_dir=parts / "A", layers=[0, 1, 2, 7], source=None,
             windows=tmp_path / "w.safetensors", result_json=tmp_path / "r.json", window_parquet=tmp_path / "r.parquet",
             dtype="fp32", device="cpu",
@@ -142,10 +144,10 @@ def test_activations_with_right_checksums_that_are_none_are_named(parts, tmp_pat
     segment = {"weights_dir": parts / "A", "layers": [0, 1, 2], "source": None, "output": tmp_path / "a.safetensors"}
     with monkeypatch.context() as patch:
         patch.setattr(activations, "first_not_finite", lambda _: None)
-        run_segment(**segment, **given)
+        segment_job(**segment, **given)
     goes_on = {"weights_dir": parts / "bundles/B", "layers": [3, 4], "source": tmp_path / "a.safetensors"}
     with pytest.raises(NumberError, match=r"window 0 holds NaN or infinity \(in .*a\.safetensors\)\. Delete it"):
-        run_segment(output=tmp_path / "b.safetensors", **goes_on, **given)
+        segment_job(output=tmp_path / "b.safetensors", **goes_on, **given)
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -161,7 +163,7 @@ def test_a_dense_model_s_states_that_are_none_are_named(parts, tmp_path, monkeyp
         writer.write(0, hidden)
         writer.finish()
     with pytest.raises(NumberError, match=r"window 1 holds NaN or infinity \(in .*states\.safetensors\)"):
-        measured(parts, tmp_path / "work", teacher=Teacher(dense.model, states))
+        measured(parts, tmp_path / "work", dense=DenseAnswers(dense.model, states))
 
 
 def test_models_of_other_vocabularies_are_not_compared(parts, tmp_path):
@@ -170,7 +172,7 @@ def test_models_of_other_vocabularies_are_not_compared(parts, tmp_path):
     compute = Compute(torch.device("cpu"), torch.float32, 2)
     list(evaluate_stages(wide, ["FULL"], WINDOWS, compute, work_dir=tmp_path / "d", final_hidden=states))
     with pytest.raises(CheckpointError, match="predicts 96 tokens and the dense model 128"):
-        measured(parts, tmp_path / "work", teacher=Teacher(wide.model, states))
+        measured(parts, tmp_path / "work", dense=DenseAnswers(wide.model, states))
 
 
 def test_a_head_of_fewer_tokens_is_refused(parts, tmp_path):

@@ -18,30 +18,30 @@ from tiny import save_tokenizer
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.evaluation import command as evaluation_command
-from mistral_prune_lora.evaluation import runs as evaluation_runs
 from mistral_prune_lora.evaluation.command import forget_old_work
 from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 from mistral_prune_lora.storage.activations import ActivationReader
-from mistral_prune_lora.streaming.layers import Backbone, Compute
+from mistral_prune_lora.streaming.backbone import Backbone
+from mistral_prune_lora.streaming.compute import Compute
 
 # Runs the command, notes the layers and windows of every forward pass in a file, and takes its time over each.
 SLOW_COMMAND = """
 import sys, time
-from mistral_prune_lora.streaming import layers
+from mistral_prune_lora.streaming import backbone
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 from mistral_prune_lora.pruning.identity import PassLayer
-forward = layers.Backbone.__call__
-def noted(self, hidden):
-    result = forward(self, hidden)
+forward = backbone.Backbone.__call__
+def noted(self, hidden, watch=None):
+    result = forward(self, hidden, watch)
     resident = [i for i, layer in enumerate(self._model.layers) if not isinstance(layer, PassLayer)]
     with open("passes.txt", "a") as file:
         file.write(f"{resident} {hidden.sum().item()!r}\\n")
     time.sleep(float(sys.argv[1]))
     return result
-layers.Backbone.__call__ = noted
+backbone.Backbone.__call__ = noted
 sys.exit(main(sys.argv[2:]))
 """
 BATCHES = 8
@@ -122,13 +122,13 @@ def counted(folder, monkeypatch):
     def run(work_dir, broken_after: int | None = None):
         calls.clear()
 
-        def call(self, hidden):
+        def call(self, hidden, watch=None):
             if len(calls) == broken_after:
                 raise KeyboardInterrupt
             calls.append(1)
-            return forward(self, hidden)
+            return forward(self, hidden, watch)
 
-        monkeypatch.setattr(evaluation_runs.Backbone, "__call__", call)
+        monkeypatch.setattr(Backbone, "__call__", call)
         compute = Compute(torch.device("cpu"), torch.bfloat16, 2)
         found = [
             result.scores.nll.tolist()

@@ -19,7 +19,7 @@ from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.export import export_stage
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.pruning.cut import prune_model
-from mistral_prune_lora.streaming.layers import Compute
+from mistral_prune_lora.streaming.compute import Compute
 
 LAYOUT, SCATTERED, FIRST_AND_LAST = Layout(8, (3, 4), (5, 6)), Layout(8, (1, 6), (3,)), Layout(8, (0,), (7,))
 FLOAT32 = Compute(torch.device("cpu"), torch.float32)

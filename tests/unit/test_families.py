@@ -24,7 +24,7 @@ from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.pruning.identity import PassLayer
-from mistral_prune_lora.streaming.layers import Compute
+from mistral_prune_lora.streaming.compute import Compute
 
 # The first layer of each kind of attention is dropped: a KV cache measures its length there.
 LAYOUT = Layout(6, (0, 3), (4,))

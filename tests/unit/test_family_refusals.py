@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from cut_model import cut, random_windows, save_dense
+from evaluation_jobs import segment_job
 from tiny import save_adapter, save_tokenizer, tiny_config
 from transformers import AutoConfig, Gemma2Config, LlavaConfig, MixtralConfig, Phi3Config
 
@@ -17,15 +18,16 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.checkpoints.families import FAMILIES, check_family, read_config
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.evaluation.stages import run_segment
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main as evaluate
 from mistral_prune_lora.mistral_optimized_kd_lora import main as train
-from mistral_prune_lora.models.load import load_model, model_config
+from mistral_prune_lora.models.config import model_config
+from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.importance import last_token_states
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
+from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.workflow.configuration import ConfigError, check_config
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
@@ -178,9 +180,9 @@ def test_the_library_refuses_where_it_opens_a_model(project):
     calls = [
         lambda: load_model("A", dtype=torch.float32),
         lambda: DynamicStageManager("A", {}, dtype=torch.float32),
-        lambda: last_token_states("dense", windows.ids, beside="states.csv", dtype=torch.float32),
-        lambda: teacher_states("dense", windows, "states.safetensors", dtype=torch.float32),
-        lambda: run_segment(
+        lambda: last_token_states("dense", windows.ids, beside="states.csv", compute=Compute.named("cpu", "fp32")),
+        lambda: teacher_states("dense", windows, "states.safetensors", compute=Compute.named("cpu", "fp32")),
+        lambda: segment_job(
             model_dir="A",
             weights_dir="A",
             layers=[0],

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from mistral_prune_lora.checkpoints.families import FAMILIES
 from mistral_prune_lora.checkpoints.family_tensors import check_layers_alike, check_model_tensors, family_tensors
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.evaluation.subject import Subject, outside_entries
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.models.ends import outside_entries
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.pruning.cut import prune_model
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -15,17 +16,20 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.errors import LayoutError, PipelineError
-from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.models.config import model_config
 from mistral_prune_lora.pruning import importance
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.pruning.importance import (
     angular_distances,
     last_token_states,
-    plot_importance,
     write_importance,
 )
 from mistral_prune_lora.pruning.layeronly_drop import main, parse
-from mistral_prune_lora.streaming.layers import Compute, LayerSource, embedding_bytes, working_bytes
+from mistral_prune_lora.results.plots import plot_importance
+from mistral_prune_lora.streaming.compute import Compute, LayerSource, working_bytes
+from mistral_prune_lora.streaming.passage import embedding_bytes
+
+CPU = Compute.named("cpu", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def states(dense):
     ids = random_windows(5, 24).ids
-    return last_token_states(dense, ids, beside=dense.parent / "importance.csv", dtype=torch.float32)
+    return last_token_states(dense, ids, beside=dense.parent / "importance.csv", compute=CPU)
 
 
 @torch.inference_mode()
@@ -57,18 +61,20 @@ def plain_states(dense, ids, dtype, batch_size=1):
 @pytest.mark.parametrize(("dtype", "batch_size"), [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 2)])
 def test_streamed_states_have_the_bits_of_the_whole_model_s(tmp_path, config, dtype, batch_size):
     dense, ids = save_dense(tmp_path / "dense", max_window_layers=4, **config), random_windows(5, 24).ids
-    given = {"beside": tmp_path / "out/importance.csv", "dtype": dtype, "batch_size": batch_size}
+    compute, beside = Compute(torch.device("cpu"), dtype, batch_size), tmp_path / "out/importance.csv"
     expected = plain_states(dense, ids, dtype, batch_size)
-    assert torch.equal(last_token_states(dense, ids, **given), expected)
+    assert torch.equal(last_token_states(dense, ids, beside=beside, compute=compute), expected)
     # Three layers at a time, their hidden states in files between two groups.
     layer = LayerSource(0, open_checkpoint(dense)).nbytes(dtype)
-    compute = Compute(torch.device("cpu"), dtype, batch_size)
     config, model = model_config(open_checkpoint(dense)), open_checkpoint(dense)
     small = working_bytes(compute, config, 24) + embedding_bytes(model, compute) + 3 * layer
-    assert torch.equal(last_token_states(dense, ids, **given, max_memory=small), expected)
+    assert torch.equal(
+        last_token_states(dense, ids, beside=beside, compute=replace(compute, max_memory=small)), expected
+    )
     assert not (tmp_path / "out").exists()
     with pytest.raises(PipelineError, match="one layer, its hidden states"):
-        last_token_states(dense, ids, **given, max_memory=small - 2 * layer - 1)
+        less = replace(compute, max_memory=small - 2 * layer - 1)
+        last_token_states(dense, ids, beside=beside, compute=less)
 
 
 def test_no_more_layers_are_in_memory_than_fit_and_files_are_gone_when_they_were_read(dense, tmp_path, monkeypatch):
@@ -82,7 +88,7 @@ def test_no_more_layers_are_in_memory_than_fit_and_files_are_gone_when_they_were
 
     monkeypatch.setattr(importance.Backbone, "resident", watching)
     monkeypatch.setattr(importance, "resident_groups", lambda layers, *_: [layers[:3], layers[3:6], layers[6:]])
-    last_token_states(dense, random_windows(3, 16).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
+    last_token_states(dense, random_windows(3, 16).ids, beside=tmp_path / "importance.csv", compute=CPU)
     assert seen == [(3, 3, 0), (3, 3, 1), (2, 2, 1)]
 
 
@@ -93,7 +99,7 @@ def test_a_model_that_overflows_is_not_ranked(dense, tmp_path):
     weights["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.inf
     save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PipelineError, match="the hidden states that leave layer 2 hold NaN or infinity"):
-        last_token_states(spoilt, random_windows(1, 8).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
+        last_token_states(spoilt, random_windows(1, 8).ids, beside=tmp_path / "importance.csv", compute=CPU)
     assert [p.name for p in tmp_path.iterdir()] == ["spoilt"]
 
 
@@ -102,7 +108,7 @@ def test_what_a_killed_ranking_left_is_removed_by_the_next(dense, tmp_path):
     left = tmp_path / f".importance.csv.new-{1 << 22}-x"
     left.mkdir()
     (left / "2.safetensors").write_text("half")
-    last_token_states(dense, random_windows(1, 8).ids, beside=tmp_path / "importance.csv", dtype=torch.float32)
+    last_token_states(dense, random_windows(1, 8).ids, beside=tmp_path / "importance.csv", compute=CPU)
     assert not left.exists()
 
 
@@ -230,7 +236,7 @@ def test_the_command_drops_the_block_that_it_measures_as_best(dense, tmp_path, c
     assert log == json.loads((tmp_path / "A/prune_log.json").read_text())
     assert log["seed"] == 3 and log["settings"]["max_batches"] == 4
     (count, how), *_ = looked_at
-    assert (count, how["batch_size"], how["max_memory"]) == (4, 3, 10**9)
+    assert (count, how["compute"].batch_size, how["compute"].max_memory) == (4, 3, 10**9)
     assert f"B holds {list(layout.b)}" in capsys.readouterr().out
 
 

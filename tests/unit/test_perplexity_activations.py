@@ -10,17 +10,18 @@ from collections import namedtuple
 import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
+from evaluation_jobs import segment_job
 from evaluation_project import evaluate, write_project
 from safetensors.torch import load_file, save_file
 
 from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, PipelineError
-from mistral_prune_lora.evaluation.stages import boundary_bytes, evaluate_stages, run_segment
+from mistral_prune_lora.evaluation.stages import boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.sizes import parse_size, size_text
 from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, require_space
 from mistral_prune_lora.storage.safetensors_file import read_header
-from mistral_prune_lora.streaming.layers import Compute
+from mistral_prune_lora.streaming.compute import Compute
 
 SHAPE, RUN = (5, 4, 8), {"ids_sha256": "0" * 64}
 Usage = namedtuple("Usage", "total used free")
@@ -250,13 +251,13 @@ def test_a_segment_of_other_windows_is_refused(tmp_path, parts):
         random_windows(3, 16, seed=seed).save(tmp_path / f"{seed}.safetensors")
     first, second = (tmp_path / f"{seed}.safetensors" for seed in (1, 2))
     kept = tmp_path / "a.safetensors"
-    run_segment(weights_dir=a, layers=[0, 1, 2], windows=first, source=None, output=kept, **settings)
+    segment_job(weights_dir=a, layers=[0, 1, 2], windows=first, source=None, output=kept, **settings)
     goes_on = {"weights_dir": bundles["B"], "layers": [3, 4], "source": kept, "output": tmp_path / "b.safetensors"}
     with pytest.raises(DataError, match="was made with another ids_sha256"):
-        run_segment(windows=second, **goes_on, **settings)
+        segment_job(windows=second, **goes_on, **settings)
     with pytest.raises(DataError, match="was made with another dtype"):
-        run_segment(windows=first, **goes_on, **{**settings, "dtype": "bf16"})
-    run_segment(windows=first, **goes_on, **settings)
+        segment_job(windows=first, **goes_on, **{**settings, "dtype": "bf16"})
+    segment_job(windows=first, **goes_on, **settings)
     assert ActivationReader(tmp_path / "b.safetensors").run["layers"] == [0, 1, 2, 3, 4]
 
 
@@ -278,14 +279,14 @@ def test_a_segment_of_fewer_windows_than_it_says_is_refused(tmp_path, parts):
     settings = {"model_dir": a, "dtype": "bf16", "device": "cpu", "windows": tmp_path / "w.safetensors"}
     random_windows(3, 16).save(tmp_path / "w.safetensors")
     kept = tmp_path / "a.safetensors"
-    run_segment(weights_dir=a, layers=[0, 1, 2], source=None, output=kept, **settings)
+    segment_job(weights_dir=a, layers=[0, 1, 2], source=None, output=kept, **settings)
     reader = ActivationReader(kept)
     for shape, dtype in (((2, 16, 64), torch.bfloat16), ((3, 16, 32), torch.bfloat16), ((3, 16, 64), torch.float16)):
         with ActivationWriter(tmp_path / "b.safetensors", shape, dtype, 8, reader.run) as out:
             out.write(0, torch.zeros(shape, dtype=dtype))
             out.finish()
         with pytest.raises(DataError, match="was made with another shape"):
-            run_segment(
+            segment_job(
                 weights_dir=bundles["B"], layers=[3, 4], source=tmp_path / "b.safetensors", output=kept, **settings
             )
 

@@ -7,12 +7,15 @@ import pandas as pd
 import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
+from evaluation_jobs import score_job, segment_job
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.evaluation.stages import Teacher, evaluate_stages, run_segment, score_stage
+from mistral_prune_lora.evaluation.scoring import DenseAnswers
+from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree, shared_segments, stage_run
-from mistral_prune_lora.streaming.layers import Backbone, Compute
+from mistral_prune_lora.streaming.backbone import Backbone
+from mistral_prune_lora.streaming.compute import Compute
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 SETTINGS = {"dtype": "bf16", "device": "cpu", "batch_size": 2}
@@ -34,13 +37,13 @@ def jobs(tmp_path):
         teacher = {"teacher_hidden": folder / "dense.safetensors", "dense_dir": dense}
         whole = {"stage": "FULL", "model_dir": dense, "weights_dir": dense, "layers": range(8), "source": None}
         outputs = {"result_json": folder / "dense.json", "window_parquet": folder / "dense.parquet"}
-        results = {"dense": score_stage(**whole, **given, **outputs, final_hidden=teacher["teacher_hidden"])}
+        results = {"dense": score_job(**whole, **given, **outputs, final_hidden=teacher["teacher_hidden"])}
         for s in shared_segments(tree):
             ends = {"source": file(s.parent), "output": file(s.name)}
-            run_segment(model_dir=a, weights_dir=holders[s.part], layers=s.layers, **ends, **given)
+            segment_job(model_dir=a, weights_dir=holders[s.part], layers=s.layers, **ends, **given)
         for stage in STAGES:
             start, tail = stage_run(tree, stage)
-            results[stage] = score_stage(
+            results[stage] = score_job(
                 stage=stage,
                 model_dir=a,
                 weights_dir=holders[tail.part],
@@ -61,8 +64,8 @@ def test_jobs_give_the_bits_of_one_process(tmp_path, jobs):
     results = jobs(tmp_path / "jobs")
     windows, compute = random_windows(5, 24), Compute(torch.device("cpu"), torch.bfloat16, 2)
     subject = Subject.open(tmp_path / "A", {part: tmp_path / "bundles" / part for part in "BC"})
-    teacher = Teacher(Subject.open(tmp_path / "dense").model, tmp_path / "jobs/dense.safetensors")
-    together = evaluate_stages(subject, STAGES, windows, compute, work_dir=tmp_path / "work", teacher=teacher)
+    teacher = DenseAnswers(Subject.open(tmp_path / "dense").model, tmp_path / "jobs/dense.safetensors")
+    together = evaluate_stages(subject, STAGES, windows, compute, work_dir=tmp_path / "work", dense=teacher)
     for stage, expected in zip(STAGES, together, strict=True):
         found = results[stage]
         for column in ("nll", "correct", "kl", "agree"):
@@ -83,11 +86,11 @@ def test_jobs_give_the_bits_of_one_process(tmp_path, jobs):
 def test_interrupted_jobs_repeat_no_pass(tmp_path, jobs, monkeypatch):
     calls, forward, limit = [], Backbone.__call__, [None]
 
-    def call(self, hidden):
+    def call(self, hidden, watch=None):
         if len(calls) == limit[0]:
             raise KeyboardInterrupt
         calls.append(1)
-        return forward(self, hidden)
+        return forward(self, hidden, watch)
 
     monkeypatch.setattr(Backbone, "__call__", call)
     expected = jobs(tmp_path / "undisturbed")
@@ -109,7 +112,7 @@ def test_answers_of_a_teacher_to_other_windows_are_refused(tmp_path, jobs):
     jobs(tmp_path / "jobs")
     random_windows(5, 24, seed=7).save(tmp_path / "windows.safetensors")
     with pytest.raises(DataError, match="was made with another ids_sha256"):
-        score_stage(
+        score_job(
             stage="FULL",
             model_dir=tmp_path / "dense",
             weights_dir=tmp_path / "dense",

@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 
 from mistral_prune_lora.errors import DataError, LayoutError
 from mistral_prune_lora.evaluation import perplexity
-from mistral_prune_lora.evaluation import runs as evaluation_runs
-from mistral_prune_lora.evaluation.stages import Teacher, boundary_bytes, evaluate_stages
+from mistral_prune_lora.evaluation.scoring import DenseAnswers
+from mistral_prune_lora.evaluation.stages import boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.results.summary import check_same_ids
 from mistral_prune_lora.storage.activations import ActivationReader
-from mistral_prune_lora.streaming.layers import Compute
+from mistral_prune_lora.streaming import run
+from mistral_prune_lora.streaming.compute import Compute
 
 CPU = torch.device("cpu")
 CONTIGUOUS, SCATTERED, FIRST_AND_LAST = Layout(8, (3, 4), (5, 6)), Layout(8, (1, 6), (3,)), Layout(8, (0,), (7,))
@@ -75,8 +76,8 @@ def test_pruned_full_is_the_dense_model_bit_for_bit(tmp_path, parts):
     dense = Subject.open(dense_dir)
     final = tmp_path / "final.safetensors"
     (whole,) = evaluate_stages(dense, ["FULL"], windows, compute, work_dir=tmp_path / "w", final_hidden=final)
-    teacher = Teacher(dense.model, final)
-    results = list(evaluate_stages(pruned, STAGES, windows, compute, work_dir=tmp_path / "w", teacher=teacher))
+    teacher = DenseAnswers(dense.model, final)
+    results = list(evaluate_stages(pruned, STAGES, windows, compute, work_dir=tmp_path / "w", dense=teacher))
     full = results[-1]
     np.testing.assert_array_equal(full.scores.nll, whole.scores.nll)
     for key in ("ppl", "mean_nll", "ids_sha256", "parameters", "active_layers", "weights_sha256", "weights"):
@@ -102,7 +103,7 @@ def test_kl_and_agreement_equal_those_of_whole_logits(tmp_path, parts):
     dense = Subject.open(dense_dir)
     list(evaluate_stages(dense, ["FULL"], windows, compute, work_dir=tmp_path / "w", final_hidden=final))
     (a,) = evaluate_stages(
-        pruned, ["A"], windows, compute, work_dir=tmp_path / "w", teacher=Teacher(dense.model, final)
+        pruned, ["A"], windows, compute, work_dir=tmp_path / "w", dense=DenseAnswers(dense.model, final)
     )
     from mistral_prune_lora.models.load import load_model
 
@@ -135,10 +136,10 @@ def test_a_small_memory_budget_gives_the_same_bits(tmp_path, parts, monkeypatch)
     ample, tight = Compute(CPU, torch.float32, 2, 10**9), Compute(CPU, torch.float32, 2, 450_000)
     first = list(evaluate_stages(parts[1], STAGES, windows, ample, work_dir=tmp_path / "ample"))
     seen = []
-    original = evaluation_runs.resident_groups
-    monkeypatch.setattr(evaluation_runs, "resident_groups", lambda *args: seen.append(original(*args)) or seen[-1])
+    original = run.resident_groups
+    monkeypatch.setattr(run, "resident_groups", lambda *args: seen.append(original(*args)) or seen[-1])
     second = list(evaluate_stages(parts[1], STAGES, windows, tight, work_dir=tmp_path / "tight"))
-    assert sorted(map(len, seen)) == [1, 1, 2, 2, 3, 3], "the budget must have split segments and tails"
+    assert sorted(map(len, seen)) == [1, 1, 2, 3, 3], "the budget must have split segments and tails"
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a.scores.nll, b.scores.nll)
     assert not list((tmp_path / "tight").glob(".*")), "scratch files must be gone"
@@ -147,14 +148,14 @@ def test_a_small_memory_budget_gives_the_same_bits(tmp_path, parts, monkeypatch)
 def counted(monkeypatch) -> list[int]:
     """A list that every layer enters when it is made resident, which is once for all windows."""
     passes = []
-    original = evaluation_runs.Backbone.resident
+    original = run.Backbone.resident
 
     def counting(self, groups):
         for group in original(self, groups):
             passes.extend(source.index for source in group)
             yield group
 
-    monkeypatch.setattr(evaluation_runs.Backbone, "resident", counting)
+    monkeypatch.setattr(run.Backbone, "resident", counting)
     return passes
 
 
@@ -203,7 +204,7 @@ def test_activations_of_other_windows_are_refused(tmp_path, parts):
     with pytest.raises(DataError, match="ids_sha256"):
         list(
             evaluate_stages(
-                parts[1], ["A"], others, compute, work_dir=tmp_path / "w", teacher=Teacher(dense.model, final)
+                parts[1], ["A"], others, compute, work_dir=tmp_path / "w", dense=DenseAnswers(dense.model, final)
             )
         )
 

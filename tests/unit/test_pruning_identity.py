@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cut_model import random_windows, save_dense
+from evaluation_jobs import score_job, segment_job
 from merge_oracle import edit_json, edit_tensors, random_adapter
 from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM
@@ -14,14 +15,14 @@ from transformers import AutoModelForCausalLM
 from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning, read_identity
 from mistral_prune_lora.distillation.train import LoraSettings, LossSettings, OptimiserSettings, train_adapter
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.evaluation.stages import evaluate_stages, run_segment, score_stage
+from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.models.load import load_model, restore_bundle
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.cut import prune_model
-from mistral_prune_lora.streaming.layers import Compute
+from mistral_prune_lora.streaming.compute import Compute
 
 LAYOUT = Layout(5, (1, 2), (3,))
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -207,16 +208,16 @@ def test_parts_of_two_prunings_are_not_evaluated(there, tmp_path):
 def test_jobs_of_the_workflow_refuse_them_too(there, tmp_path, capsys):
     ours, theirs = parts_of(there), parts_of(there, "other")
     common = {"model_dir": ours["A"], "windows": there / "windows.safetensors", "dtype": "fp32", "device": "cpu"}
-    run_segment(**common, weights_dir=ours["A"], layers=[0], source=None, output=tmp_path / "first.safetensors")
+    segment_job(**common, weights_dir=ours["A"], layers=[0], source=None, output=tmp_path / "first.safetensors")
     source = tmp_path / "first.safetensors"
     with pytest.raises(LayoutError, match=REFUSED):
-        run_segment(**common, weights_dir=theirs["B"], layers=[1, 2], source=source, output=tmp_path / "B.safetensors")
+        segment_job(**common, weights_dir=theirs["B"], layers=[1, 2], source=source, output=tmp_path / "B.safetensors")
     assert not (tmp_path / "B.safetensors").exists()
     ends = {"result_json": tmp_path / "r.json", "window_parquet": tmp_path / "r.parquet"}
     with pytest.raises(LayoutError, match=REFUSED):
-        score_stage(**common, **ends, stage="AB", weights_dir=theirs["B"], layers=[1, 2], source=source)
+        score_job(**common, **ends, stage="AB", weights_dir=theirs["B"], layers=[1, 2], source=source)
     assert not (tmp_path / "r.json").exists()
-    score_stage(**common, **ends, stage="AB", weights_dir=ours["B"], layers=[1, 2], source=source)
+    score_job(**common, **ends, stage="AB", weights_dir=ours["B"], layers=[1, 2], source=source)
     assert read(tmp_path, "r.json")[KEY] == read_identity(ours["A"])
     assert unknown_lines(capsys) == []
 

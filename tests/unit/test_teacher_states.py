@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError, PipelineError
-from mistral_prune_lora.evaluation import runs as evaluation_runs
 from mistral_prune_lora.provenance import file_sha256
+from mistral_prune_lora.streaming import run
+from mistral_prune_lora.streaming.compute import Compute
 
 TIGHT = {torch.float32: 620_000, torch.bfloat16: 380_000}  # bytes: three of eight layers, or four
 
@@ -31,14 +32,14 @@ def plain_states(dense, windows, dtype, batch_size):
 
 def groups_of(monkeypatch):
     """Lists what is resident together, of every run."""
-    seen, original = [], evaluation_runs.resident_groups
+    seen, original = [], run.resident_groups
 
     def watching(*args):
         groups = original(*args)
         seen.append([len(group) for group in groups])
         return groups
 
-    monkeypatch.setattr(evaluation_runs, "resident_groups", watching)
+    monkeypatch.setattr(run, "resident_groups", watching)
     return seen
 
 
@@ -48,7 +49,7 @@ def test_they_are_those_of_the_whole_model(tmp_path, monkeypatch, config, dtype,
     dense, windows = save_dense(tmp_path / "dense", **config), random_windows(5, 16)
     seen, files = groups_of(monkeypatch), []
     for name, memory in (("ample", None), ("tight", TIGHT[dtype])):
-        teacher_states(dense, windows, tmp_path / name, dtype=dtype, batch_size=batch_size, max_memory=memory)
+        teacher_states(dense, windows, tmp_path / name, compute=Compute(torch.device("cpu"), dtype, batch_size, memory))
         files.append((tmp_path / name).read_bytes())
     assert seen[0] == [8] and max(seen[1]) <= 4 and len(seen) == 2
     assert torch.equal(load_file(tmp_path / "ample")["hidden_states"], plain_states(dense, windows, dtype, batch_size))
@@ -58,7 +59,7 @@ def test_they_are_those_of_the_whole_model(tmp_path, monkeypatch, config, dtype,
 
 def test_they_say_which_teacher_and_which_ids_they_belong_to(tmp_path, dense):
     windows = random_windows(3, 16)
-    teacher_states(dense, windows, tmp_path / "states", dtype=torch.float32, batch_size=2)
+    teacher_states(dense, windows, tmp_path / "states", compute=Compute.named("cpu", "fp32", 2))
     with safe_open(tmp_path / "states", "pt") as file:
         record = json.loads(file.metadata()["run"])
     assert record == {
@@ -71,10 +72,10 @@ def test_they_say_which_teacher_and_which_ids_they_belong_to(tmp_path, dense):
 @pytest.mark.parametrize(("memory", "stop", "again"), [(None, 1, [1, 2]), (TIGHT[torch.float32], 4, [1, 2, 0, 1, 2])])
 def test_a_killed_run_goes_on_where_it_was_stopped(tmp_path, dense, monkeypatch, memory, stop, again):
     """With all layers in memory, and in three groups, stopped in the second; three batches in each."""
-    windows, write, written = random_windows(5, 16), evaluation_runs.ActivationWriter.write, []
+    windows, write, written = random_windows(5, 16), run.ActivationWriter.write, []
 
     def make(name):
-        teacher_states(dense, windows, tmp_path / name, dtype=torch.float32, batch_size=2, max_memory=memory)
+        teacher_states(dense, windows, tmp_path / name, compute=Compute.named("cpu", "fp32", 2, memory))
 
     def stopping(writer, batch, hidden):
         if len(written) == stop:
@@ -83,7 +84,7 @@ def test_a_killed_run_goes_on_where_it_was_stopped(tmp_path, dense, monkeypatch,
         write(writer, batch, hidden)
 
     make("undisturbed")
-    monkeypatch.setattr(evaluation_runs.ActivationWriter, "write", stopping)
+    monkeypatch.setattr(run.ActivationWriter, "write", stopping)
     with pytest.raises(KeyboardInterrupt):
         make("states")
     assert not (tmp_path / "states").exists()
@@ -94,17 +95,17 @@ def test_a_killed_run_goes_on_where_it_was_stopped(tmp_path, dense, monkeypatch,
 
 
 def test_a_killed_run_of_other_batches_is_not_gone_on_with(tmp_path, dense, monkeypatch):
-    windows, write = random_windows(5, 16), evaluation_runs.ActivationWriter.write
+    windows, write = random_windows(5, 16), run.ActivationWriter.write
 
     def stopping(writer, batch, hidden):
         if batch == 4:
             raise KeyboardInterrupt
         write(writer, batch, hidden)
 
-    monkeypatch.setattr(evaluation_runs.ActivationWriter, "write", stopping)
+    monkeypatch.setattr(run.ActivationWriter, "write", stopping)
     with pytest.raises(KeyboardInterrupt):
-        teacher_states(dense, windows, tmp_path / "states", dtype=torch.float32)
-    teacher_states(dense, windows, tmp_path / "states", dtype=torch.float32, batch_size=2)
+        teacher_states(dense, windows, tmp_path / "states", compute=Compute.named("cpu", "fp32"))
+    teacher_states(dense, windows, tmp_path / "states", compute=Compute.named("cpu", "fp32", 2))
     expected = plain_states(dense, windows, torch.float32, 2)
     assert torch.equal(load_file(tmp_path / "states")["hidden_states"], expected)
 
@@ -114,15 +115,15 @@ def test_a_teacher_that_overflows_is_refused(tmp_path, dense):
     weights["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.inf
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PipelineError, match="holds NaN or infinity"):
-        teacher_states(dense, random_windows(2, 16), tmp_path / "states", dtype=torch.float16)
+        teacher_states(dense, random_windows(2, 16), tmp_path / "states", compute=Compute.named("cpu", "fp16"))
     assert not (tmp_path / "states").exists()
 
 
 def test_a_teacher_that_is_too_large_or_incomplete_writes_nothing(tmp_path, dense):
     windows = random_windows(2, 16)
     with pytest.raises(PipelineError, match="do not fit into 1KB"):
-        teacher_states(dense, windows, tmp_path / "states", dtype=torch.float32, max_memory=1000)
+        teacher_states(dense, windows, tmp_path / "states", compute=Compute.named("cpu", "fp32", max_memory=1000))
     (dense / "model.safetensors").write_bytes((dense / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(CheckpointError):
-        teacher_states(dense, windows, tmp_path / "states", dtype=torch.float32)
+        teacher_states(dense, windows, tmp_path / "states", compute=Compute.named("cpu", "fp32"))
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]

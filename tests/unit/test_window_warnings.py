@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
+from evaluation_jobs import score_job
 from evaluation_project import LAYOUT, evaluate
 from tiny import save_tokenizer
 
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.distillation.train import OptimiserSettings, train_adapter
-from mistral_prune_lora.evaluation.stages import score_stage
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import make_windows
 
@@ -73,7 +73,7 @@ def test_jobs_and_training_keep_warnings_too(folder, capsys):
     text = load_text(text_files=[folder / "text.txt"])
     windows = make_windows(text, load_tokenizer(folder / "strange"), seqlen=64, max_windows=4)
     windows.save(folder / "w.safetensors")
-    found = score_stage(
+    found = score_job(
         stage="A", model_dir=folder / "A", weights_dir=folder / "A", layers=LAYOUT.kept, source=None,
         windows=folder / "w.safetensors", result_json=folder / "r.json", window_parquet=folder / "r.parquet",
         dtype="fp32", device="cpu",
@@ -92,7 +92,7 @@ def test_jobs_and_training_keep_warnings_too(folder, capsys):
 def test_a_model_without_a_tokenizer_has_none_to_differ_from(folder):
     shutil.copytree(folder / "A", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     random_windows(2, 32).save(folder / "w.safetensors")
-    found = score_stage(
+    found = score_job(
         stage="A", model_dir=folder / "bare", weights_dir=folder / "bare", layers=LAYOUT.kept, source=None,
         windows=folder / "w.safetensors", result_json=folder / "r.json", window_parquet=folder / "r.parquet",
         dtype="fp32", device="cpu",

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.checkpoints.adapter_config import ELSEWHERE, AdapterConfig
-from mistral_prune_lora.checkpoints.checkpoint import LAYER_PREFIX
-from mistral_prune_lora.checkpoints.tensor_names import HEAD_MODULE, LAYERS, layer_prefix
+from mistral_prune_lora.checkpoints.tensor_names import HEAD_MODULE, LAYER_PREFIX, LAYERS, layer_prefix
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.dtypes import FLOATS

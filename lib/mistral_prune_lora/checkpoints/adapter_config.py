@@ -14,7 +14,7 @@ from pathlib import Path
 
 import regex
 
-from mistral_prune_lora.checkpoints.checkpoint import LAYER_PREFIX
+from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.storage.json_file import read_json
 

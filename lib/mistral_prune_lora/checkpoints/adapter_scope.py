@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.checkpoints.adapter import WEIGHTS_FILE, Adapter, open_adapter
-from mistral_prune_lora.checkpoints.checkpoint import LAYER_PREFIX
-from mistral_prune_lora.checkpoints.tensor_names import layer_prefix
+from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX, layer_prefix
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.storage.json_file import read_json_if_there

@@ -8,7 +8,7 @@ from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.family_tensors import check_model_tensors
 from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files
 from mistral_prune_lora.errors import CheckpointError, SourceError
-from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.models.config import model_config
 
 
 def check_dense(path: str | Path) -> None:

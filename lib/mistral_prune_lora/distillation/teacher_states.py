@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.distillation.teacher_record import teacher_record, weight_digests
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.evaluation.runs import Ending, Start, run_to_file
-from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.models.ends import build_norm
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.outputs import Output, claim
-from mistral_prune_lora.streaming.layers import Compute, LayerSource, build_norm
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+from mistral_prune_lora.streaming.passage import Passage
+from mistral_prune_lora.streaming.run import KeptActivations, run_layers
 from mistral_prune_lora.text.windows import Windows
 
 
@@ -23,10 +21,7 @@ def teacher_states(
     windows: Windows,
     output: str | Path,
     *,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    batch_size: int = 1,
-    max_memory: int | None = None,
+    compute: Compute,
     overwrite: bool = False,
 ) -> None:
     """Run the dense model over the training windows once and keep its final hidden states (after the norm).
@@ -37,27 +32,27 @@ def teacher_states(
     Args:
         teacher_dir: the dense model.
         windows: the training windows.
-        output: a file of activations, see activations.py, in `dtype`; its record names the token ids and the teacher,
-            which are checked when it is read.
-        dtype, device, batch_size: of the teacher's forward pass.
-        max_memory: bytes to use on the device; None means a share of what is free.
+        output: a file of activations, see activations.py, in the compute dtype; its record names the token ids and the
+            teacher, which are checked when it is read.
+        compute: of the teacher's forward pass.
         overwrite: replace what holds no such states, too; never the teacher.
 
     Raises:
         CheckpointError: weights are missing or do not fit.
+        DataError: a token id that the teacher has no embedding for.
         PipelineError: the output may not be written, see `outputs.claim`; memory or disk space does not suffice,
             another process is writing `output`, or the model overflows.
     """
     claim([states_output(output)], [teacher_dir], overwrite=overwrite)
-    compute = Compute(resolve_device(device), dtype, batch_size, max_memory)
     teacher = open_checkpoint(teacher_dir)
-    config = model_config(teacher)
-    norm = build_norm(config, teacher, dtype, compute.device)
+    passage = Passage(teacher, windows, compute)
+    norm = build_norm(passage.config, teacher, compute.dtype, compute.device)
     # With the batch size, since a run that goes on must cut the same batches.
-    record = teacher_record(windows, weight_digests(teacher_dir)) | {"batch_size": batch_size}
-    layers = [LayerSource(index, teacher) for index in range(config.num_hidden_layers)]
-    start = Start(teacher, windows, compute, None)
-    run_to_file(start, layers, windows, config, compute, Path(output), Ending(norm, record))
+    record = teacher_record(windows, weight_digests(teacher_dir)) | {"batch_size": compute.batch_size}
+    layers = [LayerSource(index, teacher) for index in range(passage.config.num_hidden_layers)]
+    with KeptActivations(output, passage.shape, compute, record, change=norm) as states:
+        run_layers(passage, passage.origin(None), layers, states)
+        states.finish()
 
 
 def states_output(path: str | Path) -> Output:

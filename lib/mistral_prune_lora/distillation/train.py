@@ -26,7 +26,8 @@ from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings,
 from mistral_prune_lora.distillation.teacher_record import open_teacher_states, weight_digests
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.models.load import head_name, load_model
+from mistral_prune_lora.models.config import head_name
+from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.provenance import PACKAGE, versions
 from mistral_prune_lora.storage.dtypes import torch_name
 from mistral_prune_lora.storage.finite import all_finite

@@ -12,7 +12,6 @@ from pathlib import Path
 from mistral_prune_lora.argument_types import LeftOut
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, load_tokenizer
-from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import AdapterError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation.adapters import open_peft_adapters
 from mistral_prune_lora.evaluation.inputs import Inputs, sort_inputs
@@ -31,22 +30,21 @@ from mistral_prune_lora.evaluation.report import (
     write_results,
     write_table,
 )
+from mistral_prune_lora.evaluation.result import StageResult
+from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.evaluation.stages import (
-    StageResult,
-    Teacher,
     boundary_bytes,
     evaluate_stages,
-    hidden_bytes,
     stages_of,
 )
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.storage.activations import require_space
-from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.transaction import check_place
-from mistral_prune_lora.streaming.layers import Compute
+from mistral_prune_lora.streaming.compute import Compute
+from mistral_prune_lora.streaming.passage import Passage
 from mistral_prune_lora.text.sources import Text, load_text
 from mistral_prune_lora.text.windows import Windows, make_windows
 
@@ -74,7 +72,7 @@ def run(args: argparse.Namespace) -> list[StageResult]:
     stages = _stages(args.stages, inputs)
     folders = [folder for _, folder in inputs.models]
     check = _claim(args, [*folders, *(_tokenizer_place(args, folder) for folder in folders)])
-    compute = Compute(resolve_device(args.device), COMPUTE_DTYPES[args.dtype], args.batch_size, args.max_memory)
+    compute = Compute.named(args.device, args.dtype, args.batch_size, args.max_memory)
     print(
         opening(
             {
@@ -181,7 +179,7 @@ class _Evaluation:
         self._args, self._compute, self._text, self._stages = args, compute, text, stages
         self._models = inputs.models
         self._folder = Path(args.work_dir) if args.work_dir else default_work_dir(args)
-        self._teacher: tuple[Teacher, str] | None = None
+        self._dense: tuple[DenseAnswers, str] | None = None
         self.results: list[StageResult] = []
 
     def evaluate(self, subject: Subject, number: int, count: int) -> None:
@@ -198,16 +196,16 @@ class _Evaluation:
         model_type = subject.model.config["model_type"]
         print(model_lines(model_type, subject.layout, len(kept), subject.parameters(kept), self._compute.device))
         print(windows_line(windows.identity, self._limits(), self._args.seed))
-        teaches = subject.is_dense and not subject.adapters and self._teacher is None and number < count
-        teacher = self._teacher[0] if self._teacher and self._teacher[1] == windows.identity.ids_sha256 else None
-        self._announce_space(subject, wanted, windows, teacher, teaches)
+        teaches = subject.is_dense and not subject.adapters and self._dense is None and number < count
+        dense = self._dense[0] if self._dense and self._dense[1] == windows.identity.ids_sha256 else None
+        self._announce_space(subject, wanted, windows, dense, teaches)
         results = evaluate_stages(
             subject,
             wanted,
             windows,
             self._compute,
             work_dir=self._folder,
-            teacher=teacher,
+            dense=dense,
             final_hidden=self._hidden_file(windows) if teaches else None,
             keep_parts=bool(self._args.work_dir),
         )
@@ -220,16 +218,16 @@ class _Evaluation:
             self.results.append(result)
             print(box(result.record), flush=True)
         if teaches:
-            self._teacher = (Teacher(subject.model, self._hidden_file(windows)), windows.identity.ids_sha256)
+            self._dense = (DenseAnswers(subject.model, self._hidden_file(windows)), windows.identity.ids_sha256)
 
     def _announce_space(
-        self, subject: Subject, stages: Sequence[str], windows: Windows, teacher: Teacher | None, teaches: bool
+        self, subject: Subject, stages: Sequence[str], windows: Windows, dense: DenseAnswers | None, teaches: bool
     ) -> None:
         """Say how much disk the boundary activations take; what is there already needs no more."""
         space = boundary_bytes(
-            subject, stages, windows, self._compute, teacher=teacher, keep_parts=bool(self._args.work_dir)
+            subject, stages, windows, self._compute, dense=dense, keep_parts=bool(self._args.work_dir)
         )
-        space += hidden_bytes(subject.model, windows, self._compute.dtype) if teaches else 0
+        space += Passage(subject.model, windows, self._compute).nbytes if teaches else 0
         if space:
             print(f"  Boundary activations: {space / 1e6:.1f} MB at most, in {self._folder}")
             there = sum(file.stat().st_blocks * 512 for file in self._folder.glob("*") if file.is_file())

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
-from mistral_prune_lora.models.load import head_name, model_config
+from mistral_prune_lora.checkpoints.tensor_names import NORM
+from mistral_prune_lora.models.config import head_name, model_config
+from mistral_prune_lora.models.ends import build_norm
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.finite import all_finite, tensor_fault
-from mistral_prune_lora.streaming.layers import build_norm
 
 # In one block: 32 MB of float32. Smaller ones read the projection too often, larger ones leave the cache.
 BLOCK_LOGITS = 1 << 23
@@ -38,7 +39,7 @@ class Head:
         """
         self._norm: nn.Module = build_norm(model_config(checkpoint), checkpoint, dtype, device)
         self._weight = checkpoint.read(head_name(checkpoint), dtype).to(device)
-        for name, weight in (("model.norm.weight", self._norm.weight), (head_name(checkpoint), self._weight)):
+        for name, weight in ((NORM, self._norm.weight), (head_name(checkpoint), self._weight)):
             if not all_finite(weight):
                 raise tensor_fault(checkpoint.entries[name], dtype)
         self.vocabulary = self._weight.shape[0]

@@ -8,7 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from mistral_prune_lora.errors import printable
-from mistral_prune_lora.evaluation.stages import StageResult
+from mistral_prune_lora.evaluation.result import StageResult
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.results.statistics import compare_stages
 from mistral_prune_lora.storage.json_file import write_json

@@ -1,153 +1,24 @@
-"""Perplexity of stages from a tree of segments: every run of layers that stages share is computed once.
-
-Two faces of one engine. `run_segment` and `score_stage` are jobs of their own in the workflow, with boundary
-activations as files between them. `evaluate_stages` does all of it in one process, in a folder that survives a kill.
-"""
+"""Perplexity of stages in one process: a tree of segments, in which layers that stages share are run once."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning
-from mistral_prune_lora.device import resolve_device
-from mistral_prune_lora.errors import LayoutError, NumberError
+from mistral_prune_lora.checkpoints.pruning_identity import KEY
+from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation.perplexity import head_bytes
-from mistral_prune_lora.evaluation.runs import Scoring, Start, Teacher, run_to_file
-from mistral_prune_lora.evaluation.subject import Subject, extend_record, start_record
+from mistral_prune_lora.evaluation.result import StageResult, stage_result
+from mistral_prune_lora.evaluation.scoring import DenseAnswers, Scoring
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Segment, segment_tree, shared_segments
-from mistral_prune_lora.models.load import model_config
-from mistral_prune_lora.provenance import record_sha256
-from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.storage.activations import open_finished
-from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
-from mistral_prune_lora.storage.json_file import write_json
-from mistral_prune_lora.storage.transaction import atomic_file
-from mistral_prune_lora.streaming.layers import Compute, LayerSource, embedding_bytes, resident_groups
+from mistral_prune_lora.streaming.compute import Compute, resident_groups
+from mistral_prune_lora.streaming.passage import Origin, Passage, embedding_bytes
+from mistral_prune_lora.streaming.record import RunRecord
+from mistral_prune_lora.streaming.run import run_layers, run_to_file
 from mistral_prune_lora.text.doubts import warn_of
-from mistral_prune_lora.text.windows import PROTOCOL, Windows
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """One stage, measured.
-
-    Attributes:
-        record: the result with everything that identifies it, ready for JSON.
-        scores: of every window.
-    """
-
-    record: dict
-    scores: WindowScores
-
-    def save(self, result_json: str | Path, window_parquet: str | Path | None = None) -> None:
-        """Write the record as JSON and the windows' scores as parquet; each whole or not at all."""
-        if window_parquet is not None:
-            self.scores.save(window_parquet, self.record["seqlen"] - 1)
-        with atomic_file(result_json) as fresh:
-            write_json(fresh, self.record)
-
-
-def run_segment(
-    *,
-    model_dir: str | Path,
-    weights_dir: str | Path,
-    layers: Sequence[int],
-    windows: str | Path,
-    source: str | Path | None,
-    output: str | Path,
-    dtype: str,
-    device: str = "auto",
-    batch_size: int = 1,
-    max_memory: int | None = None,
-) -> None:
-    """Run windows through the layers of one segment and keep the boundary activations at its end.
-
-    A killed run is continued from its last finished batch, with the bits of an undisturbed one.
-
-    Args:
-        model_dir: the A model, merged A or dense model: configuration, and embedding if `source` is None.
-        weights_dir: the model or bundle that holds the layers.
-        layers: original indices, ascending.
-        windows: a file of windows.
-        source: the parent segment's activations; None starts from the token ids.
-        output: safetensors with "hidden_states", shape (windows, seqlen, hidden), in the compute dtype.
-        dtype: "bf16", "fp16" or "fp32", of weights and activations.
-        device: as for `device.resolve_device`.
-        batch_size: windows that go through a layer together.
-        max_memory: bytes to use on the device; None means a share of what is free.
-
-    Raises:
-        DataError: `windows` or `source` is not what it should be, or `source` was made of other windows.
-        CheckpointError, LayoutError: weights are missing or do not fit, or are of another pruning than the model.
-        NumberError: weights or hidden states hold NaN or infinity.
-        PipelineError: memory or disk space does not suffice, or another process is writing `output`.
-    """
-    compute = Compute(resolve_device(device), COMPUTE_DTYPES[dtype], batch_size, max_memory)
-    model, holder = open_checkpoint(model_dir), _open_weights(model_dir, weights_dir)
-    check_same_pruning([model.path, holder.path])
-    cut = Windows.load(windows)
-    config = model_config(model)
-    print(f"boundary activations: {hidden_bytes(model, cut, compute.dtype) / 1e6:.1f} MB in {output}", file=sys.stderr)
-    start = Start(model, cut, compute, source or None)
-    run_to_file(start, [LayerSource(i, holder) for i in layers], cut, config, compute, Path(output))
-
-
-def score_stage(
-    *,
-    stage: str,
-    model_dir: str | Path,
-    weights_dir: str | Path,
-    layers: Sequence[int],
-    windows: str | Path,
-    source: str | Path | None,
-    result_json: str | Path,
-    window_parquet: str | Path,
-    dtype: str,
-    device: str = "auto",
-    batch_size: int = 1,
-    max_memory: int | None = None,
-    final_hidden: str | Path | None = None,
-    teacher_hidden: str | Path | None = None,
-    dense_dir: str | Path | None = None,
-    names: Mapping[str, str] | None = None,
-) -> StageResult:
-    """Run a stage's tail from its last boundary activations, and score every window.
-
-    Args:
-        stage: "A", "AB" or "FULL"; a dense model is "FULL".
-        model_dir: the A model, merged A or dense model: configuration, norm and head.
-        weights_dir: the model or bundle that holds the tail.
-        layers: the tail's original indices; empty if the stage ends where `source` ends.
-        windows, source, dtype, device, batch_size, max_memory: as for `run_segment`.
-        result_json: the result, see `StageResult`.
-        window_parquet: NLL and the rest, a row a window.
-        final_hidden: also keep the final hidden states (before the norm) in this file, for others to compare with.
-        teacher_hidden, dense_dir: the dense model's final hidden states and its directory; both or neither.
-        names: added to the result: experiment, dataset, variant, whatever the caller calls it.
-
-    Raises:
-        As `run_segment`. NumberError also for a score or perplexity that is no number; nothing is written then.
-    """
-    compute = Compute(resolve_device(device), COMPUTE_DTYPES[dtype], batch_size, max_memory)
-    subject, holder = Subject.open(model_dir), _open_weights(model_dir, weights_dir)
-    identity = check_same_pruning([subject.model.path, holder.path])
-    teacher = Teacher(open_checkpoint(dense_dir), Path(teacher_hidden)) if teacher_hidden and dense_dir else None
-    cut = Windows.load(windows)
-    doubts = warn_of(subject.model, cut)
-    job = Scoring(subject.model, cut, compute, _beside(result_json, "scores"), teacher, final_hidden or None)
-    start = Start(subject.model, cut, compute, source or None)
-    record, scores = job.run(start, [LayerSource(i, holder) for i in layers], f"stage {stage}")
-    about = {"stage": stage, "label": subject.label(stage), KEY: identity}
-    result = _result({**(names or {}), **about}, record, scores, cut, compute, doubts)
-    result.save(result_json, window_parquet)
-    job.forget()
-    return result
+from mistral_prune_lora.text.windows import Windows
 
 
 def evaluate_stages(
@@ -157,7 +28,7 @@ def evaluate_stages(
     compute: Compute,
     *,
     work_dir: str | Path,
-    teacher: Teacher | None = None,
+    dense: DenseAnswers | None = None,
     final_hidden: str | Path | None = None,
     keep_parts: bool = False,
 ) -> Iterator[StageResult]:
@@ -174,46 +45,64 @@ def evaluate_stages(
         windows: the token ids.
         compute: device, dtype, batch size, memory.
         work_dir: where boundary activations and unfinished scores go.
-        teacher: the dense model's answers, for KL and top-1 agreement.
+        dense: the dense model's answers, for KL and top-1 agreement.
         final_hidden: keep the final hidden states of the last stage here.
         keep_parts: keep activations wherever the layers of another part begin, and not only where stages part: disk
             space for a later evaluation with another bundle.
 
     Raises:
-        LayoutError: a stage needs a bundle that is not given. Others as `score_stage`.
+        LayoutError: a stage needs a bundle that is not given. Others as `jobs.score_stage`.
     """
-    wanted, doubts = stages_of(subject, stages), warn_of(subject.model, windows)
-    tree = segment_tree(subject.layout, wanted)
-    sources = {segment.name: subject.sources(segment.layers) for segment in tree}
-    config, folder = model_config(subject.model), Path(work_dir)
-    records: dict[str | None, dict] = {None: start_record(subject.model, windows, compute.dtype)}
-    for segment in tree:
-        records[segment.name] = extend_record(records[segment.parent], sources[segment.name], compute)
-    files = {name: folder / f"{record_sha256(record)[:24]}.safetensors" for name, record in records.items() if name}
-    # What an earlier evaluation has left is started from, whether this one would keep it or not.
-    there = {name for name, file in files.items() if open_finished(file, records[name])}
-    kept = _kept(tree, keep_parts, there)
-
-    def boundary(name: str | None) -> Start:
-        """The activations at the end of a shared segment, computed now if they are not there."""
-        if name is None:
-            return Start(subject.model, windows, compute, None)
-        if name not in there:
-            start, layers = _way(tree, kept, kept[name])
-            run_to_file(boundary(start), subject.sources(layers), windows, config, compute, files[name])
-            there.add(name)
-        return Start(subject.model, windows, compute, files[name])
-
+    wanted, passage = stages_of(subject, stages), Passage(subject.model, windows, compute)
+    doubts, tree = warn_of(subject.model, windows), segment_tree(subject.layout, wanted)
+    boundaries = _Boundaries(passage, subject, tree, Path(work_dir), keep_parts)
     for stage in wanted:
-        parent, tail = _tail(tree, kept, stage)
-        tail_sources = subject.sources(tail)
-        record = extend_record(records[parent], tail_sources, compute)
+        parent, tail = _tail(tree, boundaries.kept, stage)
+        sources = subject.sources(tail)
+        run, words = boundaries.records[parent].after(sources, compute), f"stage {stage}"
+        journal = Path(work_dir) / f"{run.sha256[:24]}.{'kl' if dense else 'plain'}.scores"
         final = final_hidden if stage == wanted[-1] else None
-        place = folder / f"{record_sha256(record)[:24]}.{'kl' if teacher else 'plain'}.scores"
-        job = Scoring(subject.model, windows, compute, place, teacher, final)
-        record, scores = job.run(lambda parent=parent: boundary(parent), tail_sources, f"stage {stage}", record)
+        with Scoring(passage, journal, run, words, dense=dense, final_hidden=final) as scoring:
+            if not scoring.is_complete:
+                run_layers(passage, boundaries.origin(parent), sources, scoring)
+            scores = scoring.finish()
         about = {"stage": stage, "label": subject.label(stage), KEY: subject.pruning_identity}
-        yield _result(about, record, scores, windows, compute, doubts)
+        yield stage_result(about, scoring.record, scores, passage, doubts)
+
+
+class _Boundaries:
+    """The boundary activations at the ends of shared segments, each computed when it is first asked for.
+
+    Attributes:
+        records: of the run to the end of each segment, by its name; of the token ids under None.
+        kept: the segments whose activations are kept, by name.
+    """
+
+    def __init__(
+        self, passage: Passage, subject: Subject, tree: Sequence[Segment], folder: Path, keep_parts: bool
+    ) -> None:
+        self._passage, self._subject, self._tree = passage, subject, tree
+        model, windows, compute = passage.model, passage.windows, passage.compute
+        self.records: dict[str | None, RunRecord] = {None: RunRecord.start(model, windows, compute.dtype)}
+        for segment in tree:
+            sources = subject.sources(segment.layers)
+            self.records[segment.name] = self.records[segment.parent].after(sources, compute)
+        self._files = {
+            name: folder / f"{record.sha256[:24]}.safetensors" for name, record in self.records.items() if name
+        }
+        # What an earlier evaluation has left is started from, whether this one would keep it or not.
+        self._there = {name for name, file in self._files.items() if open_finished(file, self.records[name].content())}
+        self.kept = _kept(tree, keep_parts, self._there)
+
+    def origin(self, name: str | None) -> Origin:
+        """The activations at the end of a kept segment, computed now if they are not there; None: the token ids."""
+        if name is None:
+            return self._passage.origin(None)
+        if name not in self._there:
+            start, layers = _way(self._tree, self.kept, self.kept[name])
+            run_to_file(self._passage, self.origin(start), self._subject.sources(layers), self._files[name])
+            self._there.add(name)
+        return self._passage.origin(self._files[name])
 
 
 def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
@@ -237,7 +126,7 @@ def boundary_bytes(
     windows: Windows,
     compute: Compute,
     *,
-    teacher: Teacher | None = None,
+    dense: DenseAnswers | None = None,
     keep_parts: bool = False,
 ) -> int:
     """The most disk space that boundary activations of `evaluate_stages` take at any time.
@@ -245,10 +134,10 @@ def boundary_bytes(
     Raises:
         PipelineError: memory does not suffice for one layer; known here before anything is computed.
     """
-    wanted = stages_of(subject, stages)
-    tree, config = segment_tree(subject.layout, wanted), model_config(subject.model)
+    wanted, passage = stages_of(subject, stages), Passage(subject.model, windows, compute)
+    tree = segment_tree(subject.layout, wanted)
     kept = _kept(tree, keep_parts)
-    heads = sum(head_bytes(model, compute.dtype) for model in [subject.model, *([teacher.model] if teacher else [])])
+    heads = sum(head_bytes(model, compute.dtype) for model in [subject.model, *([dense.model] if dense else [])])
     # Between two groups of layers lies a file, which lives until the next one is there; the last group's is counted
     # already or, where it is scored, is none. Tails first: they need the most memory, so an error that names what they
     # need names enough for all.
@@ -257,9 +146,9 @@ def boundary_bytes(
     extra = 0
     for parent, layers, reserved, files in runs:
         reserved += 0 if parent else embedding_bytes(subject.model, compute)
-        groups = resident_groups(subject.sources(layers), compute, config, windows.seqlen, reserved)
+        groups = resident_groups(subject.sources(layers), compute, passage.config, windows.seqlen, reserved)
         extra = max(extra, min(len(groups) - 1, files))
-    return (len(kept) + extra) * hidden_bytes(subject.model, windows, compute.dtype)
+    return (len(kept) + extra) * passage.nbytes
 
 
 def _kept(tree: Sequence[Segment], keep_parts: bool, there: Set[str] = frozenset()) -> dict[str, Segment]:
@@ -283,66 +172,3 @@ def _way(tree: Sequence[Segment], kept: Mapping[str, Segment], end: Segment) -> 
         layers = by_name[parent].layers + layers
         parent = by_name[parent].parent
     return parent, layers
-
-
-def hidden_bytes(model: Checkpoint, windows: Windows, dtype: torch.dtype) -> int:
-    """The size of all windows' hidden states at one place in the model."""
-    return windows.ids.numel() * model_config(model).hidden_size * dtype.itemsize
-
-
-def _result(
-    about: Mapping[str, str | None],
-    record: dict,
-    scores: WindowScores,
-    windows: Windows,
-    compute: Compute,
-    doubts: Sequence[str],
-) -> StageResult:
-    """Everything that a number needs in order to be compared with another."""
-    told = windows.identity
-    try:
-        numbers = summarise(
-            scores,
-            predicted_per_window=windows.seqlen - 1,
-            tokens_per_byte=windows.ids.numel() / told.utf8_bytes if told.utf8_bytes else None,
-        )
-    except NumberError as error:
-        raise NumberError(error.what, where=about["label"], mend=error.mend) from None
-    weights = record["weights"]
-    return StageResult(
-        {
-            **about,
-            "active_layers": len(record["layers"]),
-            "parameters": record["parameters"],
-            **numbers,
-            "seqlen": windows.seqlen,
-            "dtype": record["dtype"],
-            "device": str(compute.device),
-            "batch_size": compute.batch_size,
-            "protocol": PROTOCOL,
-            "text": {
-                "dataset": told.dataset,
-                "split": told.split,
-                "source": told.source,
-                "sha256": told.text_sha256,
-                "utf8_bytes_covered": told.utf8_bytes,
-                "windows_available": told.text_windows,
-            },
-            "ids_sha256": told.ids_sha256,
-            "tokenizer": {"name": told.tokenizer, "sha256": told.tokenizer_sha256},
-            "steps": record["steps"],
-            "weights_sha256": record_sha256(weights),
-            "weights": weights,
-            **({"dense_sha256": record["dense"]} if "dense" in record else {}),
-            "warnings": list(doubts),
-        },
-        scores,
-    )
-
-
-def _beside(path: str | Path, suffix: str) -> Path:
-    return Path(path).with_name(f".{Path(path).name}.{suffix}")
-
-
-def _open_weights(model_dir: str | Path, weights_dir: str | Path) -> Checkpoint:
-    return open_checkpoint(weights_dir or model_dir)

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.models.config import model_config
 from mistral_prune_lora.storage.dtypes import DTYPES, torch_name
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")

@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.tensor_names import EMBEDDING, HEAD, LAYERS, NORM, layer_prefix
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
-from mistral_prune_lora.evaluation.subject import Subject, outside_entries, tensors_digest
+from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.config import StageConfig, stage_config
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.merging.plan import Item, split_files
-from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.models.config import model_config
+from mistral_prune_lora.models.ends import outside_entries
 from mistral_prune_lora.storage.dtypes import FLOATS
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
+from mistral_prune_lora.streaming.record import tensors_sha256
 
 FORMATS = ("stock", "stage_files")
 STAGE_FILES = {"B": "stage2_layers_B.safetensors", "C": "stage3_layers_C.safetensors"}
@@ -158,7 +160,7 @@ def _outside(model: Checkpoint, remarks: list[str]) -> tuple[dict[str, TensorEnt
         return entries, True
     if not model_config(model).tie_word_embeddings:
         return entries, False
-    if tensors_digest({"": entries[HEAD]}) == tensors_digest({"": entries[EMBEDDING]}):
+    if tensors_sha256({"": entries[HEAD]}) == tensors_sha256({"": entries[EMBEDDING]}):
         remarks.append(f"{HEAD} is the embedding once more and is left out")
         return {name: entry for name, entry in entries.items() if name != HEAD}, True
     remarks.append(

@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.console import progress
-from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import LayoutError, PipelineError
-from mistral_prune_lora.models.load import model_config
+from mistral_prune_lora.models.config import model_config
+from mistral_prune_lora.models.ends import Embedding, check_ids
 from mistral_prune_lora.pruning.cut import split_block
-from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter
+from mistral_prune_lora.storage.activations import ActivationReader
+from mistral_prune_lora.storage.finite import all_finite
 from mistral_prune_lora.storage.transaction import atomic_file, scratch_directory
-from mistral_prune_lora.streaming.layers import (
-    Backbone,
-    Compute,
-    DelayedStore,
-    Embedding,
-    LayerSource,
-    embedding_bytes,
-    resident_groups,
-    stream_batches,
-)
+from mistral_prune_lora.streaming.backbone import Backbone
+from mistral_prune_lora.streaming.compute import Compute, LayerSource, resident_groups
+from mistral_prune_lora.streaming.passage import embedding_bytes
+from mistral_prune_lora.streaming.run import KeptActivations, run_batches
 
 
 def last_token_states(
-    model_dir: str | Path,
-    ids: torch.Tensor,
-    *,
-    beside: str | Path,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    batch_size: int = 1,
-    max_memory: int | None = None,
+    model_dir: str | Path, ids: torch.Tensor, *, beside: str | Path, compute: Compute
 ) -> torch.Tensor:
     """The hidden state of each window's last token before every layer and after the last.
 
@@ -56,8 +35,7 @@ def last_token_states(
         model_dir: the dense model.
         ids: calibration windows, integers, shape (windows, seqlen).
         beside: what is being made of the result; those files lie beside it while this runs.
-        dtype, device, batch_size: of the forward pass.
-        max_memory: bytes to use on the device; None means a share of what is free.
+        compute: of the forward pass.
 
     Returns:
         float32, shape (layers + 1, windows, hidden), on the CPU; before the final norm.
@@ -67,81 +45,73 @@ def last_token_states(
         DataError: an id that the model has no embedding for.
         PipelineError: memory or disk space does not suffice; the model overflows.
     """
-    compute = Compute(resolve_device(device), dtype, batch_size, max_memory)
     model = open_checkpoint(model_dir)
-    config, embedding = model_config(model), Embedding(model, dtype)
+    check_ids(model, ids)
+    config, embedding = model_config(model), Embedding(model, compute.dtype)
     layers = [LayerSource(index, model) for index in range(config.num_hidden_layers)]
     groups = resident_groups(layers, compute, config, ids.shape[1], embedding_bytes(model, compute))
-    seen = _LastTokens(torch.empty(len(layers) + 1, len(ids), config.hidden_size))
-    seen(-1, embedding(ids[:, -1:]))
-    backbone = Backbone(config, compute)
+    seen = _LastTokens(torch.empty(len(layers) + 1, len(ids), config.hidden_size), compute.batch_size)
+    seen(0, -1, embedding(ids[:, -1:]))
+    backbone, shape = Backbone(config, compute), (*ids.shape, config.hidden_size)
     with (
         scratch_directory(beside) as scratch,
         progress(total=ids.numel() * len(groups), description="calibrate", unit="tok", unit_scale=True) as bar,
     ):
         read, former = lambda first, last: embedding(ids[first:last]), None
         for group in backbone.resident(groups):
-            kept = None if group is groups[-1] else scratch / f"{group[-1].index}.safetensors"
-            _run_group(backbone, read, ids.shape, seen, kept, bar)
+            if group is groups[-1]:
+                run_batches(backbone, read, len(ids), _Nothing(), bar, seen)
+                break
+            kept = scratch / f"{group[-1].index}.safetensors"
+            with KeptActivations(kept, shape, compute, {}) as between:
+                run_batches(backbone, read, len(ids), between, bar, seen)
+                between.finish()
             if former:
                 former.unlink()
-            if kept:
-                read, former = ActivationReader(kept).read, kept
+            read, former = ActivationReader(kept).read, kept
     return seen.states
 
 
 class _LastTokens:
-    """Collects the last token's hidden states of the batch that is running.
+    """Collects the last token's hidden states.
 
     Attributes:
         states: float32, shape (layers + 1, windows, hidden); row i + 1 is what leaves layer i.
-        first: the number of the batch's first window.
     """
 
-    def __init__(self, states: torch.Tensor) -> None:
-        self.states, self.first = states, 0
+    def __init__(self, states: torch.Tensor, batch_size: int) -> None:
+        self.states, self._batch_size = states, batch_size
 
-    def __call__(self, layer: int, hidden: torch.Tensor) -> None:
+    def __call__(self, batch: int, layer: int, hidden: torch.Tensor) -> None:
         """Take what leaves a layer, shape (n, tokens, hidden).
 
         Raises:
             PipelineError: NaN or infinity, which would be ranked as no change at all.
         """
-        last = hidden[:, -1].float().cpu()
-        if not torch.isfinite(last).all():
+        last, first = hidden[:, -1].float().cpu(), batch * self._batch_size
+        if not all_finite(last):
             raise PipelineError(
                 f"the hidden states that leave layer {layer} hold NaN or infinity",
                 where="--dtype",
                 mend="use bf16 or fp32, whose range is wider than that of fp16; if that is no help, check the weights",
             )
-        self.states[layer + 1, self.first : self.first + len(hidden)] = last
+        self.states[layer + 1, first : first + len(hidden)] = last
 
 
-def _run_group(
-    backbone: Backbone,
-    read: Callable[[int, int], torch.Tensor],
-    shape: tuple[int, int],
-    seen: _LastTokens,
-    kept: Path | None,
-    bar: tqdm,
-) -> None:
-    """Run all windows, shape (windows, seqlen), through the resident layers; keep their hidden states in a file."""
-    compute, (windows, seqlen) = backbone.compute, shape
-    with ExitStack() as held:
-        writer = store = None
-        if kept:
-            hidden_shape = (windows, seqlen, seen.states.shape[-1])
-            writer = held.enter_context(ActivationWriter(kept, hidden_shape, compute.dtype, compute.batch_size, {}))
-            store = DelayedStore(writer.write, compute)
-        for batch, hidden in stream_batches(read, range(math.ceil(windows / compute.batch_size)), windows, compute):
-            seen.first = batch * compute.batch_size
-            hidden = backbone(hidden, seen)
-            if store:
-                store.put(batch, hidden)
-            bar.update(len(hidden) * seqlen)
-        if writer:
-            store.flush()
-            writer.finish()
+class _Nothing:
+    """A sink for hidden states that nobody needs any more."""
+
+    done: frozenset[int] = frozenset()
+
+    def put(self, batch: int, hidden: torch.Tensor) -> None:
+        """Let them go."""
+
+    def flush(self) -> None:
+        """Nothing is on its way."""
+
+    def status(self) -> str:
+        """Nothing to say."""
+        return ""
 
 
 def angular_distances(
@@ -190,18 +160,3 @@ def write_importance(table: pd.DataFrame, output: str | Path) -> None:
     """Write a ranking as CSV, whole or not at all."""
     with atomic_file(output) as fresh:
         table.to_csv(fresh, index=False)
-
-
-def plot_importance(table: pd.DataFrame, output: str | os.PathLike) -> None:
-    """Draw the ranking as bars by block start, the recommended block marked; the suffix of `output` sets the format."""
-    figure, axis = plt.subplots(figsize=(0.28 * len(table) + 2, 3.4), layout="constrained")
-    colours = ["#1f6f8b" if best else "#b9c6cc" for best in table.recommended]
-    axis.bar(table.start, table.angular_distance, color=colours)
-    best = table[table.recommended].iloc[0]
-    axis.set_title(f"least change: layers {best.start}-{best.end}")
-    axis.set_xlabel(f"first layer of the block of {best.end - best.start + 1}")
-    axis.set_ylabel("angular distance")
-    # Fixed metadata and ids: the same numbers give the same bytes.
-    with atomic_file(output) as fresh, matplotlib.rc_context({"svg.hashsalt": "importance"}):
-        figure.savefig(fresh, dpi=150, metadata={"Date": None} if fresh.suffix == ".svg" else None)
-    plt.close(figure)

@@ -186,11 +186,10 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
 
     from mistral_prune_lora.checkpoints.families import read_config
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-    from mistral_prune_lora.device import resolve_device
     from mistral_prune_lora.pruning.cut import split_block
     from mistral_prune_lora.pruning.data import get_loaders
     from mistral_prune_lora.pruning.importance import angular_distances, last_token_states
-    from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
+    from mistral_prune_lora.streaming.compute import Compute
 
     count = read_config(given.model)["num_hidden_layers"]
     size = round(count * given.drop_frac)
@@ -200,7 +199,7 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
             where="--drop_frac",
             mend="choose a share that drops at least one layer and keeps at least one",
         )
-    resolve_device(given.device)  # before the text is fetched
+    compute = Compute.named(given.device, given.dtype, given.batch_size, given.max_memory)  # before the text is fetched
     loader, _ = get_loaders(
         given.dataset,
         nsamples=given.nsamples,
@@ -215,10 +214,7 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
         given.model,
         torch.cat([ids for ids, _ in loader[: given.max_batches]]),
         beside=given.save_dir,
-        dtype=COMPUTE_DTYPES[given.dtype],
-        device=given.device,
-        batch_size=given.batch_size,
-        max_memory=given.max_memory,
+        compute=compute,
     )
     table = angular_distances(states, size, keep_last_layer=given.keep_last_layer, all_blocks=given.candidates == "all")
     best = table[table.recommended].iloc[0]

@@ -1,4 +1,4 @@
-"""The plot of perplexity by stage."""
+"""Figures: perplexity by stage, and what every block of layers changes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from mistral_prune_lora.layout.partition import STAGES
@@ -32,10 +33,19 @@ def plot_perplexity(summary: str | Path, output: str | Path) -> None:
         _panel(axis, rows)
         axis.set_title(f"{experiment} on {dataset}")
     axes[0][0].set_ylabel("perplexity (log scale)")
-    # Fixed metadata and ids: the same numbers give the same bytes.
-    with atomic_file(output) as fresh, matplotlib.rc_context({"svg.hashsalt": "perplexity"}):
-        figure.savefig(fresh, dpi=150, metadata={"Date": None} if fresh.suffix == ".svg" else None)
-    plt.close(figure)
+    _save(figure, output)
+
+
+def plot_importance(table: pd.DataFrame, output: str | Path) -> None:
+    """Draw the ranking as bars by block start, the recommended block marked; the suffix of `output` sets the format."""
+    figure, axis = plt.subplots(figsize=(0.28 * len(table) + 2, 3.4), layout="constrained")
+    colours = ["#1f6f8b" if best else "#b9c6cc" for best in table.recommended]
+    axis.bar(table.start, table.angular_distance, color=colours)
+    best = table[table.recommended].iloc[0]
+    axis.set_title(f"least change: layers {best.start}-{best.end}")
+    axis.set_xlabel(f"first layer of the block of {best.end - best.start + 1}")
+    axis.set_ylabel("angular distance")
+    _save(figure, output)
 
 
 def _panel(axis, rows: pd.DataFrame) -> None:
@@ -58,3 +68,10 @@ def _panel(axis, rows: pd.DataFrame) -> None:
     axis.set_yticks(ticks[:: max(1, len(ticks) // 6)])
     axis.set_xlabel("stage")
     axis.legend(frameon=False, fontsize=8)
+
+
+def _save(figure: Figure, output: str | Path) -> None:
+    """Write a figure, whole or not at all; fixed metadata and ids: the same numbers give the same bytes."""
+    with atomic_file(output) as fresh, matplotlib.rc_context({"svg.hashsalt": "mistral-prune-lora"}):
+        figure.savefig(fresh, dpi=150, metadata={"Date": None} if fresh.suffix == ".svg" else None)
+    plt.close(figure)

@@ -245,7 +245,10 @@ class ActivationWriter:
         self._journal.remove()
 
     def close(self) -> None:
-        """Let go of the files; an unfinished one stays for the next run."""
+        """Let go of the files; an unfinished one stays for the next run, unless nothing of it is there yet."""
+        if not self.done:
+            self._partial.unlink(missing_ok=True)
+            self._journal.remove()
         os.close(self._file)
         self._journal.close()
 

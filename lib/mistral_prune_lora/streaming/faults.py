@@ -8,30 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
 from mistral_prune_lora.errors import NumberError
 from mistral_prune_lora.storage.finite import mend_for, tensor_fault
-from mistral_prune_lora.streaming.layers import Compute, LayerSource
-
-
-class Origin(Protocol):
-    """Where hidden states come from, if it can be asked what is wrong with them."""
-
-    def fault(self, window: int) -> NumberError | None:
-        """The error for a window that is not all numbers here already; None if it is."""
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+from mistral_prune_lora.streaming.passage import Origin
 
 
 @contextmanager
-def layers_blamed(
-    origin: Origin | None, sources: Sequence[LayerSource], compute: Compute, words: str
-) -> Iterator[None]:
+def layers_blamed(origin: Origin, sources: Sequence[LayerSource], compute: Compute, words: str) -> Iterator[None]:
     """Word the NumberError of a window that arises in the block by what brought it.
 
     Args:
-        origin: where the hidden states come from; None if it is known to give numbers.
+        origin: where the hidden states come from.
         sources: the layers that are run on them.
         compute: gives the dtype.
         words: what is being run: a stage.
@@ -44,10 +35,8 @@ def layers_blamed(
         raise _fault(error.window, origin, sources, compute.dtype, words) from None
 
 
-def _fault(
-    window: int, origin: Origin | None, sources: Sequence[LayerSource], dtype: torch.dtype, words: str
-) -> NumberError:
-    fault = origin.fault(window) if origin else None
+def _fault(window: int, origin: Origin, sources: Sequence[LayerSource], dtype: torch.dtype, words: str) -> NumberError:
+    fault = origin.fault(window)
     for source in sources:
         for entry in source.checkpoint.layer(source.index).values():
             fault = fault or tensor_fault(entry, dtype)

@@ -1,0 +1,126 @@
+"""The workflow's jobs of an evaluation: a segment of layers, and a stage's tail with its score.
+
+Boundary activations are files between them, so that every run of layers that stages share is computed once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning
+from mistral_prune_lora.evaluation.result import StageResult, stage_result
+from mistral_prune_lora.evaluation.scoring import DenseAnswers, Scoring
+from mistral_prune_lora.evaluation.subject import Subject
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+from mistral_prune_lora.streaming.passage import Passage
+from mistral_prune_lora.streaming.run import run_layers, run_to_file
+from mistral_prune_lora.text.doubts import warn_of
+from mistral_prune_lora.text.windows import Windows
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a job runs, on what.
+
+    Attributes:
+        model_dir: the A model, merged A or dense model: configuration, and embedding, norm and head where the run
+            reaches them.
+        weights_dir: the model or bundle that holds the layers; None means the model.
+        layers: original indices, ascending; none if a stage ends where `source` ends.
+        windows: a file of windows.
+        source: the parent segment's activations; None starts from the token ids.
+    """
+
+    model_dir: str | Path
+    weights_dir: str | Path | None
+    layers: Sequence[int]
+    windows: str | Path
+    source: str | Path | None = None
+
+    def sources(self, holder: Checkpoint) -> list[LayerSource]:
+        """The layers, of the checkpoint that holds them."""
+        return [LayerSource(layer, holder) for layer in self.layers]
+
+
+@dataclass(frozen=True)
+class StageOutputs:
+    """Where a stage's score goes.
+
+    Attributes:
+        result_json: the result, see `StageResult`.
+        window_parquet: NLL and the rest, a row a window.
+        final_hidden: also keep the final hidden states (before the norm) in this file, for others to compare with.
+    """
+
+    result_json: str | Path
+    window_parquet: str | Path
+    final_hidden: str | Path | None = None
+
+
+def run_segment(inputs: RunInputs, output: str | Path, compute: Compute) -> None:
+    """Run windows through the layers of one segment and keep the boundary activations at its end.
+
+    A killed run is continued from its last finished batch, with the bits of an undisturbed one.
+
+    Args:
+        inputs: the layers and the windows.
+        output: safetensors with "hidden_states", shape (windows, seqlen, hidden), in the compute dtype.
+        compute: device, dtype, batch size, memory.
+
+    Raises:
+        DataError: windows or source are not what they should be, or the source was made of other windows.
+        CheckpointError, LayoutError: weights are missing or do not fit, or are of another pruning than the model.
+        NumberError: weights or hidden states hold NaN or infinity.
+        PipelineError: memory or disk space does not suffice, or another process is writing `output`.
+    """
+    model = open_checkpoint(inputs.model_dir)
+    holder = open_checkpoint(inputs.weights_dir or inputs.model_dir)
+    check_same_pruning([model.path, holder.path])
+    passage = Passage(model, Windows.load(inputs.windows), compute)
+    print(f"boundary activations: {passage.nbytes / 1e6:.1f} MB in {output}", file=sys.stderr)
+    run_to_file(passage, passage.origin(inputs.source), inputs.sources(holder), output)
+
+
+def score_stage(
+    stage: str,
+    inputs: RunInputs,
+    outputs: StageOutputs,
+    compute: Compute,
+    *,
+    dense: DenseAnswers | None = None,
+    names: Mapping[str, str] | None = None,
+) -> StageResult:
+    """Run a stage's tail from its last boundary activations, and score every window.
+
+    Args:
+        stage: "A", "AB" or "FULL"; a dense model is "FULL".
+        inputs: the tail and the windows.
+        outputs: where the result goes.
+        compute: device, dtype, batch size, memory.
+        dense: the dense model's answers, for KL and top-1 agreement.
+        names: added to the result: experiment, dataset, variant, whatever the caller calls it.
+
+    Raises:
+        As `run_segment`. NumberError also for a score or perplexity that is no number; nothing is written then.
+    """
+    subject = Subject.open(inputs.model_dir)
+    holder = open_checkpoint(inputs.weights_dir or inputs.model_dir)
+    identity = check_same_pruning([subject.model.path, holder.path])
+    passage = Passage(subject.model, Windows.load(inputs.windows), compute)
+    doubts = warn_of(subject.model, passage.windows)
+    origin, tail = passage.origin(inputs.source), inputs.sources(holder)
+    journal = Path(outputs.result_json).with_name(f".{Path(outputs.result_json).name}.scores")
+    run, words = origin.record.after(tail, compute), f"stage {stage}"
+    with Scoring(passage, journal, run, words, dense=dense, final_hidden=outputs.final_hidden) as scoring:
+        if not scoring.is_complete:
+            run_layers(passage, origin, tail, scoring)
+        scores = scoring.finish()
+    about = {"stage": stage, "label": subject.label(stage), KEY: identity}
+    result = stage_result({**(names or {}), **about}, scoring.record, scores, passage, doubts)
+    result.save(outputs.result_json, outputs.window_parquet)
+    scoring.forget()
+    return result
