@@ -26,7 +26,8 @@ from random_model import mistral_config, write_model
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import reports_errors
-from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree
+from mistral_prune_lora.layout.partition import STAGES, Layout
+from mistral_prune_lora.layout.segments import segment_tree
 from mistral_prune_lora.models.config import head_name
 from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.text.windows import Windows, WindowsIdentity, ids_digest

@@ -70,7 +70,7 @@ rule train_adapter:
         gradient_checkpointing=setting("distill", "gradient_checkpointing"),
         lora=setting("distill", "lora"),
         loss=setting("distill", "loss"),
-        optimiser=setting("distill", "stages", "{part}"),
+        optimiser=setting("distill", "parts", "{part}"),
         code=code_digest("distillation.train"),
     script:
         "../workflow_scripts/train_adapter.py"

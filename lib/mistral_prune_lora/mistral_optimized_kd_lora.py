@@ -161,9 +161,10 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.checkpoints.families import read_config
     from mistral_prune_lora.checkpoints.model_place import model_directory
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-    from mistral_prune_lora.distillation import train as distillation
+    from mistral_prune_lora.distillation.student import Student
+    from mistral_prune_lora.distillation.teacher import TeacherFiles
     from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
-    from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
+    from mistral_prune_lora.distillation.train import RECORD, train_adapter
     from mistral_prune_lora.storage.outputs import Output, claim
     from mistral_prune_lora.storage.transaction import check_place
     from mistral_prune_lora.streaming.compute import Compute
@@ -171,9 +172,9 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.text.windows import make_windows
 
     given, overwrite = request.settings, request.settings["overwrite"]
-    device, dtype, states = given["device"], COMPUTE_DTYPES[given["dtype"]], given.get("teacher_states")
+    compute, states = Compute.named(given["device"], given["dtype"]), given.get("teacher_states")
     read = [request.teacher, request.student, *request.bundles, *given.get("text_file", ()), given["dataset"]]
-    outputs = [Output.directory(request.output_dir, "--output_dir", distillation.RECORD)]
+    outputs = [Output.directory(request.output_dir, "--output_dir", RECORD)]
     kept = [states] if states else []
     claim([*outputs, *map(states_output, kept)], [*read, given.get("mirror")], overwrite=overwrite)
     check_place(request.output_dir)
@@ -187,22 +188,15 @@ def main(argv: list[str] | None = None) -> None:
     windows = make_windows(text, tokenizer, seqlen=given["seqlen"], max_windows=given["nsamples"])
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
     if states and not holds_states(states):
-        teacher_states(teacher, windows, states, compute=Compute.named(device, given["dtype"]), overwrite=overwrite)
-    distillation.train_adapter(
+        teacher_states(teacher, windows, states, compute=compute, overwrite=overwrite)
+    train_adapter(
         request.part,
-        student_dir=request.student,
-        teacher_dir=teacher,
-        windows=windows,
-        output_dir=request.output_dir,
-        bundles=request.bundles,
-        states=states,
-        lora=distillation.LoraSettings(**request.lora),
-        loss=distillation.LossSettings(**request.loss),
-        optimiser=distillation.OptimiserSettings(**request.optimiser(len(windows))),
-        dtype=dtype,
-        device=device,
-        seed=given["seed"],
-        gradient_checkpointing=given["gradient_checkpointing"],
+        Student(request.student, request.bundles),
+        TeacherFiles(teacher, states) if teacher else None,
+        windows,
+        request.output_dir,
+        settings=request.training(len(windows)),
+        compute=compute,
         overwrite=overwrite,
     )
     print(f"adapter of {request.part}: {request.output_dir}")

@@ -1,9 +1,11 @@
 import copy
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
+from mistral_prune_lora.distillation.settings import TrainingSettings
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.workflow.configuration import ConfigError, check_config, experiment_layout, trained_parts
 
@@ -60,25 +62,25 @@ def test_numbers_that_are_none_are_mistakes_with_their_paths(example, value):
     number, distill = yaml.safe_load(value), example["experiments"]["smollm2"]["distill"]
     distill["lora"] |= {"alpha": number, "dropout": number}
     distill["loss"] |= {"kd_alpha": number, "temperature": number}
-    distill["stages"]["A"] |= {name: number for name in ("learning_rate", "weight_decay", "max_grad_norm", "steps")}
+    distill["parts"]["A"] |= {name: number for name in ("learning_rate", "weight_decay", "max_grad_norm", "steps")}
     example["experiments"]["smollm2"]["perplexity"]["windows"] = number
     text = mistakes(example)
     for path in (
-        "lora.alpha", "lora.dropout", "loss.kd_alpha", "loss.temperature", "stages.A.learning_rate",
-        "stages.A.weight_decay", "stages.A.max_grad_norm",
+        "lora.alpha", "lora.dropout", "loss.kd_alpha", "loss.temperature", "parts.A.learning_rate",
+        "parts.A.weight_decay", "parts.A.max_grad_norm",
     ):  # fmt: skip
         assert f"experiments.smollm2.distill.{path}: {number} is not of type 'number'" in text
-    assert f"distill.stages.A.steps: {number} is not of type 'integer'" in text
+    assert f"distill.parts.A.steps: {number} is not of type 'integer'" in text
     assert f"perplexity.windows: {number} is not of type 'integer', 'null'" in text
 
 
 def test_numbers_that_training_would_break_on_are_mistakes(example):
     distill = example["experiments"]["smollm2"]["distill"]
-    distill["stages"]["A"] |= {"learning_rate": 1e30, "steps": 100.0}
+    distill["parts"]["A"] |= {"learning_rate": 1e30, "steps": 100.0}
     distill["loss"]["temperature"] = 0
     text = mistakes(example)
-    assert "distill.stages.A.learning_rate: 1e+30 is greater than the maximum of 1" in text
-    assert "distill.stages.A.steps: 100.0 is not of type 'integer'" in text
+    assert "distill.parts.A.learning_rate: 1e+30 is greater than the maximum of 1" in text
+    assert "distill.parts.A.steps: 100.0 is not of type 'integer'" in text
     assert "distill.loss.temperature: 0 is less than or equal to the minimum of 0" in text
 
 
@@ -132,3 +134,18 @@ def test_a_given_pruned_model_tells_its_own_layers(example, tmp_path):
     assert experiment_layout(check_config(example, SCHEMA), "smollm2") == Layout(30, (3,), (4,))
     example["models"]["smollm2-135m"]["num_layers"] = 31
     assert "the manifest speaks of 30 layers, the model has 31" in mistakes(example)
+
+
+def test_the_schema_s_defaults_of_training_are_the_library_s():
+    defaults = yaml.safe_load(SCHEMA.read_text())["$defs"]
+    own, properties = TrainingSettings(), defaults["distill"]["properties"]
+    for name, schema in (
+        ("lora", properties["lora"]),
+        ("loss", properties["loss"]),
+        ("optimiser", defaults["optimiser"]),
+    ):
+        found = {key: entry["default"] for key, entry in schema["properties"].items()}
+        wanted = asdict(getattr(own, name))
+        assert found == {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.items()}
+    assert properties["seed"]["default"] == own.seed
+    assert properties["gradient_checkpointing"]["default"] == own.gradient_checkpointing

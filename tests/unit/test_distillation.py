@@ -9,16 +9,15 @@ import torch
 from cut_model import cut, random_windows, save_dense
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from training_jobs import train_job
 
+from mistral_prune_lora.distillation import loss as loss_module
 from mistral_prune_lora.distillation import train as distillation
+from mistral_prune_lora.distillation.loss import backward, distillation_loss
+from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings
+from mistral_prune_lora.distillation.student import with_adapter
+from mistral_prune_lora.distillation.teacher import Teacher, TeacherFiles
 from mistral_prune_lora.distillation.teacher_states import teacher_states
-from mistral_prune_lora.distillation.train import (
-    LoraSettings,
-    LossSettings,
-    OptimiserSettings,
-    distillation_loss,
-    train_adapter,
-)
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, NumberError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.load import load_model
@@ -42,7 +41,7 @@ def train(parts, stage, output, **changes):
         "student_dir": a, "teacher_dir": dense, "windows": random_windows(6, 16), "output_dir": output,
         "bundles": given, "lora": LoraSettings(rank=2), "optimiser": QUICK, "dtype": torch.float32,
     }  # fmt: skip
-    train_adapter(stage, **{**settings, **changes})
+    train_job(stage, **{**settings, **changes})
     return output
 
 
@@ -66,7 +65,7 @@ def test_gradients_from_blocks_of_tokens_are_those_of_the_whole_loss(parts, monk
 
     def model():
         torch.manual_seed(0)
-        built = distillation._with_adapter(load_model(a, dtype=torch.float32), LAYOUT.kept, LoraSettings(rank=2))
+        built = with_adapter(load_model(a, dtype=torch.float32), LAYOUT.kept, LoraSettings(rank=2))
         for name, weight in built.named_parameters():
             if "lora_B" in name:  # zero at the start, which would hide errors of lora_A
                 torch.nn.init.normal_(weight, std=0.1)
@@ -81,12 +80,12 @@ def test_gradients_from_blocks_of_tokens_are_those_of_the_whole_loss(parts, monk
     (total / 30).backward()
     seen["whole"] = {name: p.grad for name, p in whole.named_parameters() if p.requires_grad}
 
-    monkeypatch.setattr(distillation, "_BLOCK_LOGITS", 96 * 7)  # seven tokens a block: 30 do not divide by it
+    monkeypatch.setattr(loss_module, "BLOCK_LOGITS", 96 * 7)  # seven tokens a block: 30 do not divide by it
     blocks = model()
     if checkpointing:
         blocks.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    teacher = distillation._Teacher(dense, windows, None, torch.float32, "cpu")
-    sums = distillation._backward(blocks, teacher, ids, teacher.hidden([0, 1]), loss, 30)
+    teacher = Teacher(TeacherFiles(dense), windows, torch.float32, "cpu")
+    sums = backward(blocks, ids, teacher.hidden([0, 1]), teacher.head, loss, 30)
     assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)
     trained = {name: p for name, p in blocks.named_parameters() if p.requires_grad}
     assert set(trained) == set(seen["whole"])
@@ -243,9 +242,8 @@ def test_without_a_teacher_the_loss_is_cross_entropy_and_nothing_else_can_be_ask
     student, targets = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)), torch.arange(7)
     loss, kl, ce = distillation_loss(student, None, targets, LossSettings(0.0, 2.0))
     assert loss == ce == torch.nn.functional.cross_entropy(student, targets, reduction="sum") and kl.isnan()
-    for asked in ({"loss": LossSettings(0.1, 2.0)}, {"loss": LossSettings(0.0), "states": tmp_path / "states"}):
-        with pytest.raises(PipelineError, match="no teacher to learn from"):
-            train(parts, "A", tmp_path / "adapter", teacher_dir=None, **asked)
+    with pytest.raises(PipelineError, match="no teacher to learn from"):
+        train(parts, "A", tmp_path / "adapter", teacher_dir=None, loss=LossSettings(0.1, 2.0))
     assert not (tmp_path / "adapter").exists()
 
 

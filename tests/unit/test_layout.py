@@ -13,7 +13,8 @@ from mistral_prune_lora.checkpoints.descriptions import make_manifest
 from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir, is_model_dir, weight_files
 from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_manifest
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree, shared_segments, stage_run
+from mistral_prune_lora.layout.partition import STAGES, Layout
+from mistral_prune_lora.layout.segments import segment_tree, shared_segments, stage_run
 
 MISTRAL = Layout(32, tuple(range(21, 25)), tuple(range(25, 29)))
 

@@ -13,7 +13,8 @@ from mistral_prune_lora.checkpoints.directories import bundle_layers, layer_file
 from mistral_prune_lora.checkpoints.manifest import layout_from_manifest, read_layout
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.evaluation.subject import Subject
-from mistral_prune_lora.layout.partition import Layout, segment_tree
+from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.layout.segments import segment_tree
 
 LAYOUT = Layout(8, (2, 3), (5,))
 OPEN = Layout(8, unassigned=(2, 3, 5))

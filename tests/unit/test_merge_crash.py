@@ -133,7 +133,7 @@ def test_a_full_disk(limit, former, inputs, tmp_path):
 def test_a_disk_that_is_too_small_is_seen_before(inputs, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(PipelineError, match=r"0\.07 GB are needed and 0\.00 GB are free"):
+    with pytest.raises(PipelineError, match=r"\d+(\.\d+)?MB are needed and .*B are free"):
         merge_adapters(inputs[0], [inputs[1]], tmp_path / "deep/out")
     assert list(tmp_path.iterdir()) == []
 

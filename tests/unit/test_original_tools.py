@@ -10,11 +10,12 @@ from evaluation_project import evaluate, results
 from merge_oracle import edit_json
 from original_tools import keys_by_map, old_manifests, read, trainers_split, unpad
 from tiny import save_adapter, save_tokenizer
+from training_jobs import train_job
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.directories import weight_files
-from mistral_prune_lora.distillation.train import OptimiserSettings, train_adapter
+from mistral_prune_lora.distillation.settings import OptimiserSettings
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
@@ -117,7 +118,7 @@ def test_a_model_in_memory_learns_its_stages_from_the_bundles(there):
 @pytest.mark.parametrize(("stage", "bundles"), [("A", []), ("B", ["B"]), ("C", ["B", "C"])])
 def test_training_on_an_old_a_adapts_the_layers_of_its_part(there, stage, bundles):
     forget(there / "A")
-    train_adapter(
+    train_job(
         stage,
         student_dir="A",
         teacher_dir="dense",
@@ -139,10 +140,10 @@ def test_training_c_where_b_holds_no_layers(there):
         "student_dir": "S/A", "teacher_dir": "dense", "windows": random_windows(2, 16), "output_dir": "lora",
         "optimiser": OptimiserSettings(steps=1, gradient_accumulation=1, warmup_steps=0), "dtype": torch.float32,
     }  # fmt: skip
-    train_adapter("C", bundles=["S/bundles/C"], **settings)
+    train_job("C", bundles=["S/bundles/C"], **settings)
     assert read(there / "lora", "training.json")["layers"] == [3]
     with pytest.raises(LayoutError, match="B holds no layers"):
-        train_adapter("B", bundles=["S/bundles/B"], **settings)
+        train_job("B", bundles=["S/bundles/B"], **settings)
 
 
 def test_stages_of_a_model_whose_b_holds_no_layers(there):

@@ -60,7 +60,7 @@ def test_training_is_not_begun_without_room_for_the_adapter(user_folder, tmp_pat
     monkeypatch.setattr(distillation, "_fit", lambda *args: pytest.fail("began"))
     small = mount(tmp_path / "small", "-t", "tmpfs", "-o", "size=1m", "none")
     assert COMMANDS["train"].run(output_dir=small / "out") == 1
-    assert "MB are needed and are not there: No space left on device" in error_line(capsys)
+    assert "B are needed and are not there: No space left on device" in error_line(capsys)
     assert os.listdir(small) == []
 
 
@@ -87,7 +87,7 @@ def test_pruning_is_not_begun_without_room_for_all_parts(user_folder, tmp_path, 
     room = 3 * (64 << 20) + whole // 2
     small = mount(tmp_path / "small", "-t", "tmpfs", "-o", f"size={room}", "none")
     assert COMMANDS["prune"].run(save_dir=small / "A", save_removed_dir=small) == 1
-    assert "GB are needed and" in error_line(capsys)
+    assert "B are needed and" in error_line(capsys)
     assert os.listdir(small) == []
 
 

@@ -19,8 +19,9 @@ from mistral_prune_lora.evaluation.stages import boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.sizes import parse_size, size_text
-from mistral_prune_lora.storage.activations import ActivationReader, ActivationWriter, require_space
+from mistral_prune_lora.storage.activations import LESS_SPACE, ActivationReader, ActivationWriter
 from mistral_prune_lora.storage.safetensors_file import read_header
+from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.streaming.compute import Compute
 
 SHAPE, RUN = (5, 4, 8), {"ids_sha256": "0" * 64}
@@ -191,11 +192,11 @@ def test_two_writers_do_not_meet(tmp_path):
 
 def test_a_full_disk_is_noticed_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 100))
-    with pytest.raises(PipelineError, match=r"activations do not fit: 0\.0 MB are free"):
+    with pytest.raises(PipelineError, match=r"320B are needed and 100B are free"):
         writer(tmp_path / "h.safetensors")
     with pytest.raises(PipelineError, match="Free space, take fewer windows"):
-        require_space(tmp_path / "not/yet/there", 101)
-    require_space(tmp_path / "not/yet/there", 100)
+        require_space({tmp_path / "not/yet/there": 101}, mend=LESS_SPACE)
+    require_space({tmp_path / "not/yet/there": 100})
     monkeypatch.undo()
     writer(tmp_path / "h.safetensors").close()  # the refused one holds nothing
 
@@ -307,7 +308,7 @@ def test_the_command_says_what_it_needs_before_it_runs(tmp_path, monkeypatch):
     assert enough.out.split("Summary")[1] == done.out.split("Summary")[1]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
     full = evaluate(tmp_path, *arguments)
-    assert full.code == 1 and "0.1 MB of activations do not fit" in full.err and "Evaluating" not in full.out
+    assert full.code == 1 and "KB are needed and" in full.err and "Evaluating" not in full.out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
-from mistral_prune_lora.layout.partition import STAGES, Layout, segment_tree, shared_segments, stage_run
+from mistral_prune_lora.layout.partition import STAGES, Layout
+from mistral_prune_lora.layout.segments import segment_tree, shared_segments, stage_run
 from mistral_prune_lora.streaming.backbone import Backbone
 from mistral_prune_lora.streaming.compute import Compute
 

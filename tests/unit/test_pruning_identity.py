@@ -10,10 +10,11 @@ from cut_model import random_windows, save_dense
 from evaluation_jobs import score_job, segment_job
 from merge_oracle import edit_json, edit_tensors, random_adapter
 from tiny import save_tokenizer
+from training_jobs import train_job
 from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning, read_identity
-from mistral_prune_lora.distillation.train import LoraSettings, LossSettings, OptimiserSettings, train_adapter
+from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
@@ -168,7 +169,7 @@ def test_bundles_of_two_prunings_are_not_restored_into_one_that_does_not_say_wha
 
 
 def train(folder: Path, output: Path, stage: str, a: Path, *bundles: Path) -> None:
-    train_adapter(
+    train_job(
         stage,
         student_dir=a,
         bundles=bundles,

@@ -12,7 +12,6 @@ from mistral_prune_lora.results.statistics import (
     compare_stages,
     paired_difference,
     standard_error,
-    student_quantile,
     summarise,
 )
 
@@ -32,18 +31,13 @@ from mistral_prune_lora.results.statistics import (
         (100, 1.984, 1.660, 3.174),
     ],
 )
-def test_quantiles_are_those_of_the_tables(freedom, at_975, at_95, at_999):
+def test_intervals_are_those_of_the_tables(freedom, at_975, at_95, at_999):
     # The tables are rounded to three decimals, and the last column of one degree is known to be off by a few.
-    assert student_quantile(0.975, freedom) == pytest.approx(at_975, abs=6e-4)
-    assert student_quantile(0.95, freedom) == pytest.approx(at_95, abs=6e-4)
-    assert student_quantile(0.999, freedom) == pytest.approx(at_999, rel=1.5e-4)
-
-
-def test_quantiles_in_closed_form_and_in_the_limit():
-    assert student_quantile(0.975, 1) == pytest.approx(math.tan(math.pi * 0.475), rel=1e-12)
-    p = 0.975
-    assert student_quantile(p, 2) == pytest.approx((2 * p - 1) * math.sqrt(1 / (2 * p * (1 - p))), rel=1e-12)
-    assert student_quantile(0.975, 20_000) == pytest.approx(1.959964, abs=2e-4)
+    second = np.arange(freedom + 1) / freedom
+    for level, quantile in ((0.95, at_975), (0.9, at_95), (0.998, at_999)):
+        found = paired_difference(np.zeros(freedom + 1), second, level=level)
+        width = (found["high"] - found["low"]) / (2 * standard_error(second))
+        assert width == pytest.approx(quantile, abs=6e-4, rel=1.5e-4)
 
 
 def test_a_summary_is_the_direct_formulas():

@@ -5,12 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mistral_prune_lora.checkpoints.descriptions import make_manifest
-from mistral_prune_lora.distillation import train as distillation
 from mistral_prune_lora.distillation.arguments import (
     DEFAULTS,
     INSTEAD,
@@ -19,6 +19,7 @@ from mistral_prune_lora.distillation.arguments import (
     SAME,
     training_request,
 )
+from mistral_prune_lora.distillation.settings import LossSettings, TrainingSettings
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_optimized_kd_lora import parser
@@ -58,7 +59,7 @@ def test_every_flag_means_what_ours_means(pruned):
     assert (asked.part, asked.student, asked.teacher, asked.bundles) == ("A", "A", "dense", ())
     assert asked.output_dir == "adapters/A_lora/stageA/stageA"
     assert (asked.settings["seqlen"], asked.settings["nsamples"]) == (64, 40)
-    assert asked.loss == {"kd_alpha": 0.3, "temperature": 4.0}
+    assert asked.training(25).loss == LossSettings(0.3, 4.0)
     # 2 x 25 windows in updates of 12 are 4.17 updates, and 0.15 x 5 of them 0.75.
     assert asked.optimiser(25) == {
         "steps": 5, "batch_size": 3, "gradient_accumulation": 4, "learning_rate": 3e-4, "warmup_steps": 1,
@@ -89,8 +90,8 @@ def test_what_is_left_out_takes_the_defaults_of_its_spelling(pruned):
     theirs = request(
         "--stage", "1", "--base_dir", "A", "--out_adapters", "o", *TEXT, "--use_kd", "--teacher_model", "d"
     )
-    assert theirs.lora == {**ours.lora, "rank": 8, "alpha": 16, "dropout": 0.05}
-    assert theirs.loss == {"kd_alpha": 0.1, "temperature": 2.0}
+    assert theirs.training(320).lora == replace(ours.training(320).lora, rank=8, alpha=16, dropout=0.05)
+    assert theirs.training(320).loss == LossSettings(0.1, 2.0)
     assert theirs.optimiser(320) == {
         **ours.optimiser(320), "steps": 10, "gradient_accumulation": 32, "warmup_steps": 1
     }  # fmt: skip
@@ -101,15 +102,13 @@ def test_what_is_left_out_takes_the_defaults_of_its_spelling(pruned):
 
 def test_our_defaults_are_those_of_the_library():
     asked = request(*OURS)
-    assert distillation.LoraSettings(**asked.lora) == distillation.LoraSettings()
-    assert distillation.LossSettings(**asked.loss) == distillation.LossSettings()
-    assert distillation.OptimiserSettings(**asked.optimiser(5)) == distillation.OptimiserSettings()
+    assert asked.training(5) == TrainingSettings()
     assert ORIGINAL_DEFAULTS.keys() <= DEFAULTS.keys()
 
 
 def test_without_use_kd_the_original_trains_on_cross_entropy_alone(pruned):
     plain = request("--stage", "1", "--base_dir", "A", "--out_adapters", "o", *TEXT)
-    assert plain.teacher is None and plain.loss["kd_alpha"] == 0
+    assert plain.teacher is None and plain.training(5).loss.kd_alpha == 0
     assert "cross-entropy alone, no teacher" in plain.told(8, 8)
     assert request("--stage", "A", "--student", "A", "--output_dir", "o", "--kd_alpha", "0").teacher is None
 

@@ -10,9 +10,10 @@ from cut_model import cut, random_windows, save_dense
 from evaluation_jobs import score_job
 from evaluation_project import LAYOUT, evaluate
 from tiny import save_tokenizer
+from training_jobs import train_job
 
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-from mistral_prune_lora.distillation.train import OptimiserSettings, train_adapter
+from mistral_prune_lora.distillation.settings import OptimiserSettings
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import make_windows
 
@@ -81,7 +82,7 @@ def test_jobs_and_training_keep_warnings_too(folder, capsys):
     other = f"the token ids are of the tokenizer {folder / 'strange'}, which is not the model's own, {folder / 'A'}"
     assert json.loads((folder / "r.json").read_text())["warnings"] == found.record["warnings"] == [LONG, other]
     quick = OptimiserSettings(steps=1, batch_size=1, gradient_accumulation=1, warmup_steps=0)
-    train_adapter(
+    train_job(
         "A", student_dir=folder / "A", teacher_dir=folder / "dense", windows=windows, output_dir=folder / "adapter",
         optimiser=quick, dtype=torch.float32,
     )  # fmt: skip

@@ -149,7 +149,7 @@ def test_adapters_are_trained_on_what_stands_before_them(project):
         "dtype": "fp32",
         "share_teacher_states": True,
         "lora": {"rank": 2},
-        "stages": {part: optimiser for part in "ABC"},
+        "parts": {part: optimiser for part in "ABC"},
     }
     trained = {"train_windows": 1, "teacher_states": 1, "train_adapter": 3}
     measured = {"segment": 3, "perplexity": 3}
@@ -165,7 +165,7 @@ def test_adapters_are_trained_on_what_stands_before_them(project):
     assert project.planned() == {"merge_C": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
     # Other training of B: what is trained on B runs again too.
     experiment["adapters"]["C"] = "train"
-    experiment["distill"]["stages"] = {**experiment["distill"]["stages"], "B": {**optimiser, "learning_rate": 0.01}}
+    experiment["distill"]["parts"] = {**experiment["distill"]["parts"], "B": {**optimiser, "learning_rate": 0.01}}
     assert project.planned() == {
         "train_adapter": 2, "merge_B": 1, "merge_C": 1, "segment": 2, "perplexity": 2, "summary": 1,
         "plot_perplexity": 1,

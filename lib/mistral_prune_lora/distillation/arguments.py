@@ -9,39 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
 from mistral_prune_lora.checkpoints.manifest import read_layout
+from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings, TrainingSettings
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
 PARTS = {"A": "A", "B": "B", "C": "C", "1": "A", "2": "B", "3": "C"}  # by what --stage says
+_OWN = TrainingSettings()
+# The adapter's, the loss's and the optimiser's stand in settings.py; here is what else a command line may leave out.
 DEFAULTS = {
     "dataset": "wikitext2",
     "seqlen": 2048,
     "nsamples": None,
-    "rank": 16,
-    "alpha": 32,
-    "dropout": 0.0,
-    "target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-    "use_rslora": False,
-    "use_dora": False,
-    "kd_alpha": 0.9,
-    "temperature": 2.0,
-    "steps": 1000,
+    **asdict(_OWN.lora),
+    "target_modules": ",".join(_OWN.lora.target_modules),
+    **asdict(_OWN.loss),
+    **asdict(_OWN.optimiser),
     "epochs": None,
-    "batch_size": 1,
-    "gradient_accumulation": 8,
-    "learning_rate": 2e-4,
-    "warmup_steps": 50,
     "warmup_ratio": None,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "seed": 0,
-    "gradient_checkpointing": False,
+    "seed": _OWN.seed,
+    "gradient_checkpointing": _OWN.gradient_checkpointing,
     "device": "auto",
     "dtype": "bf16",
     "overwrite": False,
@@ -119,20 +111,19 @@ class TrainingRequest:
     settings: Mapping
     limit: str
 
-    @property
-    def lora(self) -> dict:
-        """Settings by the names that `LoraSettings` has."""
-        modules = tuple(name.strip() for name in self.settings["target_modules"].split(","))
-        alpha = self.settings["alpha"]
-        names = ("rank", "dropout", "use_rslora", "use_dora")
+    def training(self, windows: int) -> TrainingSettings:
+        """How to train, on so many windows."""
+        given = self.settings
+        modules = tuple(name.strip() for name in given["target_modules"].split(","))
         # PEFT writes alpha as it is given: 16, as everybody has it, and not 16.0.
-        whole = {"alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": modules}
-        return {**{name: self.settings[name] for name in names}, **whole}
-
-    @property
-    def loss(self) -> dict:
-        """Settings by the names that `LossSettings` has."""
-        return {name: self.settings[name] for name in ("kd_alpha", "temperature")}
+        alpha = int(given["alpha"]) if given["alpha"] == int(given["alpha"]) else given["alpha"]
+        return TrainingSettings(
+            LoraSettings(given["rank"], alpha, given["dropout"], modules, given["use_rslora"], given["use_dora"]),
+            LossSettings(given["kd_alpha"], given["temperature"]),
+            OptimiserSettings(**self.optimiser(windows)),
+            given["seed"],
+            given["gradient_checkpointing"],
+        )
 
     def optimiser(self, windows: int) -> dict:
         """Settings by the names that `OptimiserSettings` has, for so many training windows."""

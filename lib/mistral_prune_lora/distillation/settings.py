@@ -6,7 +6,7 @@ A value that is none, such as NaN or a temperature of 0, would be noticed hours 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mistral_prune_lora.errors import PipelineError
 
@@ -88,6 +88,23 @@ class OptimiserSettings:
         _number("learning_rate", self.learning_rate, above=0, most=1)
         _number("weight_decay", self.weight_decay, least=0)
         _number("max_grad_norm", self.max_grad_norm, above=0)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """All of them.
+
+    Attributes:
+        lora, loss, optimiser: see each.
+        seed: of the adapter's first weights and of the order of the windows.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+    """
+
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    seed: int = 0
+    gradient_checkpointing: bool = False
 
 
 def _whole(name: str, value: object, least: int) -> None:

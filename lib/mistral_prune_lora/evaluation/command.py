@@ -40,8 +40,9 @@ from mistral_prune_lora.evaluation.stages import (
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.provenance import record_sha256
-from mistral_prune_lora.storage.activations import require_space
+from mistral_prune_lora.storage.activations import LESS_SPACE
 from mistral_prune_lora.storage.outputs import Output, claim
+from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.transaction import check_place
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.streaming.passage import Passage
@@ -231,7 +232,7 @@ class _Evaluation:
         if space:
             print(f"  Boundary activations: {space / 1e6:.1f} MB at most, in {self._folder}")
             there = sum(file.stat().st_blocks * 512 for file in self._folder.glob("*") if file.is_file())
-            require_space(self._folder, space - there)
+            require_space({self._folder / "activations": space - there}, mend=LESS_SPACE)
 
     def clean(self) -> None:
         """Remove what was kept for the case of a kill, unless the user has named a place for it."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 
+from mistral_prune_lora.argument_types import shard_size
 from mistral_prune_lora.errors import reports_errors
 
 EXAMPLES = """examples:
@@ -20,14 +20,6 @@ EXAMPLES = """examples:
       --adapter_path ./mistral_kd_lora_results/adapters/B_lora/stageB \\
       --output_dir ./merged_models_mistral_7b/B_merged --device cuda:0
 """
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         " (default: %(default)s)",
     )
     p.add_argument(
-        "--max_shard_size", type=_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
+        "--max_shard_size", type=shard_size, metavar="SIZE", help="e.g. 5GB; split a full model (default: one file)"
     )
     p.add_argument(
         "--output_dtype",

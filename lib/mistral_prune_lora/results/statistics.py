@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from mistral_prune_lora.errors import DataError, NumberError
 from mistral_prune_lora.storage.transaction import atomic_file
@@ -139,7 +140,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0
         raise DataError(f"{len(first)} and {len(second)} windows cannot be compared in pairs")
     difference = second - first
     mean, error = float(difference.mean()), standard_error(difference)
-    half = None if error is None else student_quantile((1 + level) / 2, len(difference) - 1) * error
+    half = None if error is None else float(stdtrit(len(difference) - 1, (1 + level) / 2)) * error
     return {
         "difference": mean,
         "low": None if half is None else mean - half,
@@ -163,28 +164,3 @@ def compare_stages(nll: Mapping[str, np.ndarray]) -> pd.DataFrame:
 def standard_error(values: np.ndarray) -> float | None:
     """The standard error of the mean of independent values; None for fewer than two."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
-def student_quantile(probability: float, freedom: int) -> float:
-    """The quantile of Student's t distribution, for probabilities above one half, by bisection of its exact CDF."""
-    low, high = 0.0, 1.0
-    while _student_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_cdf(middle, freedom) < probability else (low, middle)
-    return high
-
-
-def _student_cdf(t: float, freedom: int) -> float:
-    """Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4, for t >= 0."""
-    theta = math.atan(t / math.sqrt(freedom))
-    sine, cosine2 = math.sin(theta), math.cos(theta) ** 2
-    even = freedom % 2 == 0
-    term = total = 1.0 if even else math.cos(theta)
-    for k in range(1 if even else 2, freedom - 2, 2):
-        term *= cosine2 * k / (k + 1)
-        total += term
-    if even:
-        return 0.5 + sine * total / 2
-    return 0.5 + (theta + (sine * total if freedom > 1 else 0.0)) / math.pi

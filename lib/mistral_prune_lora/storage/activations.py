@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -35,10 +34,11 @@ from mistral_prune_lora.storage.safetensors_file import (
     read_into,
     tensor_bytes,
 )
-from mistral_prune_lora.storage.transaction import nearest_directory
+from mistral_prune_lora.storage.space import require_space
 
 _TENSOR, _SUMS = "hidden_states", "crc32"
 _METADATA, _METADATA_SUM = "run", "run_crc32"
+LESS_SPACE = "free space, take fewer windows, or work in a folder on another disk"
 _AGAIN = "Delete it and run the same again"
 
 
@@ -151,7 +151,7 @@ class ActivationWriter:
             if not self.done:
                 self._journal.clear()
                 os.truncate(self._file, 0)
-            require_space(self.path.parent, spec.nbytes - len(self.done) * batch_size * self._window_bytes)
+            require_space({self.path: spec.nbytes - len(self.done) * batch_size * self._window_bytes}, mend=LESS_SPACE)
             self._put(memoryview(self._head), 0)
         except BaseException:
             self.close()
@@ -281,14 +281,3 @@ def _sealed_run(path: str | Path, dtype: str, shape: Sequence[int]) -> dict:
     if not whole:
         raise CheckpointError("does not say what was run, or not as it was written", where=path, mend=_AGAIN)
     return run
-
-
-def require_space(folder: Path, nbytes: int) -> None:
-    """Raise a PipelineError if the file system of a folder, which need not exist yet, has not `nbytes` free."""
-    free = shutil.disk_usage(nearest_directory(folder)).free
-    if nbytes > free:
-        raise PipelineError(
-            f"{nbytes / 1e6:.1f} MB of activations do not fit: {free / 1e6:.1f} MB are free",
-            where=folder,
-            mend="Free space, take fewer windows, or work in a folder on another disk",
-        )

@@ -9,17 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.sizes import size_text
 from mistral_prune_lora.storage.transaction import nearest_directory
 
 _MEND = "free space or choose another place"
 
 
-def require_space(needed: Mapping[Path, int]) -> None:
+def require_space(needed: Mapping[Path, int], *, mend: str = _MEND) -> None:
     """Raise a PipelineError unless the file systems have room for all of some outputs at once.
 
     Args:
         needed: bytes by path; what lies on one file system is added up. A former result stays until the end, so what it
             takes is not free yet.
+        mend: what the error says to do.
     """
     sums: dict[int, int] = {}
     for path, nbytes in needed.items():
@@ -29,7 +31,7 @@ def require_space(needed: Mapping[Path, int]) -> None:
         free = shutil.disk_usage(folder).free
         if sums[device] > free:
             raise PipelineError(
-                f"{sums[device] / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free", where=folder, mend=_MEND
+                f"{size_text(sums[device])} are needed and {size_text(free)} are free", where=folder, mend=mend
             )
 
 
@@ -52,7 +54,7 @@ def reserved_space(folder: Path, nbytes: int, *, where: str | Path) -> Iterator[
             os.posix_fallocate(descriptor, 0, nbytes)
         except OSError as error:
             raise PipelineError(
-                f"{nbytes / 1e6:.1f} MB are needed and are not there: {error.strerror}", where=where, mend=_MEND
+                f"{size_text(nbytes)} are needed and are not there: {error.strerror}", where=where, mend=_MEND
             ) from error
         yield
     finally:

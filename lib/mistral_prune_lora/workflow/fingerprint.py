@@ -13,9 +13,10 @@ from pathlib import Path
 
 _PACKAGE = "mistral_prune_lora"
 _ROOT = Path(__file__).parents[1]
-# How a result is shown, an error worded, or which model is refused does not change it.
+# How a result is shown, an error worded, what a record says of versions, or which model is refused does not change it.
 _WITHOUT_EFFECT = {
-    f"{_PACKAGE}.{name}" for name in ("console", "errors", "checkpoints.families", "checkpoints.family_tensors")
+    f"{_PACKAGE}.{name}"
+    for name in ("console", "errors", "provenance", "checkpoints.families", "checkpoints.family_tensors")
 }
 
 
