@@ -1,6 +1,6 @@
 """What A and the bundles say about themselves: manifest.json, layers_map.json, prune_log.json, bundle_meta.json.
 
-Servers and trainers of other makers read these files, so their keys are fixed; see docs/directories.md. What a file
+Servers and trainers of other makers read these files, so their keys are fixed; see docs/file-formats.md. What a file
 cannot know is null or left out. Nothing here writes.
 """
 
