@@ -83,7 +83,7 @@ def test_killed_at_any_moment(renames, inputs, tmp_path):
         merge_adapters(base, [adapter], out)
         results.append(state(out))
     assert results[0] != results[1]
-    script = KILLER.format(tests=str(Path(__file__).parents[1]), trials=TRIALS)
+    script = KILLER.format(tests=str(Path(__file__).parents[1] / "support"), trials=TRIALS)
     words = [sys.executable, "-c", script, *map(str, (base, first, second, out)), renames]
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
