@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
+from merge_oracle import edit_json
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from training_jobs import train_job
@@ -235,6 +236,12 @@ def test_states_of_other_windows_or_another_teacher_are_refused(parts, tmp_path)
     teacher_states(stranger, random_windows(6, 16), tmp_path / "states", compute=Compute.named("cpu", "fp32"))
     with pytest.raises(DataError, match="another teacher"):
         train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
+    teacher_states(parts[0], random_windows(6, 16), tmp_path / "states", compute=Compute.named("cpu", "bf16"))
+    with pytest.raises(DataError, match="are bfloat16, and training computes in float32"):
+        train(parts, "A", tmp_path / "adapter", states=tmp_path / "states")
+    edit_json(parts[0] / "config.json", rms_norm_eps=0.1)
+    with pytest.raises(DataError, match="another teacher"):
+        train(parts, "A", tmp_path / "adapter", states=tmp_path / "states", dtype=torch.bfloat16)
     assert not (tmp_path / "adapter").exists()
 
 

@@ -9,11 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.streaming import run
 from mistral_prune_lora.streaming.compute import Compute
+from mistral_prune_lora.streaming.record import config_sha256
 
 TIGHT = {torch.float32: 620_000, torch.bfloat16: 380_000}  # bytes: three of eight layers, or four
 
@@ -65,6 +67,7 @@ def test_they_say_which_teacher_and_which_ids_they_belong_to(tmp_path, dense):
     assert record == {
         "ids_sha256": windows.identity.ids_sha256,
         "teacher": {"model.safetensors": file_sha256(dense / "model.safetensors")},
+        "config_sha256": config_sha256(open_checkpoint(dense)),
         "batch_size": 2,
     }
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from cut_model import cut, make_compact, random_windows, save_dense
 from safetensors.torch import load_file, save_file
-from tiny import save_tokenizer
+from tiny import save_adapter, save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.export import export_stage
 from mistral_prune_lora.layout.partition import STAGES, Layout
+from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.streaming.compute import Compute
 
@@ -247,3 +249,15 @@ def test_settings_are_taken_from_original_config_where_they_lie_there_only(tmp_p
         (a / name).rename(a / "original_config" / name)
     export_stage(a, tmp_path / "out", stage="A")
     assert {p.name for p in (tmp_path / "out").iterdir()} == SMALL | {"model.safetensors"}
+
+
+def test_no_adapter_is_merged_onto_layers_that_were_renumbered(tmp_path):
+    """B's layers 3 and 4 are no layers of stage A, which has others under these numbers."""
+    a, bundles = parts(tmp_path, vocab_size=259)
+    for stage in STAGES:
+        export_stage(a, tmp_path / f"exported_{stage}", stage=stage, bundles=bundles)
+    save_adapter(tmp_path / "B_lora", tmp_path / "dense", [3, 4], 0)
+    with pytest.raises(CheckpointError, match=r"exported stage whose layers have other numbers .*A\)"):
+        merge_adapters(tmp_path / "exported_A", [tmp_path / "B_lora"], tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+    merge_adapters(tmp_path / "exported_FULL", [tmp_path / "B_lora"], tmp_path / "out", device="cpu")

@@ -118,7 +118,7 @@ def test_the_skeleton_is_what_the_adapter_names(there, capsys):
     assert f"layers [0] of the bundle are not dropped layers of {there / 'A'}" in capsys.readouterr().err
 
 
-def test_a_full_model_out_of_a_bundle(there):
+def test_a_full_model_out_of_a_bundle(there, capsys):
     """The skeleton comes from the adapter's base_model_name_or_path; its own adapter is merged already."""
     merge("A", "adapters/A_lora", "A_merged")
     edit_json(there / "adapters/B_lora/adapter_config.json", base_model_name_or_path="./A_merged")
@@ -131,6 +131,10 @@ def test_a_full_model_out_of_a_bundle(there):
     assert manifest["stages"]["A"] == {"kept_layers": [0, 1, 2, 4], "dropped_layers": [3]}
     assert manifest["counts"] == {"L_full": 5, "A_kept": 4, "removed_total": 1, "B": 0, "C": 1}
     assert len(AutoTokenizer.from_pretrained(out)) == 259
+    record = json.loads((out / "merge.json").read_text())
+    assert [Path(entry["path"]).name for entry in record["merged_before"]] == ["A_lora"]
+    assert main(["--base_model", "AB", "--adapter_path", "adapters/A_lora", "--output_dir", "twice"]) == 1
+    assert "merged into" in capsys.readouterr().err and not Path("twice").exists()
     # And what C's adapter was trained on may be this model, which has restored B.
     edit_json(there / "adapters/C_lora/adapter_config.json", base_model_name_or_path="./AB")
     full = merge("bundles/C", "adapters/C_lora", "FULL", "--save_full_model")

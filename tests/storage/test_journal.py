@@ -1,5 +1,7 @@
 """Journals: what was appended is read again, and nothing else is believed."""
 
+import errno
+import fcntl
 import os
 import zlib
 
@@ -108,3 +110,27 @@ def test_nan_is_never_written(path):
     with Journal(path, HEADER) as journal, pytest.raises(ValueError, match="not JSON compliant"):
         journal.append({"nll": [float("nan")]})
     assert entries(path) == ENTRIES
+
+
+def test_a_file_system_without_locks_is_no_other_process(path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert entries(path) == ENTRIES
+
+
+def test_a_journal_that_was_finished_while_it_was_opened_is_not_written_to(path, monkeypatch):
+    """Or what is appended would stand in a file that has no name any more."""
+    flock = fcntl.flock
+
+    def late(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        return flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Journal(path, HEADER) as journal:
+        assert journal.entries == []
+        journal.append(ENTRIES[0])
+    assert entries(path) == ENTRIES[:1]

@@ -15,7 +15,7 @@ import torch
 
 from mistral_prune_lora.checkpoints.adapter import WEIGHTS_FILE, Adapter, open_adapter
 from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX, layer_prefix
-from mistral_prune_lora.errors import AdapterError
+from mistral_prune_lora.errors import AdapterError, CheckpointError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
@@ -109,17 +109,47 @@ def open_adapters(paths: Sequence[str | Path], bases: Iterable[Path]) -> list[Ad
 
     Raises:
         AdapterError: as `adapter.open_adapter`; the same weights twice.
+        CheckpointError: a base is an exported stage whose layers were renumbered.
     """
-    adapters = [open_adapter(path) for path in paths]
-    seen: dict[str, str] = {}
+    adapters, bases, seen = [open_adapter(path) for path in paths], list(bases), {}
+    refuse_merged_before(adapters, bases)
     for base in bases:
-        for digest in merged_before(base):
-            seen[digest] = f"is merged into {base} already, as its merge.json says"
+        _refuse_renumbered(base)
     for adapter in adapters:
         if adapter.weights_sha256 in seen:
-            raise AdapterError(seen[adapter.weights_sha256], where=adapter.path, mend="give each adapter once")
-        seen[adapter.weights_sha256] = f"has the weights of {adapter.path}: the same adapter would count twice"
+            raise _twice(
+                f"has the weights of {seen[adapter.weights_sha256]}: the same adapter would count twice", adapter
+            )
+        seen[adapter.weights_sha256] = adapter.path
     return adapters
+
+
+def refuse_merged_before(adapters: Iterable[Adapter], bases: Iterable[Path]) -> None:
+    """Raise an AdapterError if a base's merge.json says that one of the adapters is merged into it already."""
+    told = {digest: base for base in bases for digest in merged_before(base)}
+    for adapter in adapters:
+        if adapter.weights_sha256 in told:
+            base = told[adapter.weights_sha256]
+            raise _twice(f"is merged into {base} already, as its merge.json says", adapter)
+
+
+def _refuse_renumbered(base: Path) -> None:
+    """Raise a CheckpointError if a model is an exported stage whose layers were given other numbers.
+
+    An adapter speaks of original layers; what happens to have the same number here is another layer.
+    """
+    record = read_json_if_there(base / "export.json")
+    original = record.get("original_index") if record else None
+    if isinstance(original, Mapping) and any(str(old) != new for new, old in original.items()):
+        raise CheckpointError(
+            "is an exported stage whose layers have other numbers than in the dense model, and adapters go by those",
+            where=base,
+            mend="merge the adapters into the parts, and export the stage again",
+        )
+
+
+def _twice(what: str, adapter: Adapter) -> AdapterError:
+    return AdapterError(what, where=adapter.path, mend="give each adapter once")
 
 
 def merged_before(base: Path) -> dict[str, dict]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.distillation.teacher_record import open_teacher_states, weight_digests
+from mistral_prune_lora.distillation.teacher_record import open_teacher_states, teacher_record
 from mistral_prune_lora.models.config import head_name
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.text.windows import Windows
@@ -45,11 +45,12 @@ class Teacher:
             dtype, device: of its weights.
 
         Raises:
-            DataError: the states belong to other windows or another teacher.
+            DataError: the states belong to other windows or another teacher, or are of another dtype.
             CheckpointError: weights are missing or do not fit.
         """
-        self.digests, self._device, self._windows = weight_digests(files.model_dir), device, windows
-        self._states = open_teacher_states(files.states, windows, self.digests) if files.states else None
+        record, self._device, self._windows = teacher_record(windows, files.model_dir), device, windows
+        self.digests = record["teacher"]
+        self._states = open_teacher_states(files.states, record, dtype) if files.states else None
         if self._states is None:
             self._model = load_model(files.model_dir, dtype=dtype, device=device).requires_grad_(False)
             self.head = self._model.lm_head.weight

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.activations import ActivationReader
+from mistral_prune_lora.storage.dtypes import torch_name
+from mistral_prune_lora.streaming.record import config_sha256
 from mistral_prune_lora.text.windows import Windows
+
+_AGAIN = "make them again"
 
 
 def weight_digests(path: str | Path) -> dict[str, str]:
@@ -17,25 +23,38 @@ def weight_digests(path: str | Path) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in open_checkpoint(path).files}
 
 
-def teacher_record(windows: Windows, digests: Mapping[str, str]) -> dict:
-    """The record that is kept with the states.
+def teacher_record(windows: Windows, teacher_dir: str | Path) -> dict:
+    """The record that is kept with the states: ids_sha256, teacher (the digests of its weights), config_sha256.
 
     Args:
         windows: the training windows.
-        digests: of the dense model, as `weight_digests` gives them.
+        teacher_dir: the dense model.
     """
-    return {"ids_sha256": windows.identity.ids_sha256, "teacher": dict(digests)}
+    return {
+        "ids_sha256": windows.identity.ids_sha256,
+        "teacher": weight_digests(teacher_dir),
+        "config_sha256": config_sha256(open_checkpoint(teacher_dir)),
+    }
 
 
-def open_teacher_states(path: str | Path, windows: Windows, digests: Mapping[str, str]) -> ActivationReader:
-    """Open stored states, of the same windows and teacher.
+def open_teacher_states(path: str | Path, wanted: Mapping, dtype: torch.dtype) -> ActivationReader:
+    """Open stored states.
+
+    Args:
+        path: the file.
+        wanted: what they must be of, as `teacher_record` gives it.
+        dtype: that the teacher's head computes in.
 
     Raises:
-        DataError: they belong to other windows or another teacher.
+        DataError: they belong to other windows or another teacher, or are of another dtype.
         CheckpointError: it is no file of activations.
     """
-    reader, wanted = ActivationReader(path), teacher_record(windows, digests)
-    for key, words in (("ids_sha256", "other windows"), ("teacher", "another teacher")):
-        if reader.run.get(key) != wanted[key]:
-            raise DataError(f"the teacher's states belong to {words}", where=path, mend="make them again")
+    reader = ActivationReader(path)
+    if reader.run.get("ids_sha256") != wanted["ids_sha256"]:
+        raise DataError("the teacher's states belong to other windows", where=path, mend=_AGAIN)
+    if any(reader.run.get(key) != wanted[key] for key in ("teacher", "config_sha256")):
+        raise DataError("the teacher's states belong to another teacher", where=path, mend=_AGAIN)
+    if reader.dtype != dtype:
+        found, asked = torch_name(reader.dtype), torch_name(dtype)
+        raise DataError(f"the teacher's states are {found}, and training computes in {asked}", where=path, mend=_AGAIN)
     return reader

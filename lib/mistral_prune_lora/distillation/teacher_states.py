@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.distillation.teacher_record import teacher_record, weight_digests
+from mistral_prune_lora.distillation.teacher_record import teacher_record
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.models.ends import build_norm
 from mistral_prune_lora.storage.activations import ActivationReader
@@ -48,7 +48,7 @@ def teacher_states(
     passage = Passage(teacher, windows, compute)
     norm = build_norm(passage.config, teacher, compute.dtype, compute.device)
     # With the batch size, since a run that goes on must cut the same batches.
-    record = teacher_record(windows, weight_digests(teacher_dir)) | {"batch_size": compute.batch_size}
+    record = teacher_record(windows, teacher_dir) | {"batch_size": compute.batch_size}
     layers = [LayerSource(index, teacher) for index in range(passage.config.num_hidden_layers)]
     with KeptActivations(output, passage.shape, compute, record, change=norm) as states:
         run_layers(passage, passage.origin(None), layers, states)

@@ -224,7 +224,7 @@ def _write_record(
             }
             for adapter in plan.adapters
         ],
-        "merged_before": list(merged_before(plan.base.path).values()),
+        "merged_before": [entry for part in plan.parts for entry in merged_before(part.path).values()],
         "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged)},
         "outputs": written | other_files_sha256(fresh, written),
         "versions": versions(PACKAGE, "torch"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.adapter import Adapter, Update, check_values
-from mistral_prune_lora.checkpoints.adapter_scope import check_for_a, from_compact, open_adapters
+from mistral_prune_lora.checkpoints.adapter_scope import check_for_a, from_compact, open_adapters, refuse_merged_before
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.directories import SINGLE_FILE, is_model_dir, layer_file_name
 from mistral_prune_lora.checkpoints.families import read_config
@@ -61,6 +61,11 @@ class MergePlan:
     frame: Path | None = None
     identity: str | None = None
     output_dtype: str | None = None
+
+    @property
+    def parts(self) -> list[Checkpoint]:
+        """What the tensors are read from."""
+        return [self.base, *([self.skeleton] if self.skeleton else [])]
 
     @property
     def items(self) -> list[Item]:
@@ -125,6 +130,7 @@ def plan_merge(
     opened = None
     if base.kind == "bundle" and not bundle:
         opened = open_checkpoint(frame)
+        refuse_merged_before(adapters, [opened.path])
         check_model_tensors(opened.config, opened.shapes, layout.kept if layout else opened.layers, opened.path)
         sources = {name: entry for name, entry in opened.entries.items() if _kept(name, layout)} | sources
     # A bundle's tensors carry no layer prefix of their own, and a skeleton may count only its kept layers; a model's

@@ -6,17 +6,18 @@ changed or somebody edited is thereby known, counts as absent, and is said: the 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import stat
 import sys
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from mistral_prune_lora.errors import PipelineError, printable
 from mistral_prune_lora.storage.json_file import parsed
+from mistral_prune_lora.storage.scratch import NoLocks, locked
 
 _LONGEST_LINE = 1 << 26  # bytes; a batch of half a million windows would have as many
 _ELSEWHERE = "Move it away, or work in another folder"
@@ -37,9 +38,8 @@ class Journal:
             PipelineError: another process holds it, or it cannot be opened or written.
         """
         self.path, self._header = path, json.loads(json.dumps(dict(header)))
-        self._file = open_own(path)
+        self._file = self._held()
         try:
-            self._hold()
             self.entries, lost = self._read()
             if lost is None:
                 self.clear()
@@ -54,13 +54,23 @@ class Journal:
             os.close(self._file)
             raise
 
-    def _hold(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise PipelineError(
-                "another process is computing this right now", where=self.path, mend="Wait for it, or end it"
-            ) from None
+    def _held(self) -> int:
+        """The descriptor of the file, locked where the file system knows locks."""
+        while True:
+            descriptor = open_own(self.path)
+            try:
+                free = locked(descriptor)
+            except NoLocks:
+                return descriptor
+            if not free:
+                os.close(descriptor)
+                raise PipelineError(
+                    "another process is computing this right now", where=self.path, mend="Wait for it, or end it"
+                )
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+                    return descriptor
+            os.close(descriptor)  # finished and removed by another process between the two steps
 
     def _read(self) -> tuple[list[dict], int | None]:
         """The entries, and how many lines are none; None instead of a count if the header is another one."""

@@ -32,7 +32,7 @@ _ATTEMPTS = 20
 _PLACE = "choose a place that can be written to"
 
 
-class _NoLocks(Exception):
+class NoLocks(Exception):
     """The file system cannot lock files."""
 
 
@@ -137,7 +137,7 @@ def take(folder: Path, target: Path) -> Scratch | None:
         if folder.is_symlink() or not set(os.listdir(folder)) <= _MEMBERS:
             return None
         lock = _take_lock(folder)
-    except _NoLocks:
+    except NoLocks:
         told = "may be left over from a run that was killed; its file system has no locks that would tell"
         print(f"{folder} {told}. Delete it if no other run writes {target}.", file=sys.stderr)
         return None
@@ -175,7 +175,7 @@ def _attempt(target: Path, parents: tuple[Path, ...]) -> Scratch | None:
         lock = _take_lock(folder)
     except FileNotFoundError:
         return None
-    except _NoLocks:
+    except NoLocks:
         return Scratch(target, folder, None, parents)
     return None if lock is None else Scratch(target, folder, lock, parents)
 
@@ -194,7 +194,7 @@ def _take_lock(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        if _locked(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        if locked(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
     except FileNotFoundError:
         pass  # swept between the two steps
@@ -205,12 +205,17 @@ def _take_lock(folder: Path) -> int | None:
     return None
 
 
-def _locked(descriptor: int) -> bool:
+def locked(descriptor: int) -> bool:
+    """Lock an open file for this process alone; False if another one has it.
+
+    Raises:
+        NoLocks: its file system knows no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            raise _NoLocks from error
+            raise NoLocks from error
         return False
     return True
 
@@ -222,7 +227,7 @@ def _remove_former(path: Path, put_back: Path | None) -> None:
     except OSError:
         return
     try:
-        if not _locked(descriptor):
+        if not locked(descriptor):
             return
         if put_back and not put_back.exists():
             os.rename(path, put_back)  # killed between two renames
@@ -230,7 +235,7 @@ def _remove_former(path: Path, put_back: Path | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    except (_NoLocks, OSError):
+    except (NoLocks, OSError):
         pass
     finally:
         os.close(descriptor)

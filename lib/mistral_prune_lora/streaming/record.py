@@ -74,7 +74,7 @@ class RunRecord:
             windows=len(windows),
             seqlen=windows.seqlen,
             dtype=COMPUTE_NAMES[dtype],
-            config_sha256=_config_sha256(model),
+            config_sha256=config_sha256(model),
             layers=[],
             parameters=0,
             weights={"embed_tokens": tensors_sha256({"weight": embedding})},
@@ -192,5 +192,6 @@ def _machine(compute: Compute) -> dict:
     }
 
 
-def _config_sha256(model: Checkpoint) -> str:
+def config_sha256(model: Checkpoint) -> str:
+    """The sha256 of what a model's configuration says about arithmetic."""
     return record_sha256({key: value for key, value in model.config.items() if key not in _CONFIG_WITHOUT_EFFECT})
