@@ -24,6 +24,7 @@ from trainers import count_from_zero, with_aliases
 
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 
 WEIGHTS = "adapter_model.safetensors"
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS}
@@ -95,7 +96,9 @@ def test_compact_indices_are_refused_for_what_they_are_and_mapped_on_request(the
     count_from_zero(there / "A_lora", LAYOUT.kept)
     with pytest.raises(AdapterError, match=r"layers 0-1 and of no others, and A keeps layers 0, 4.*indices compact"):
         merge_adapters(there / "A", [there / "A_lora"], tmp_path / "refused")
-    merge_adapters(there / "A", [there / "A_lora"], tmp_path / "mapped", adapter_indices="compact")
+    merge_adapters(
+        there / "A", [there / "A_lora"], tmp_path / "mapped", settings=MergeSettings(adapter_indices="compact")
+    )
     original, mapped = (read_result(tmp_path / name) for name in ("original", "mapped"))
     assert all(torch.equal(original[name], mapped[name]) for name in original)
     assert [a["indices"] for a in record_of(tmp_path / "mapped")["adapters"]] == ["compact"]
@@ -104,7 +107,9 @@ def test_compact_indices_are_refused_for_what_they_are_and_mapped_on_request(the
 def test_compact_is_refused_where_it_cannot_be(there, tmp_path):
     for base, adapter in (("A", "A_lora"), ("bundles/B", "B_lora"), ("dense", "A_lora")):
         with pytest.raises(AdapterError, match=r"does not count them from 0|the base is no such model"):
-            merge_adapters(there / base, [there / adapter], tmp_path / "out", adapter_indices="compact")
+            merge_adapters(
+                there / base, [there / adapter], tmp_path / "out", settings=MergeSettings(adapter_indices="compact")
+            )
 
 
 def test_an_adapter_that_changes_dropped_layers_is_not_as(there, tmp_path):

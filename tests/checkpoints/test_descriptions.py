@@ -23,6 +23,7 @@ from mistral_prune_lora.checkpoints.manifest import read_layout
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.pruning.layeronly_drop import main as layeronly_drop
@@ -52,7 +53,9 @@ def there(made, tmp_path, monkeypatch):
 
 
 def merge(there, base, part, output, **options):
-    merge_adapters(there / base, [there / "adapters" / part], there / output, device="cpu", **options)
+    merge_adapters(
+        there / base, [there / "adapters" / part], there / output, settings=MergeSettings(**options), device="cpu"
+    )
     return there / output
 
 

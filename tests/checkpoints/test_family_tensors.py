@@ -18,6 +18,7 @@ from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.models.ends import outside_entries
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.pruning.cut import prune_model
@@ -146,7 +147,7 @@ def test_an_incomplete_model_is_refused_by_everything_in_the_same_words(family, 
     for base in (dense, a):
         for options in ({}, {"save_bundle_only": True}):
             with pytest.raises(CheckpointError, match=f"has no tensor {name}"):
-                merge_adapters(base, [adapter], tmp_path / "merged", **options)
+                merge_adapters(base, [adapter], tmp_path / "merged", settings=MergeSettings(**options))
         with pytest.raises(CheckpointError, match=f"has no tensor {name}"):
             load_model(base, dtype=torch.float32)
     assert not (tmp_path / "merged").exists()
@@ -171,11 +172,11 @@ def test_an_incomplete_bundle_is_not_merged(with_a, parts, tmp_path):
     skeleton = a if with_a else None
     edit_tensors(bundles["C"] / "layer_003.safetensors", lambda tensors: tensors.pop("input_layernorm.weight"))
     with pytest.raises(CheckpointError, match=r"has no tensor model.layers.3.input_layernorm.weight"):
-        merge_adapters(bundles["C"], [adapter], tmp_path / "merged", skeleton=skeleton)
+        merge_adapters(bundles["C"], [adapter], tmp_path / "merged", settings=MergeSettings(skeleton=skeleton))
     file = bundles["B"] / "layer_002.safetensors"
     edit_tensors(file, lambda tensors: tensors.update({"post_attention_layernorm.weight": torch.ones(32)}))
     with pytest.raises(CheckpointError, match=r"model.layers.2.post_attention_layernorm.weight has the shape \(32,\)"):
-        merge_adapters(bundles["B"], [adapter], tmp_path / "merged", skeleton=skeleton)
+        merge_adapters(bundles["B"], [adapter], tmp_path / "merged", settings=MergeSettings(skeleton=skeleton))
     with pytest.raises(CheckpointError, match=r"model.layers.2.post_attention_layernorm.weight has the shape \(32,\)"):
         load_model(a, dtype=torch.float32, bundles=(bundles["B"],))
     assert not (tmp_path / "merged").exists()
@@ -185,7 +186,9 @@ def test_an_incomplete_skeleton_is_not_restored(parts, tmp_path):
     a, bundles, adapter = parts
     edit_tensors(a / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"has no tensor model.norm.weight \(in .*/A\)"):
-        merge_adapters(bundles["B"], [adapter], tmp_path / "merged", skeleton=a, save_full_model=True)
+        merge_adapters(
+            bundles["B"], [adapter], tmp_path / "merged", settings=MergeSettings(skeleton=a, save_full_model=True)
+        )
 
 
 def test_buffers_of_old_checkpoints_are_copied(parts, tmp_path):
@@ -195,7 +198,7 @@ def test_buffers_of_old_checkpoints_are_copied(parts, tmp_path):
     edit_tensors(bundles["B"] / "layer_001.safetensors", lambda tensors: tensors.update({name: torch.ones(12)}))
     merge_adapters(a, [adapter], tmp_path / "A_merged")
     merge_adapters(bundles["B"], [adapter], tmp_path / "B_merged")
-    merge_adapters(bundles["B"], [adapter], tmp_path / "full", skeleton=a, save_full_model=True)
+    merge_adapters(bundles["B"], [adapter], tmp_path / "full", settings=MergeSettings(skeleton=a, save_full_model=True))
     assert f"model.layers.0.{name}" in load_file(tmp_path / "A_merged/model.safetensors")
     assert name in load_file(tmp_path / "B_merged/layer_001.safetensors")
     assert {f"model.layers.{i}.{name}" for i in (0, 1)} <= load_file(tmp_path / "full/model.safetensors").keys()

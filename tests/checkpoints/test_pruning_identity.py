@@ -20,6 +20,7 @@ from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.models.load import load_model, restore_bundle
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.cut import prune_model
@@ -121,9 +122,11 @@ def test_merges_carry_it_on(there, tmp_path, capsys):
         "full": tmp_path / "full",
     }
     merge_adapters(parts["A"], [there / "adapter"], made["A"])
-    merge_adapters(parts["B"], [there / "adapter"], made["B"], skeleton=made["A"])
-    merge_adapters(parts["A"], [there / "adapter"], made["only"], save_bundle_only=True)
-    merge_adapters(parts["B"], [there / "adapter"], made["full"], skeleton=made["A"], save_full_model=True)
+    merge_adapters(parts["B"], [there / "adapter"], made["B"], settings=MergeSettings(skeleton=made["A"]))
+    merge_adapters(parts["A"], [there / "adapter"], made["only"], settings=MergeSettings(save_bundle_only=True))
+    merge_adapters(
+        parts["B"], [there / "adapter"], made["full"], settings=MergeSettings(skeleton=made["A"], save_full_model=True)
+    )
     for folder in made.values():
         assert read_identity(folder) == read(folder, "merge.json")[KEY] == identity
     # What is restored for good is of the same pruning still, and goes with its other bundle.
@@ -137,7 +140,12 @@ def test_a_bundle_is_not_merged_beside_the_a_of_another_pruning(there, tmp_path)
     bundle = parts_of(there, "other")["B"]
     for options in ({}, {"save_full_model": True}):
         with pytest.raises(LayoutError, match=REFUSED.replace("/A", "/B").replace("other", "one")):
-            merge_adapters(bundle, [there / "adapter"], tmp_path / "out", skeleton=parts_of(there)["A"], **options)
+            merge_adapters(
+                bundle,
+                [there / "adapter"],
+                tmp_path / "out",
+                settings=MergeSettings(skeleton=parts_of(there)["A"], **options),
+            )
     edit_json(there / "adapter/adapter_config.json", base_model_name_or_path=str(parts_of(there)["A"]))
     with pytest.raises(LayoutError, match="is of the pruning"):
         merge_adapters(bundle, [there / "adapter"], tmp_path / "out")
@@ -238,7 +246,7 @@ def test_parts_without_an_identity_are_taken_with_one_line(there, tmp_path, caps
     assert [result.record[KEY] for result in results] == [None] * 3
     assert unknown_lines(capsys) == [f"{parts['A']}, {parts['B']}, {parts['C']} have no pruning_identity{TAKEN}"]
     for part in "BC":
-        merge_adapters(parts[part], [there / "adapter"], tmp_path / part, skeleton=parts["A"])
+        merge_adapters(parts[part], [there / "adapter"], tmp_path / part, settings=MergeSettings(skeleton=parts["A"]))
     assert len(unknown_lines(capsys)) == 2
     assert KEY not in read(tmp_path / "B", "bundle_meta.json") and read(tmp_path / "B", "merge.json")[KEY] is None
 
@@ -260,7 +268,7 @@ def test_a_restored_model_claims_no_pruning_that_its_bundle_does_not(there, tmp_
     parts = parts_of(there)
     forget(parts["B"])
     options = {"skeleton": parts["A"], "save_full_model": True}
-    merge_adapters(parts["B"], [there / "adapter"], tmp_path / "full", **options)
+    merge_adapters(parts["B"], [there / "adapter"], tmp_path / "full", settings=MergeSettings(**options))
     assert len(unknown_lines(capsys)) == 1
     assert read_identity(tmp_path / "full") is None
 

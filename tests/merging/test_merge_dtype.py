@@ -26,6 +26,7 @@ from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging import merge as merge_module
 from mistral_prune_lora.merging import stream as merge_stream
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.storage.safetensors_file import read_header
@@ -71,7 +72,7 @@ def test_equals_peft_on_a_model_that_was_loaded_in_it(stored, wanted, adapters, 
     expected = peft_merged(folder / "dense", paths, COMPUTE_DTYPES[wanted])
     for part, base in (("A", folder / "A"), ("B", folder / "bundles/B"), ("C", folder / "bundles/C")):
         given = [folder / f"{name}-A" for name in adapters] if part == "A" else paths
-        merge_adapters(base, given, tmp_path / part, output_dtype=wanted)
+        merge_adapters(base, given, tmp_path / part, settings=MergeSettings(output_dtype=wanted))
         got = read_result(tmp_path / part)
         assert got.keys() == {name for name in expected if part_of(name) == part}
         for name, tensor in got.items():
@@ -87,7 +88,7 @@ def test_blocks_of_rows_are_cast_and_merged_where_they_lie(stored, wanted, block
     dense, parts = save_base(tmp_path, stored, Layout(2, (1,)), hidden_size=513, intermediate_size=1345, head_dim=250)
     adapter = random_adapter(tmp_path / "adapter", dense, {**DORA, "r": 16}, layers=[0])
     expected = peft_merged(dense, [adapter], COMPUTE_DTYPES[wanted])
-    merge_adapters(parts["A"], [adapter], tmp_path / "merged", output_dtype=wanted)
+    merge_adapters(parts["A"], [adapter], tmp_path / "merged", settings=MergeSettings(output_dtype=wanted))
     for name, tensor in read_result(tmp_path / "merged").items():
         assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
 
@@ -115,19 +116,17 @@ def test_without_it_every_tensor_keeps_its_own(there, tmp_path):
     merge_adapters(there / "A", [there / "lora-A"], tmp_path / "kept")
     assert {n: e.dtype for n, e in read_header(tmp_path / "kept/model.safetensors").items()} == before
     assert json.loads((tmp_path / "kept/merge.json").read_text())["output_dtype"] is None
-    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "cast", output_dtype="fp16")
+    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "cast", settings=MergeSettings(output_dtype="fp16"))
     assert {e.dtype for e in read_header(tmp_path / "cast/model.safetensors").values()} == {"F16"}
 
 
 def test_a_full_model_out_of_skeleton_and_bundle_has_one_dtype(there, tmp_path):
-    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "A16", output_dtype="fp16")
+    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "A16", settings=MergeSettings(output_dtype="fp16"))
     merge_adapters(
         there / "bundles/B",
         [there / "lora-A"],
         tmp_path / "AB",
-        skeleton=tmp_path / "A16",
-        save_full_model=True,
-        output_dtype="fp32",
+        settings=MergeSettings(skeleton=tmp_path / "A16", save_full_model=True, output_dtype="fp32"),
     )
     assert {e.dtype for e in read_header(tmp_path / "AB/model.safetensors").values()} == {"F32"}
     config = json.loads((tmp_path / "AB/config.json").read_text())
@@ -136,7 +135,12 @@ def test_a_full_model_out_of_skeleton_and_bundle_has_one_dtype(there, tmp_path):
 
 def test_shards_and_space_are_counted_as_they_will_be_written(there, tmp_path, monkeypatch):
     largest = 100_000
-    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "out", output_dtype="fp32", max_shard_size=largest)
+    merge_adapters(
+        there / "A",
+        [there / "lora-A"],
+        tmp_path / "out",
+        settings=MergeSettings(output_dtype="fp32", max_shard_size=largest),
+    )
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     sizes = [sum(entry.nbytes for entry in read_header(shard).values()) for shard in shards]
     whole = sum(entry.nbytes for entry in read_header(there / "A/model.safetensors").values())
@@ -148,28 +152,32 @@ def test_shards_and_space_are_counted_as_they_will_be_written(there, tmp_path, m
     monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
     merge_adapters(there / "A", [there / "lora-A"], tmp_path / "fits")
     with pytest.raises(PipelineError, match="are needed"):
-        merge_adapters(there / "A", [there / "lora-A"], tmp_path / "too large", output_dtype="fp32")
+        merge_adapters(
+            there / "A", [there / "lora-A"], tmp_path / "too large", settings=MergeSettings(output_dtype="fp32")
+        )
 
 
 @pytest.mark.parametrize("name", [MERGED, COPIED])
 def test_what_float16_cannot_hold_is_refused(name, there, tmp_path):
     edit_tensors(there / "A/model.safetensors", lambda tensors: tensors[name][-1, -1].fill_(1e5))
     with pytest.raises(CheckpointError, match=f"tensor {name} holds numbers beyond the range of F16"):
-        merge_adapters(there / "A", [there / "lora-A"], tmp_path / "out", output_dtype="fp16")
+        merge_adapters(there / "A", [there / "lora-A"], tmp_path / "out", settings=MergeSettings(output_dtype="fp16"))
     assert not (tmp_path / "out").exists()
-    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "out", output_dtype="fp32")
+    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "out", settings=MergeSettings(output_dtype="fp32"))
 
 
 def test_numbers_that_are_no_floats_are_copied_and_quantised_weights_are_refused(there, tmp_path):
     steps = torch.arange(7)
     edit_tensors(there / "A/model.safetensors", lambda tensors: tensors.update(steps=steps, on=torch.tensor(True)))
-    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "out", output_dtype="fp16")
+    merge_adapters(there / "A", [there / "lora-A"], tmp_path / "out", settings=MergeSettings(output_dtype="fp16"))
     got = read_result(tmp_path / "out")
     assert torch.equal(got["steps"], steps) and got["on"].dtype == torch.bool
     for strange in (torch.ones(3).to(torch.float8_e4m3fn), torch.ones(4, 4, dtype=torch.uint8)):
         edit_tensors(there / "A/model.safetensors", lambda tensors, s=strange: tensors.update(strange=s))
         with pytest.raises(CheckpointError, match=r"strange is stored as .*: quantised weights are not cast"):
-            merge_adapters(there / "A", [there / "lora-A"], tmp_path / "refused", output_dtype="fp16")
+            merge_adapters(
+                there / "A", [there / "lora-A"], tmp_path / "refused", settings=MergeSettings(output_dtype="fp16")
+            )
 
 
 def test_an_unknown_dtype_is_refused(there, capsys):

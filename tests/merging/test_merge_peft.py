@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging import stream as merge_stream
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 
 LORA = LORA_OF_ALL
@@ -122,7 +123,9 @@ def test_what_is_out_of_scope_changes_nothing(bases, tmp_path):
     """Zeroed factors would still change a weight under DoRA: its magnitude differs from the weight's norm."""
     dense, parts = bases(torch.bfloat16)
     adapter = random_adapter(tmp_path / "adapter", dense, KINDS["dora"])
-    report = merge_adapters(parts["B"], [adapter], tmp_path / "B", save_full_model=True, skeleton=parts["A"])
+    report = merge_adapters(
+        parts["B"], [adapter], tmp_path / "B", settings=MergeSettings(save_full_model=True, skeleton=parts["A"])
+    )
     got, before = read_result(tmp_path / "B"), read_result(dense)
     expected = peft_merged(dense, [adapter], torch.bfloat16)
     assert {int(n.split(".")[2]) for n in got if ".layers." in n} == {*LAYOUT.kept, *LAYOUT.b}

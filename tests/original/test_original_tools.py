@@ -19,6 +19,7 @@ from mistral_prune_lora.distillation.settings import OptimiserSettings
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.models.stage_manager import DynamicStageManager
 from mistral_prune_lora.pruning.cut import prune_model
 
@@ -171,7 +172,13 @@ def test_unpadded_layers_are_evaluated(there):
 def test_shards_are_read_wherever_a_model_is(there):
     single = nll(there, "--model_path", "A", "dense", "--bundles_dir", "bundles")
     merge_adapters("A", ["adapters/A"], "A_single", device="cpu")
-    merge_adapters("bundles/B", ["adapters/B"], "AB_single", skeleton="A", save_full_model=True, device="cpu")
+    merge_adapters(
+        "bundles/B",
+        ["adapters/B"],
+        "AB_single",
+        settings=MergeSettings(skeleton="A", save_full_model=True),
+        device="cpu",
+    )
     prune_model("dense", LAYOUT, save_dir="P_single/A", save_removed_dir="P_single/bundles")
     for model in ("A", "dense"):
         shard(there / model)
@@ -179,7 +186,13 @@ def test_shards_are_read_wherever_a_model_is(there):
         shutil.copy("bundles/B/layer_003.safetensors", there / model / "consolidated.safetensors")
     assert nll(there, "--model_path", "A", "dense", "--bundles_dir", "bundles") == single
     merge_adapters("A", ["adapters/A"], "A_sharded", device="cpu")
-    merge_adapters("bundles/B", ["adapters/B"], "AB_sharded", skeleton="A", save_full_model=True, device="cpu")
+    merge_adapters(
+        "bundles/B",
+        ["adapters/B"],
+        "AB_sharded",
+        settings=MergeSettings(skeleton="A", save_full_model=True),
+        device="cpu",
+    )
     prune_model("dense", LAYOUT, save_dir="P_sharded/A", save_removed_dir="P_sharded/bundles")
     for kind in ("A", "AB", "P"):
         folders = [there / f"{kind}_{how}" / ("A" if kind == "P" else "") for how in ("single", "sharded")]

@@ -112,7 +112,7 @@ def open_adapters(paths: Sequence[str | Path], bases: Iterable[Path]) -> list[Ad
         CheckpointError: a base is an exported stage whose layers were renumbered.
     """
     adapters, bases, seen = [open_adapter(path) for path in paths], list(bases), {}
-    refuse_merged_before(adapters, bases)
+    _refuse_merged_before(adapters, bases)
     for base in bases:
         _refuse_renumbered(base)
     for adapter in adapters:
@@ -124,7 +124,7 @@ def open_adapters(paths: Sequence[str | Path], bases: Iterable[Path]) -> list[Ad
     return adapters
 
 
-def refuse_merged_before(adapters: Iterable[Adapter], bases: Iterable[Path]) -> None:
+def _refuse_merged_before(adapters: Iterable[Adapter], bases: Iterable[Path]) -> None:
     """Raise an AdapterError if a base's merge.json says that one of the adapters is merged into it already."""
     told = {digest: base for base in bases for digest in merged_before(base)}
     for adapter in adapters:

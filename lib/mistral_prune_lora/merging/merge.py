@@ -21,7 +21,7 @@ from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.merging.arithmetic import exact_arithmetic
 from mistral_prune_lora.merging.descriptions import describe_merge
-from mistral_prune_lora.merging.plan import MergePlan, plan_merge
+from mistral_prune_lora.merging.plan import MergePlan, MergeSettings, plan_merge
 from mistral_prune_lora.merging.stream import InputDigests, stream_file
 from mistral_prune_lora.merging.verify import FileCheck
 from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha256, versions
@@ -74,15 +74,10 @@ def merge_adapters(
     adapter_paths: Sequence[str | Path],
     output_dir: str | Path,
     *,
+    settings: MergeSettings = MergeSettings(),
     device: str = "auto",
-    skeleton: str | Path | None = None,
     tokenizer_path: str | Path | None = None,
     verify: bool = True,
-    save_bundle_only: bool = False,
-    save_full_model: bool = False,
-    max_shard_size: int | None = None,
-    output_dtype: str | None = None,
-    adapter_indices: str = "original",
     overwrite: bool = False,
 ) -> MergeReport:
     """Merge adapters into an A model (a full model is written) or a bundle (layer files are written).
@@ -95,36 +90,28 @@ def merge_adapters(
         adapter_paths: PEFT LoRA adapters, merged in this order.
         output_dir: written beside and renamed; a former merge is replaced whole.
         device: where the arithmetic runs: "auto", "cpu" or "cuda:N".
-        skeleton: for a bundle, the A model it belongs to; None means what the first adapter names as its base.
+        settings: what is written, and how it is made.
         tokenizer_path: whose tokenizer files a full model gets; None follows the chain of `tokenizer.find_tokenizer`.
         verify: check the result before it is put in place.
-        save_bundle_only: write a model's kept layers as layer files.
-        save_full_model: write skeleton and bundle as one model.
-        max_shard_size: bytes in a weight file of a full model; None writes one file.
-        output_dtype: "bf16", "fp16" or "fp32": what every float tensor of the base is cast to before anything is added;
-            None leaves each in its own dtype.
-        adapter_indices: how the adapters count layers: "original", or "compact", from 0 over the layers that A keeps.
         overwrite: replace what is no former merge, too; never an input.
 
     Raises:
-        PipelineError and its kinds: see `merge_plan.plan_merge` and `outputs.claim`; no space; no tokenizer; a weight
+        PipelineError and its kinds: see `plan.plan_merge` and `outputs.claim`; no space; no tokenizer; a weight
             is NaN or infinite, or becomes it by the cast or the merge; the check failed. Nothing is written then.
     """
     where = resolve_device(device)
-    plan = plan_merge(
-        base_model,
-        adapter_paths,
-        skeleton=skeleton,
-        save_bundle_only=save_bundle_only,
-        save_full_model=save_full_model,
-        max_shard_size=max_shard_size,
-        adapter_indices=adapter_indices,
-        output_dtype=output_dtype,
-    )
+    plan = plan_merge(base_model, adapter_paths, settings)
     described = describe_merge(plan)
     small_files = _settings(plan, tokenizer_path) if plan.kind == "model" else []
     named = [adapter.base_model for adapter in plan.adapters if adapter.base_model and is_model_dir(adapter.base_model)]
-    read = [base_model, *adapter_paths, skeleton, tokenizer_path, *named, *(file.parent for file in small_files)]
+    read = [
+        base_model,
+        *adapter_paths,
+        settings.skeleton,
+        tokenizer_path,
+        *named,
+        *(file.parent for file in small_files),
+    ]
     recheck = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     require_space({Path(output_dir): plan.nbytes + _SMALL_FILES})
     inputs, written, verified, stopwatch = InputDigests(), {}, 0, Stopwatch()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.adapter import Adapter, Update, check_values
-from mistral_prune_lora.checkpoints.adapter_scope import check_for_a, from_compact, open_adapters, refuse_merged_before
+from mistral_prune_lora.checkpoints.adapter_scope import check_for_a, from_compact, open_adapters
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.directories import SINGLE_FILE, is_model_dir, layer_file_name
 from mistral_prune_lora.checkpoints.families import read_config
@@ -30,6 +30,28 @@ class Item:
     spec: TensorSpec
     entry: TensorEntry
     updates: tuple[Update, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What a merge writes, and how it is made.
+
+    Attributes:
+        skeleton: for a bundle, the A model it belongs to; None means what the first adapter names as its base.
+        save_bundle_only: write a model's kept layers as layer files.
+        save_full_model: write skeleton and bundle as one model.
+        max_shard_size: bytes in a weight file of a full model; None writes one file.
+        adapter_indices: how the adapters count layers: "original", or "compact", from 0 over the layers that A keeps.
+        output_dtype: "bf16", "fp16" or "fp32": what every float tensor of the base is cast to before anything is added;
+            None leaves each in its own dtype.
+    """
+
+    skeleton: str | Path | None = None
+    save_bundle_only: bool = False
+    save_full_model: bool = False
+    max_shard_size: int | None = None
+    adapter_indices: str = "original"
+    output_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +103,7 @@ class MergePlan:
 def plan_merge(
     base_model: str | Path,
     adapter_paths: Sequence[str | Path],
-    *,
-    skeleton: str | Path | None = None,
-    save_bundle_only: bool = False,
-    save_full_model: bool = False,
-    max_shard_size: int | None = None,
-    adapter_indices: str = "original",
-    output_dtype: str | None = None,
+    settings: MergeSettings,
 ) -> MergePlan:
     """Decide what to write and match every adapter tensor to a weight, or list it as out of scope.
 
@@ -101,25 +117,30 @@ def plan_merge(
     """
     if not adapter_paths:
         raise PipelineError("no adapter is given", where="--adapter_path", mend="name at least one adapter directory")
-    if save_bundle_only and save_full_model:
+    if settings.save_bundle_only and settings.save_full_model:
         raise PipelineError("a bundle only and a full model exclude each other", mend="give one of the two flags")
     base = open_checkpoint(base_model)
     adapters = tuple(open_adapters(adapter_paths, [base.path]))
-    bundle = save_bundle_only or (base.kind == "bundle" and not save_full_model)
+    bundle = settings.save_bundle_only or (base.kind == "bundle" and not settings.save_full_model)
     frame = None
     if base.kind == "bundle":
-        frame = _find_skeleton(skeleton, adapters, required=save_full_model)
+        frame = _find_skeleton(settings.skeleton, adapters, required=settings.save_full_model)
     if base.kind == "model":
         layout, num_layers = base.layout, base.config["num_hidden_layers"]
     else:
         layout, num_layers = _layout_of(frame) if frame else (None, None)
-        if layout and not skeleton and not save_full_model and not set(base.layers) & set(layout.dropped):
+        if (
+            layout
+            and not settings.skeleton
+            and not settings.save_full_model
+            and not set(base.layers) & set(layout.dropped)
+        ):
             layout = None  # an adapter's base that has these layers itself says nothing about the bundle
     scope = _scope(base, layout, frame)
     # An adapter's base that says nothing about the bundle is no part that the bundle goes with.
-    beside = frame if skeleton or layout else None
+    beside = frame if settings.skeleton or layout else None
     _check_tensors(base, scope, beside)
-    if adapter_indices == "compact":
+    if settings.adapter_indices == "compact":
         adapters = _from_compact(adapters, base, layout)
     _refuse_other_model(adapters, layout, num_layers)
     if base.kind == "model" and layout:
@@ -130,21 +151,22 @@ def plan_merge(
     opened = None
     if base.kind == "bundle" and not bundle:
         opened = open_checkpoint(frame)
-        refuse_merged_before(adapters, [opened.path])
         check_model_tensors(opened.config, opened.shapes, layout.kept if layout else opened.layers, opened.path)
         sources = {name: entry for name, entry in opened.entries.items() if _kept(name, layout)} | sources
     # A bundle's tensors carry no layer prefix of their own, and a skeleton may count only its kept layers; a model's
     # tensors keep the names they had.
     renamed = base.kind == "bundle"
     if bundle:
-        files = _bundle_files(sources, updates, output_dtype)
+        files = _bundle_files(sources, updates, settings.output_dtype)
     else:
-        files = _model_files(sources, updates, output_dtype, max_shard_size, renamed)
+        files = _model_files(sources, updates, settings.output_dtype, settings.max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
     kind = "bundle" if bundle else "model"
     common = check_same_pruning([base.path, beside])
     identity = read_identity(base.path) if opened is None else common
-    return MergePlan(kind, base, opened, adapters, files, layers, layout, out_of_scope, frame, identity, output_dtype)
+    return MergePlan(
+        kind, base, opened, adapters, files, layers, layout, out_of_scope, frame, identity, settings.output_dtype
+    )
 
 
 def _from_compact(adapters: Sequence[Adapter], base: Checkpoint, layout: Layout | None) -> tuple[Adapter, ...]:

@@ -78,21 +78,24 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parser().parse_args(argv)
     from mistral_prune_lora.merging.merge import merge_adapters
+    from mistral_prune_lora.merging.plan import MergeSettings
 
     merge_adapters(
         given.base_model,
         given.adapter_paths or [given.adapter_path],
         given.output_dir,
+        settings=MergeSettings(
+            skeleton=given.skeleton,
+            save_bundle_only=given.save_bundle_only,
+            save_full_model=given.save_full_model,
+            max_shard_size=given.max_shard_size,
+            adapter_indices=given.adapter_indices,
+            output_dtype=given.output_dtype,
+        ),
         device=given.device,
-        skeleton=given.skeleton,
         tokenizer_path=given.tokenizer_path,
         verify=not given.no_verify,
-        save_bundle_only=given.save_bundle_only,
-        save_full_model=given.save_full_model,
-        max_shard_size=given.max_shard_size,
-        adapter_indices=given.adapter_indices,
         overwrite=given.overwrite,
-        output_dtype=given.output_dtype,
     )
 
 
