@@ -1,0 +1,69 @@
+"""Layers that come and go in the model's own decoder, against the whole model in transformers."""
+
+import pytest
+import torch
+from cut_model import random_windows, save_dense
+from transformers import AutoModelForCausalLM
+
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.models.config import model_config
+from mistral_prune_lora.models.pass_layer import PassLayer
+from mistral_prune_lora.streaming.backbone import Backbone
+from mistral_prune_lora.streaming.compute import Compute, LayerSource, resident_groups, working_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["mistral", "qwen3"])
+def dense(tmp_path, request):
+    return save_dense(tmp_path / "dense", family=request.param)
+
+
+def sources(dense, layers):
+    checkpoint = open_checkpoint(dense)
+    return model_config(checkpoint), [LayerSource(index, checkpoint) for index in layers]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_in_groups_have_the_bits_of_the_whole_model(dense, dtype):
+    config, layers = sources(dense, range(8))
+    ids = random_windows(2, 12).ids.long()
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
+    expected = model.model(ids, output_hidden_states=True).hidden_states
+    backbone, hidden, seen = Backbone(config, Compute(CPU, dtype, 2)), expected[0], {}
+    for _ in backbone.resident([layers[:3], layers[3:4], layers[4:]]):
+        hidden = backbone(hidden, lambda index, leaving: seen.update({index: leaving}))
+    assert list(seen) == list(range(8))
+    for index in range(7):
+        assert torch.equal(seen[index], expected[index + 1])
+    assert torch.equal(model.model.norm(hidden), expected[8])
+
+
+def test_no_other_layer_stays_than_those_of_the_group(dense):
+    config, layers = sources(dense, (1, 2, 6))
+    backbone = Backbone(config, Compute(CPU, torch.float32))
+    for group in backbone.resident([layers[:2], layers[2:]]):
+        held = [i for i, layer in enumerate(backbone._model.layers) if not isinstance(layer, PassLayer)]
+        assert held == [source.index for source in group]
+
+
+def test_groups_take_as_many_layers_as_fit_in_order(dense):
+    config, layers = sources(dense, range(8))
+    layer, beside = layers[0].nbytes(torch.float32), working_bytes(Compute(CPU, torch.float32), config, 12)
+    for fit, groups in ((8, [8]), (3, [3, 3, 2]), (1, [1] * 8)):
+        compute = Compute(CPU, torch.float32, max_memory=beside + 1000 + fit * layer)
+        found = resident_groups(layers, compute, config, 12, reserved=1000)
+        assert [len(group) for group in found] == groups
+        assert [source.index for group in found for source in group] == list(range(8))
+    with pytest.raises(PipelineError, match="do not fit into"):
+        resident_groups(layers, Compute(CPU, torch.float32, max_memory=beside + layer - 1), config, 12)
+    assert resident_groups([], Compute(CPU, torch.float32), config, 12) == []
+
+
+def test_a_layer_s_size_is_that_of_its_parameters_in_the_compute_dtype(dense):
+    _, (layer,) = sources(dense, [5])
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    numbers = sum(parameter.numel() for parameter in model.model.layers[5].parameters())
+    assert [layer.nbytes(dtype) for dtype in (torch.float32, torch.bfloat16)] == [4 * numbers, 2 * numbers]
