@@ -37,7 +37,8 @@ def empty_layer(config: PreTrainedConfig, index: int) -> nn.Module:
         config: decides class and geometry.
         index: original layer index: for a KV cache, and for families whose layers differ in their attention.
     """
-    layer_class = _layer_class(type(config))
+    config_class: type = type(config)  # a class can be hashed, whatever its instances can
+    layer_class = _layer_class(config_class)
     with torch.device("meta"):
         return layer_class(config, index)
 
