@@ -27,6 +27,8 @@ test-consumers: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile rules
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --lint
 
@@ -36,4 +38,4 @@ format: setup
 	$(BIN)/snakefmt Snakefile rules
 
 clean:
-	rm -rf $(VENV) $(VENV)-consumers .pytest_cache .hypothesis .ruff_cache lib/*.egg-info
+	rm -rf $(VENV) $(VENV)-consumers .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache lib/*.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mistral_prune_lora.errors import PipelineError, SourceError
 
@@ -28,7 +29,7 @@ def fetch_files(repo_id: str, files: Sequence[str], *, revision: str | None = No
     from huggingface_hub import snapshot_download
 
     given = {"revision": revision, "cache_dir": cache}
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         folder = snapshot_download(repo_id, allow_patterns=list(files), **options)
     except Exception as error:  # the library and its HTTP client raise a dozen unrelated kinds

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(teacher or request.student)
     windows = make_windows(text, tokenizer, seqlen=given["seqlen"], max_windows=given["nsamples"])
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
-    if states and not holds_states(states):
+    if teacher and states and not holds_states(states):
         teacher_states(teacher, windows, states, compute=compute, overwrite=overwrite)
     train_adapter(
         request.part,

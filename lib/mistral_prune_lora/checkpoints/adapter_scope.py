@@ -39,7 +39,7 @@ def from_compact(adapter: Adapter, layout: Layout) -> Adapter:
     updates = {}
     for module, update in adapter.updates.items():
         match = LAYER_PREFIX.match(module)
-        name = layer_prefix(layout.kept[update.layer]) + module[match.end() :] if match else module
+        name = layer_prefix(layout.kept[int(match[1])]) + module[match.end() :] if match else module
         updates[name] = replace(update, module=name)
     return replace(adapter, updates=updates, compact=layout.kept)
 

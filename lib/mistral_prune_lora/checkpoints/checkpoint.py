@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _open_model(path: Path) -> Checkpoint:
     config, layout = read_config(path), read_layout(path)
     stored = {name: entry for file in _model_files(path) for name, entry in file.items()}
-    original = range(config["num_hidden_layers"])
+    original: Sequence[int] = range(config["num_hidden_layers"])
     if layout and len(original) == len(layout.kept) < layout.num_layers:
         # A compact A numbers its kept layers 0..n-1; everything else here speaks of original indices.
         original = layout.kept

@@ -73,7 +73,7 @@ def layers_map(num_layers: int, names: Mapping[str, str]) -> dict:
         names: the model's tensors: what each is called in its file, by its name under its original layer index.
     """
     layers: dict[str, list[str]] = {str(i): [] for i in range(num_layers)}
-    outside = []
+    outside: list[str] = []
     for name, written in names.items():
         match = LAYER_PREFIX.match(name)
         (layers[match[1]] if match else outside).append(written)

@@ -18,13 +18,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 # What transformers takes where a config.json is silent. A head_dim of None is hidden_size / num_attention_heads, a
 # num_key_value_heads of None is num_attention_heads.
 _QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, int | None]] = {
     "mistral": {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "head_dim": None},
     "llama": {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None, "head_dim": None},
     "qwen2": {**_QWEN, "head_dim": None},
     "qwen3": {**_QWEN, "head_dim": 128},
 }
-_COMMON = {"hidden_size": 4096, "num_attention_heads": 32}
+_COMMON: dict[str, int | None] = {"hidden_size": 4096, "num_attention_heads": 32}
 _BUFFER = "rotary_emb.inv_freq"
 _MEND = "fetch or write the model again"
 
@@ -67,6 +67,7 @@ def family_tensors(config: Mapping, where: str | Path) -> FamilyTensors:
         biased = [*attention]
     if family == "llama" and config.get("mlp_bias"):
         biased += mlp
+    layer: dict[str, tuple[int, ...]]
     layer = {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
     for block, projections in (("self_attn", attention), ("mlp", mlp)):
         layer |= {f"{block}.{name}.weight": shape for name, shape in projections.items()}
@@ -74,7 +75,7 @@ def family_tensors(config: Mapping, where: str | Path) -> FamilyTensors:
     if family == "qwen3":
         layer |= {f"self_attn.{name}.weight": (size["head_dim"],) for name in ("q_norm", "k_norm")}
     head = (size["vocab_size"], hidden)
-    outside = {EMBEDDING: head, NORM: (hidden,)}
+    outside: dict[str, tuple[int, ...]] = {EMBEDDING: head, NORM: (hidden,)}
     return FamilyTensors(outside if config.get("tie_word_embeddings") else {**outside, HEAD: head}, layer, head)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mistral_prune_lora.checkpoints.directories import is_layer_list, is_model_dir
 from mistral_prune_lora.checkpoints.families import read_config
@@ -184,7 +185,7 @@ def _count(manifest: Mapping, name: str, where: str | Path) -> int | None:
     return value
 
 
-def _value(manifest: Mapping, name: str, where: str | Path) -> object:
+def _value(manifest: Mapping, name: str, where: str | Path) -> Any:
     """What stands under a dotted key; None if a part of it is missing or null."""
     value: object = manifest
     for depth, key in enumerate(name.split(".")):

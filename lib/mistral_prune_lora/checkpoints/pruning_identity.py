@@ -97,8 +97,8 @@ def identities(parts: Iterable[str | Path | None]) -> dict[Path, str | None]:
     folders = dict.fromkeys(Path(os.path.abspath(part)) for part in parts if part is not None)
     told = {folder: read_identity(folder) for folder in folders if _is_part(folder)}
     known = {folder: identity for folder, identity in told.items() if identity}
-    first = next(iter(known), None)
     for folder, identity in known.items():
+        first = next(iter(known))
         if identity != known[first]:
             raise LayoutError(
                 f"is of the pruning {identity[:_SHOWN]}, and {first} is of the pruning {known[first][:_SHOWN]}",
@@ -115,8 +115,8 @@ def _is_part(folder: Path) -> bool:
 def _without_identity(unknown: list[Path], told: Mapping[Path, str | None]) -> str:
     named = printable(", ".join(map(os.fspath, unknown)))
     has = "has" if len(unknown) == 1 else "have"
-    known = next((folder for folder, identity in told.items() if identity), None)
-    beside = f", and {printable(os.fspath(known))} is of the pruning {told[known][:_SHOWN]}" if known else ""
+    known = next(((folder, identity) for folder, identity in told.items() if identity), None)
+    beside = f", and {printable(os.fspath(known[0]))} is of the pruning {known[1][:_SHOWN]}" if known else ""
     return f"{named} {has} no {KEY}{beside}: taken as parts of one pruning, which nothing shows"
 
 

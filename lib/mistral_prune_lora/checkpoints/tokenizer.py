@@ -72,7 +72,7 @@ def load_tokenizer(
 
     tried = []
     for step, place, problem in _places(base_model_path, tokenizer_path, adapter_path):
-        if problem:
+        if place is None:
             tried.append(f"{step}: {problem}")
             continue
         try:
@@ -106,7 +106,7 @@ def find_tokenizer(
     """
     tried = []
     for step, place, problem in _places(base_model_path, tokenizer_path, adapter_path):
-        if not problem:
+        if place is not None:
             return place
         tried.append(f"{step}: {problem}")
     raise _not_found(tried)
@@ -236,13 +236,13 @@ def _places(
     for step, file, key in (
         (
             "the adapter's base model",
-            adapter_path and Path(adapter_path) / "adapter_config.json",
+            Path(adapter_path) / "adapter_config.json" if adapter_path else None,
             "base_model_name_or_path",
         ),
         ("the manifest's base model", Path(base_model_path) / "manifest.json", "base_model"),
     ):
         named, problem = _named_in(file, key)
-        if problem:
+        if named is None:
             yield step, None, problem
             continue
         place, problem = _resolve(named)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mistral_prune_lora.checkpoints.model_place import MODEL_FILES, fetch_model
 from mistral_prune_lora.dense.check import check_dense
@@ -88,7 +89,8 @@ def _cache(kind: str, cache_dir: str | Path | None) -> Path:
     return Path(cache_dir) / "hub" if cache_dir else Path(HF_HUB_CACHE)
 
 
-def _checked_source(source: Mapping) -> tuple[str, dict | str]:
+def _checked_source(source: Mapping) -> tuple[str, Any]:
+    """("pypi" or "hub", its settings as a dict), or ("path", the directory)."""
     kinds = ("pypi", "hub", "path")
     if not isinstance(source, Mapping) or len(source) != 1 or next(iter(source)) not in kinds:
         raise SourceError("a dense model has exactly one source", where="the source", mend=f"give one of {kinds}")

@@ -99,7 +99,7 @@ def convert_gguf(gguf: str | Path, output_dir: str | Path) -> dict:
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    model.to(torch.bfloat16).save_pretrained(output_dir)
+    model.bfloat16().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     # The safetensors library makes files that only their owner may read.
     for name in weight_files(output_dir):

@@ -48,7 +48,7 @@ def _pip_download(requirement: str, folder: Path, home: Path) -> None:
     lines = []
     # pip's progress bar goes straight to the terminal (its stdout to our stderr); what it complains about is read.
     with subprocess.Popen(command, stdout=2, stderr=subprocess.PIPE, text=True) as pip:
-        for line in pip.stderr:
+        for line in pip.stderr or ():
             lines.append(line)
             print(line, end="", file=sys.stderr)
     if pip.returncode == 0:

@@ -295,7 +295,7 @@ def _bundles(given: Mapping, part: str, student: str) -> tuple[str, ...]:
             f"{part}'s adapter is trained with {needs} restored", where=f"--{flag}", mend=f"give --{flag} (or --bundle)"
         )
     own = _bundle_in(Path(pruned), part)
-    if part == "B":
+    if merged is None:  # B's student, which has no merged B
         return (own,)
     _check_merged(Path(merged))
     return (merged, own)

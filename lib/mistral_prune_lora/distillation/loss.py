@@ -63,16 +63,17 @@ def backward(
     Returns:
         Loss, KL and cross-entropy summed over the batch's tokens, float64, shape (3,).
     """
-    decoder, head = model.get_base_model().model, model.get_base_model().lm_head
+    whole = model.get_base_model()
+    decoder, head = whole.get_submodule("model"), whole.get_submodule("lm_head")
     hidden = decoder(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     targets, expected = ids[:, 1:].flatten(), None
     answers = None if taught is None else taught[:, :-1].flatten(0, 1)
     cut = hidden.detach().requires_grad_(True)
     sums = torch.zeros(3, dtype=torch.float64)
-    block = max(1, BLOCK_LOGITS // head.weight.shape[0])
+    block = max(1, BLOCK_LOGITS // head.get_parameter("weight").shape[0])
     for start in range(0, len(targets), block):
         part = slice(start, start + block)
-        if answers is not None:
+        if answers is not None and teacher_head is not None:
             with torch.no_grad():
                 expected = functional.linear(answers[part], teacher_head)
         parts = distillation_loss(head(cut[part]), expected, targets[part], settings)

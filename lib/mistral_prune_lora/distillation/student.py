@@ -33,11 +33,15 @@ class Student:
     def checkpoint(self) -> Checkpoint:
         """The model; CheckpointError if its directory does not say which layers it runs without."""
         checkpoint = open_checkpoint(self.model_dir)
+        self._layout_of(checkpoint)
+        return checkpoint
+
+    def _layout_of(self, checkpoint: Checkpoint) -> Layout:
         if checkpoint.layout is None:
             raise CheckpointError(
                 "there is no manifest.json", where=self.model_dir, mend="give an A model or a merged A"
             )
-        return checkpoint
+        return checkpoint.layout
 
     def layers(self, part: str) -> tuple[int, ...]:
         """The layers that the adapter of part "A", "B" or "C" is trained on.
@@ -57,7 +61,7 @@ class Student:
 
     def _layout(self, part: str) -> Layout:
         """The layout, with B and C told by the bundles that are restored where the manifest leaves them open."""
-        layout = self.checkpoint().layout
+        layout = self._layout_of(open_checkpoint(self.model_dir))
         if not layout.unassigned:
             return layout
         # From the end: C's student has one bundle where B holds no layers.
@@ -98,7 +102,7 @@ def with_adapter(student: PreTrainedModel, layers: Sequence[int], lora: LoraSett
         )
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank; its annotation says int
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
         layers_to_transform=list(layers),

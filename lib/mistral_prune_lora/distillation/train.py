@@ -100,7 +100,7 @@ def train_adapter(
         dense = None if teacher is None else Teacher(teacher, windows, compute.dtype, compute.device)
         with reserved_space(fresh, _adapter_bytes(model), where=output_dir):
             curve = _fit(model.train(), dense, windows, settings, compute.device)
-        model.save_pretrained(fresh)
+        model.save_pretrained(os.fspath(fresh))
         curve.to_csv(fresh / "training.csv", index=False)
         about = {
             "command": "train",
@@ -160,8 +160,8 @@ def _fit(
             total = sum(len(batch) for batch in chosen) * (windows.seqlen - 1)
             for batch in chosen:
                 ids = windows.ids[batch].long().to(device)
-                taught = (teacher.hidden(batch), teacher.head) if teacher else (None, None)
-                sums += backward(model, ids, *taught, settings.loss, total)
+                taught, head = (teacher.hidden(batch), teacher.head) if teacher else (None, None)
+                sums += backward(model, ids, taught, head, settings.loss, total)
                 tokens += ids.numel()
             norm = torch.nn.utils.clip_grad_norm_(trained, optimiser.max_grad_norm)
             updater.step()

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -26,6 +27,10 @@ from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.pass_layer import PassLayer
 
 _ROLES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+class _Holder(nn.Module):
+    peft_config: dict[str, LoraConfig]  # torch takes every attribute of a module for a tensor or a module
 
 
 class PeftAdapter:
@@ -81,13 +86,13 @@ class PeftAdapter:
         if not state:
             return
         # PEFT resolves names in the whole model.
-        config, holder = self._config(index), nn.Module()
+        config, holder = self._config(index), _Holder()
         holder.model = nn.Module()
         holder.model.layers = nn.ModuleList([*(PassLayer(i) for i in range(index)), layer])
         try:
             inject_adapter_in_model(config, holder, adapter_name=self._id)
             holder.peft_config = {self._id: config}
-            faults = set_peft_model_state_dict(holder, state, adapter_name=self._id)
+            faults: Any = set_peft_model_state_dict(holder, state, adapter_name=self._id)
         except (RuntimeError, ValueError) as error:
             raise AdapterError(f"does not fit layer {index}: {error}", where=self.path) from None
         missing = [name for name in faults.missing_keys if f".{self._id}." in name]

@@ -59,9 +59,9 @@ def sort_inputs(
     for path in paths:
         if is_bundle_dir(path):
             named[bundle_part(path, layout)].append(Path(path))
-    for part, path in (("B", b_bundle), ("C", c_bundle)):
-        if path is not None:
-            named[part].append(_bundle(Path(path), f"--{part.lower()}_bundle"))
+    for part, bundle in (("B", b_bundle), ("C", c_bundle)):
+        if bundle is not None:
+            named[part].append(_bundle(Path(bundle), f"--{part.lower()}_bundle"))
     if bundles_dir is not None:
         there = [part for part in "BC" if (Path(bundles_dir) / part).is_dir()]
         if not there:

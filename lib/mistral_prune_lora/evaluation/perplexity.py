@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.checkpoints.tensor_names import NORM
+from mistral_prune_lora.errors import NumberError
 from mistral_prune_lora.models.config import head_name, model_config
 from mistral_prune_lora.models.ends import build_norm
 from mistral_prune_lora.results.statistics import WindowScores
@@ -39,9 +40,13 @@ class Head:
         """
         self._norm: nn.Module = build_norm(model_config(checkpoint), checkpoint, dtype, device)
         self._weight = checkpoint.read(head_name(checkpoint), dtype).to(device)
-        for name, weight in ((NORM, self._norm.weight), (head_name(checkpoint), self._weight)):
+        for name, weight in ((NORM, self._norm.get_parameter("weight")), (head_name(checkpoint), self._weight)):
             if not all_finite(weight):
-                raise tensor_fault(checkpoint.entries[name], dtype)
+                raise tensor_fault(checkpoint.entries[name], dtype) or NumberError(
+                    f"tensor {name} came to NaN or infinity in memory, not in its file",
+                    where=checkpoint.entries[name].file,
+                    mend="Run it again; if it comes again, check the machine",
+                )
         self.vocabulary = self._weight.shape[0]
         self.nbytes = head_bytes(checkpoint, dtype)
 
@@ -93,7 +98,7 @@ def score_batch(
     sums = torch.zeros(len(hidden), 4, dtype=torch.float64, device=hidden.device)
     for window in range(len(hidden)):
         for part in blocks:
-            taught = None if teacher is None else teacher[0].logits(dense[window, part])
+            taught = None if teacher is None or dense is None else teacher[0].logits(dense[window, part])
             sums[window] += _score_block(head.logits(normed[window, part]), targets[window, part], taught)
     columns: list[np.ndarray] = list(sums.T.contiguous().cpu().numpy())
     return WindowScores(*(columns if teacher else columns[:2]))

@@ -155,8 +155,9 @@ def csv_output(path: str | Path) -> Output:
 def _is_results(path: Path) -> bool:
     content = read_record(path)
     results = content.get("results")
-    alike = content.keys() == {"results", "differences"} and isinstance(results, list) and results
-    return bool(alike) and all(isinstance(r, dict) and {"label", "ppl", "ids_sha256"} <= r.keys() for r in results)
+    if content.keys() != {"results", "differences"} or not isinstance(results, list) or not results:
+        return False
+    return all(isinstance(r, dict) and {"label", "ppl", "ids_sha256"} <= r.keys() for r in results)
 
 
 def _is_table(path: Path) -> bool:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,7 +207,7 @@ def _listed(scores: WindowScores) -> dict:
 
 def _scores(entry: Mapping, windows: int, taught: bool) -> WindowScores | None:
     """The scores of a journal's entry; None if they are not those of so many windows, all of them numbers."""
-    columns = {}
+    columns: dict[str, Any] = {}
     for name, there in (("nll", True), ("correct", True), ("kl", taught), ("agree", taught)):
         values = entry.get(name)
         if not there:

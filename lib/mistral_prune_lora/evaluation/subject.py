@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
@@ -15,6 +16,20 @@ from mistral_prune_lora.streaming.compute import LayerSource, UnmergedAdapter
 from mistral_prune_lora.streaming.record import parameters
 
 _STAGE_SIGN = {"A": "A", "AB": "AB", "FULL": "ABC"}
+
+
+class PlacedAdapter(UnmergedAdapter, Protocol):
+    """An adapter that is run beside the weights of one part's layers, and what a user is told of it.
+
+    Attributes:
+        path: its directory.
+        part: "A", "B" or "C", whose layers it is for.
+        out_of_scope: how many of its tensors are left out.
+    """
+
+    path: Path
+    part: str
+    out_of_scope: int
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Subject:
 
     model: Checkpoint
     bundles: Mapping[str, Checkpoint] = field(default_factory=dict)
-    adapters: Mapping[str, tuple[UnmergedAdapter, ...]] = field(default_factory=dict)
+    adapters: Mapping[str, tuple[PlacedAdapter, ...]] = field(default_factory=dict)
     name: str = ""
 
     def __post_init__(self) -> None:

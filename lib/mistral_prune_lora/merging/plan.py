@@ -149,7 +149,7 @@ def plan_merge(
     updates, out_of_scope = _match(base, adapters, scope, whole=not bundle)
     sources = {name: entry for name, entry in base.entries.items() if _belongs(name, scope, bundle)}
     opened = None
-    if base.kind == "bundle" and not bundle:
+    if frame is not None and not bundle:  # a bundle, and the model that it goes into
         opened = open_checkpoint(frame)
         check_model_tensors(opened.config, opened.shapes, layout.kept if layout else opened.layers, opened.path)
         sources = {name: entry for name, entry in opened.entries.items() if _kept(name, layout)} | sources
@@ -350,9 +350,9 @@ def _kept(name: str, layout: Layout | None) -> bool:
 def _bundle_files(sources: Mapping[str, TensorEntry], updates, output_dtype: str | None) -> dict[str, list[Item]]:
     files: dict[str, list[Item]] = {}
     for name, entry in sources.items():
-        match = LAYER_PREFIX.match(name)
-        items = files.setdefault(layer_file_name(int(match[1])), [])
-        items.append(_item(name[match.end() :], entry, updates.get(name, ()), output_dtype))
+        if match := LAYER_PREFIX.match(name):  # nothing else belongs to a bundle
+            items = files.setdefault(layer_file_name(int(match[1])), [])
+            items.append(_item(name[match.end() :], entry, updates.get(name, ()), output_dtype))
     return dict(sorted(files.items()))
 
 

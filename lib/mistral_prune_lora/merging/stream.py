@@ -98,7 +98,7 @@ def stream_file(
     *,
     device: torch.device,
     inputs: InputDigests,
-    on_bytes: Callable[[int], None],
+    on_bytes: Callable[[int], object],
     compare: Compare | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> str:
@@ -135,7 +135,9 @@ class _Stream:
     def __init__(self, sequence: list[Item], device, inputs: InputDigests, on_bytes, stopwatch: Stopwatch) -> None:
         self._sequence, self._device, self._inputs = sequence, device, inputs
         self._on_bytes, self._stopwatch = on_bytes, stopwatch
-        self._free, self._read, self._merged = (SimpleQueue() for _ in range(3))
+        self._free: SimpleQueue[torch.Tensor | None] = SimpleQueue()
+        self._read: SimpleQueue[_Block | None] = SimpleQueue()
+        self._merged: SimpleQueue[_Block | None] = SimpleQueue()
         self._failures: list[BaseException] = []
         sizes = (_buffer_bytes(item, last - first) for item in sequence for first, last in blocks_of(item))
         size = max(sizes, default=0)
@@ -169,7 +171,7 @@ class _Stream:
             lap = self._stopwatch.of_thread()
             compare(written, read)
             lap("checking")
-            digest.update(read)
+            digest.update(read.data)
             lap("digests of outputs")
 
         return came_back
@@ -179,8 +181,9 @@ class _Stream:
             work(*args)
         except BaseException as error:  # raised again by `run`, in the caller's thread
             self._failures.append(error)
-            for queue in (self._free, self._read, self._merged):
-                queue.put(None)
+            self._free.put(None)
+            self._read.put(None)
+            self._merged.put(None)
 
     def _reader(self) -> None:
         opened: dict[Path, int] = {}
@@ -195,7 +198,7 @@ class _Stream:
                         return
                     lap(None)
                     block = _Block(item, first, last, buffer, last - first)
-                    view = memoryview(block.data)
+                    view = block.data.data
                     _read_ahead(opened[entry.file], entry.start + last)
                     read_into(opened[entry.file], view, entry.start + first, entry.file)
                     lap("reading")
@@ -227,9 +230,9 @@ class _Stream:
                 raise _not_finite(block)
             lap("looking for NaN")
             if digest:
-                digest.update(data)
+                digest.update(data.data)
                 lap("digests of outputs")
-            file.append(memoryview(data))
+            file.append(data.data)
             self._free.put(block.buffer)
             self._on_bytes(block.nbytes)
 
@@ -283,7 +286,7 @@ def _not_finite(block: _Block) -> CheckpointError:
     stored = torch.empty(_buffer_bytes(block.item, block.last - block.first), dtype=torch.uint8)
     nbytes = block.last - block.first
     with open(entry.file, "rb") as file:
-        read_into(file.fileno(), memoryview(stored[:nbytes].numpy()), entry.start + block.first, entry.file)
+        read_into(file.fileno(), stored[:nbytes].numpy().data, entry.start + block.first, entry.file)
     if not all_finite_bytes(stored[:nbytes].numpy(), entry.dtype):
         return CheckpointError(
             f"tensor {entry.stored_name} holds NaN or infinity", where=entry.file, mend="fetch or write it again"

@@ -81,7 +81,7 @@ class FileCheck:
         start, end = self._position, self._position + len(read)
         while self._samples and self._samples[0].first < end:
             sample = self._samples[0]
-            self._gathered += memoryview(read)[max(sample.first - start, 0) : sample.last - start]
+            self._gathered += read.data[max(sample.first - start, 0) : sample.last - start]
             if sample.last > end:
                 break
             sample.judge(self._gathered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -36,12 +37,13 @@ def empty_layer(config: PreTrainedConfig, index: int) -> nn.Module:
         config: decides class and geometry.
         index: original layer index: for a KV cache, and for families whose layers differ in their attention.
     """
-    layer_class = _layer_class(type(config))
+    config_class: type = type(config)  # a class can be hashed, whatever its instances can
+    layer_class = _layer_class(config_class)
     with torch.device("meta"):
         return layer_class(config, index)
 
 
 @cache
-def _layer_class(config_class: type[PreTrainedConfig]) -> type[nn.Module]:
+def _layer_class(config_class: Callable[..., PreTrainedConfig]) -> type[nn.Module]:
     # A configuration of its own, of one layer: the model's may list the kind of each of its layers.
-    return type(empty_decoder(config_class(num_hidden_layers=1)).layers[0])
+    return type(empty_decoder(config_class(num_hidden_layers=1)).get_submodule("layers.0"))

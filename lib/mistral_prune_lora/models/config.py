@@ -44,8 +44,8 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def _made(settings: Mapping) -> PreTrainedConfig:
-    settings = copy.deepcopy(dict(settings))  # transformers writes into the dicts that it is given
-    return CONFIG_MAPPING[settings.pop("model_type")](**settings)
+    own = copy.deepcopy(dict(settings))  # transformers writes into the dicts that it is given
+    return CONFIG_MAPPING[own.pop("model_type")](**own)
 
 
 @cache

@@ -29,7 +29,7 @@ def outside_entries(model: Checkpoint) -> dict[str, TensorEntry]:
 
 def build_norm(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The norm between a model's last layer and its head, with its weights, in eval mode."""
-    norm = empty_decoder(config).norm
+    norm = empty_decoder(config).get_submodule("norm")
     norm.load_state_dict({"weight": checkpoint.read(NORM, dtype).to(device)}, assign=True)
     return norm.eval().requires_grad_(False)
 

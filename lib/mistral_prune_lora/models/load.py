@@ -104,7 +104,8 @@ def restore_layers(model: PreTrainedModel, bundle: Checkpoint) -> tuple[int, ...
             )
         layer = build_layer(model.config, index, bundle, model.dtype, model.device)
         model.model.layers[index] = layer.train(model.training)
-    model.restored_from = (*getattr(model, "restored_from", ()), bundle.path)
+    restored = (*getattr(model, "restored_from", ()), bundle.path)
+    model.restored_from = restored  # type: ignore[assignment]  # torch: every attribute is a tensor or a module
     return bundle.layers
 
 

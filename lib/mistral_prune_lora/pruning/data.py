@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,14 +83,14 @@ def get_loaders(
             where="splits",
             mend='give one or both of "train" and an evaluation split',
         )
-    source = {"mirror": mirror, "text_files": text_files, "column": column}
+    source: dict[str, Any] = {"mirror": mirror, "text_files": text_files, "column": column}
     trainloader = testenc = None
     if "train" in wanted:
         draw = random.Random(seed)
         documents = load_documents(name, split="train", **source)
         if documents.name == "c4":
-            ids = _DocumentIds(documents.rows, tokenizer, seqlen, documents.source)
-            trainloader = [_window(ids.draw(draw), seqlen, draw) for _ in range(nsamples)]
+            long = _DocumentIds(documents.rows, tokenizer, seqlen, documents.source)
+            trainloader = [_window(long.draw(draw), seqlen, draw) for _ in range(nsamples)]
         else:
             ids = token_ids(documents.joined(), tokenizer)
             if len(ids) <= seqlen:

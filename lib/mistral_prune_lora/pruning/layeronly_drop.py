@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mistral_prune_lora.argument_types import positive, seed, share, size_in_bytes
@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
 
         count = read_config(given.model)["num_hidden_layers"]
         layout = Layout(count, tuple(given.b_layers or ()), tuple(given.c_layers or ()))
-        selection, log = FIXED_LAYERS, {}
+        selection: Mapping = FIXED_LAYERS
+        log: Mapping = {}
     else:
         layout, selection, log = _search(given)
     prune_model(
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     if log_file:
         with atomic_file(log_file, check=keep_log) as fresh:
             fresh.write_bytes((Path(given.save_dir) / PRUNE_LOG).read_bytes())
-    written = read_layout(given.save_dir)
+    written = read_layout(given.save_dir) or layout
     print(f"A keeps {len(written.kept)} of {written.num_layers} layers: {os.path.abspath(given.save_dir)}")
     print(f"B holds {list(written.b)}, C holds {list(written.c)}: {os.path.abspath(given.save_removed_dir)}")
 
@@ -212,7 +213,7 @@ def _search(given: argparse.Namespace) -> tuple[Layout, dict, dict]:
     )
     states = last_token_states(
         given.model,
-        torch.cat([ids for ids, _ in loader[: given.max_batches]]),
+        torch.cat([ids for ids, _ in (loader or [])[: given.max_batches]]),
         beside=given.save_dir,
         compute=compute,
     )

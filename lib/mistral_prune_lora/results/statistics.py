@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,7 +37,9 @@ class WindowScores:
         """The scores of consecutive windows as one."""
         parts = list(parts)
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        return cls(**{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()})
+        whole: dict[str, Any]
+        whole = {name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()}
+        return cls(**whole)
 
     def first_not_finite(self) -> int | None:
         """The first window of which a score is NaN or infinity; None if all are numbers."""
@@ -93,7 +96,7 @@ def summarise(scores: WindowScores, *, predicted_per_window: int, tokens_per_byt
         "windows": windows,
         "top1_accuracy": math.fsum(scores.correct) / tokens,
     }
-    if scores.kl is not None:
+    if scores.kl is not None and scores.agree is not None:
         result |= {
             "kl_dense": math.fsum(scores.kl) / tokens,
             "kl_dense_se": standard_error(scores.kl / predicted_per_window),

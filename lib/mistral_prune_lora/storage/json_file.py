@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.storage.plain_file import lies_there, open_plain, too_large
@@ -57,7 +58,7 @@ def read_json_if_there(path: str | Path, kind: type[PipelineError] = PipelineErr
     return read_json(path, kind) if lies_there(path) else None
 
 
-def parsed(text: str) -> object:
+def parsed(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
@@ -82,8 +83,10 @@ def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r} stands twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} stands twice")
+            seen.add(key)
     return content
 
 

@@ -59,7 +59,9 @@ class ReadBack:
         """Start; `compare` and `done` are called on one thread, in the order of the file."""
         self._path, self._compare, self._done, self._stopwatch = path, compare, done, stopwatch
         self._descriptor, self._direct = open_direct(path, os.O_RDONLY)
-        self._free, self._written, self._read = SimpleQueue(), SimpleQueue(), SimpleQueue()
+        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
+        self._written: SimpleQueue[tuple[np.ndarray, int, int] | None] = SimpleQueue()
+        self._read: SimpleQueue[tuple[np.ndarray, np.ndarray, int] | None] = SimpleQueue()
         for _ in range(_BUFFERS):
             self._free.put(aligned_buffer(buffer_bytes))
         self.failure: BaseException | None = None
@@ -115,7 +117,7 @@ class ReadBack:
             os.posix_fadvise(self._descriptor, offset, padded, os.POSIX_FADV_DONTNEED)
         while done < count:
             try:
-                got = os.preadv(self._descriptor, [memoryview(buffer)[done:padded]], offset + done)
+                got = os.preadv(self._descriptor, [buffer.data[done:padded]], offset + done)
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise

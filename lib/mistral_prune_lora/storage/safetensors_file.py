@@ -69,7 +69,7 @@ class TensorEntry:
             shape, start = (max(0, last - first), *shape[1:]), start + first * row_bytes
         buffer = torch.empty(math.prod(shape) * DTYPES[self.dtype].itemsize, dtype=torch.uint8)
         with open(self.file, "rb") as file:
-            read_into(file.fileno(), memoryview(buffer.numpy()), start, self.file)
+            read_into(file.fileno(), buffer.numpy().data, start, self.file)
         return buffer.view(DTYPES[self.dtype]).view(shape)
 
 
@@ -226,4 +226,4 @@ def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str],
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

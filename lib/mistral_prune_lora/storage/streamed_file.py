@@ -44,7 +44,8 @@ class StreamedFile:
     def __init__(self, path: Path, compare: Compare | None = None, stopwatch: Stopwatch | None = None) -> None:
         self._stopwatch = stopwatch or Stopwatch()
         self._descriptor, self._direct = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self._free, self._full = SimpleQueue(), SimpleQueue()
+        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
+        self._full: SimpleQueue[np.ndarray | None] = SimpleQueue()
         for _ in range(_BUFFERS + (_BUFFERS_BEHIND if compare else 0)):
             self._free.put(aligned_buffer(_BUFFER_BYTES))
         self._buffer, self._filled = self._free.get(), 0
@@ -139,7 +140,7 @@ class StreamedFile:
         while done < count:
             end = -(-count // ALIGNMENT) * ALIGNMENT if self._direct else count
             try:
-                done += os.pwrite(self._descriptor, memoryview(buffer)[done:end], self._written + done)
+                done += os.pwrite(self._descriptor, buffer.data[done:end], self._written + done)
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise

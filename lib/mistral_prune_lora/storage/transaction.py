@@ -162,13 +162,13 @@ class _Move:
 
     def finish(self) -> None:
         """Make the move if it was not made, and nobody has put anything else or anything more at the target since."""
-        if (_state(self.scratch.new) or [None])[0] == self.new and _state(self.scratch.target) in (None, self.was):
+        if _inode(self.scratch.new) == self.new and _state(self.scratch.target) in (None, self.was):
             self.make()
 
     @property
     def made(self) -> bool:
         """Whether the new result is in its place."""
-        return (_state(self.scratch.target) or [None])[0] == self.new
+        return _inode(self.scratch.target) == self.new
 
 
 def _put_all(scratches: Sequence[Scratch], check: Callable[[], None] | None) -> None:
@@ -256,7 +256,7 @@ def _moves_begun(leftover: Scratch) -> list[_Move] | None:
 
     None without a journal; empty if nothing can be done now, since some of them are held or cannot be seen.
     """
-    place, moves = leftover.folder.parent, []
+    place, moves = leftover.folder.parent, list[_Move]()
     try:
         if leftover.journal.lstat().st_uid != os.geteuid():
             return []  # another user's word is no reason to move anything
@@ -266,6 +266,7 @@ def _moves_begun(leftover: Scratch) -> list[_Move] | None:
         inodes = [(move["new"], move["was"]) for move in noted]
     except (OSError, PipelineError, ValueError, KeyError, TypeError):
         return None  # none, or a kill while it was written: nothing had been put in place yet
+    scratch: Scratch | None
     for (folder, target), (new, was) in zip(named, inodes, strict=True):
         if folder == leftover.folder:
             scratch = leftover
@@ -307,6 +308,11 @@ def _state(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [told.st_ino, told.st_mtime_ns]
+
+
+def _inode(path: Path) -> int | None:
+    state = _state(path)
+    return state[0] if state else None
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ positions, rotary embedding and attention mask are made by the code that makes t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,7 +28,8 @@ class Backbone:
         """Make it, with a PassLayer everywhere."""
         self.compute, self._config = compute, config
         self._model = empty_decoder(config, compute.device)
-        self._model.layers = nn.ModuleList(PassLayer(i) for i in range(config.num_hidden_layers))
+        self._layers = nn.ModuleList(PassLayer(i) for i in range(config.num_hidden_layers))
+        self._model.layers = self._layers
         self._model.norm = nn.Identity()
         self._model.eval()
 
@@ -45,15 +47,16 @@ class Backbone:
             return
         copies = torch.cuda.Stream(self.compute.device)
         with ThreadPoolExecutor(1) as loader:
-            waiting = loader.submit(self._build, groups[0], copies) if groups else None
+            waiting = deque(loader.submit(self._build, group, copies) for group in groups[:1])
             for group, following in zip(groups, [*groups[1:], None], strict=True):
-                layers = waiting.result()
+                layers = waiting.popleft().result()
                 here = torch.cuda.current_stream(self.compute.device)
                 here.wait_stream(copies)
                 for tensor in (t for layer in layers for t in layer.parameters()):
                     tensor.data.record_stream(here)
                 self._install(group, layers)
-                waiting = loader.submit(self._build, following, copies) if following else None
+                if following is not None:
+                    waiting.append(loader.submit(self._build, following, copies))
                 yield group
 
     def _build(self, group: Sequence[LayerSource], copies: torch.cuda.Stream | None = None) -> list[nn.Module]:
@@ -73,7 +76,7 @@ class Backbone:
 
     def _install(self, group: Sequence[LayerSource], layers: Sequence[nn.Module]) -> None:
         """Let exactly these layers be resident; PassLayers take the places of the others."""
-        slots = self._model.layers
+        slots = self._layers
         for index, layer in enumerate(slots):
             if not isinstance(layer, PassLayer):
                 slots[index] = PassLayer(index)
@@ -89,8 +92,8 @@ class Backbone:
             watch: called after each of them with its index and the hidden states that leave it.
         """
         with ExitStack() as hooks:
-            for index, layer in enumerate(self._model.layers if watch else ()):
-                if not isinstance(layer, PassLayer):
+            for index, layer in enumerate(self._layers):
+                if watch and not isinstance(layer, PassLayer):
                     hooks.callback(layer.register_forward_hook(_watching(watch, index)).remove)
             return self._model(inputs_embeds=hidden, use_cache=False).last_hidden_state
 

@@ -28,10 +28,10 @@ def stream_batches(
     on_gpu = compute.device.type == "cuda"
     copies = torch.cuda.Stream(compute.device) if on_gpu else None
 
-    def fetch(batch: int):
+    def fetch(batch: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         first = batch * compute.batch_size
         hidden = read(first, min(first + compute.batch_size, windows))
-        if not on_gpu:
+        if copies is None:
             return hidden, None
         with torch.cuda.stream(copies):
             moved = hidden.pin_memory().to(compute.device, non_blocking=True)
@@ -46,7 +46,7 @@ def stream_batches(
             hidden, arrived = future.result()
             if following is not None:
                 waiting.append((following, reader.submit(fetch, following)))
-            if on_gpu:
+            if arrived is not None:
                 here = torch.cuda.current_stream(compute.device)
                 here.wait_event(arrived)
                 hidden.record_stream(here)

@@ -85,7 +85,7 @@ class RunRecord:
     def parse(cls, content: Mapping, where: str | Path) -> RunRecord:
         """The record in a file's metadata; DataError if it is none."""
         kinds = {"str": str, "int": int, "list[int]": list, "list[dict]": list, "dict[str, str]": dict}
-        wanted = {field.name: kinds[field.type] for field in fields(cls) if field.name != "dense"}
+        wanted = {field.name: kinds[str(field.type)] for field in fields(cls) if field.name != "dense"}
         if any(type(content.get(name)) is not kind for name, kind in wanted.items()):
             raise DataError("does not say what was run", where=where, mend=_AGAIN)
         return cls(**{name: content[name] for name in wanted})

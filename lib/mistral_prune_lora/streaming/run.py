@@ -44,11 +44,13 @@ class Sink(BatchSink, Protocol):
 
     Attributes:
         place: the file that it fills; what goes between two groups of layers lies hidden beside it.
-        words: what is being run, for the progress bar; None if the layers say enough.
     """
 
     place: Path
-    words: str | None
+
+    @property
+    def words(self) -> str | None:
+        """What is being run, for the progress bar; None if the layers say enough."""
 
     @property
     def nbytes(self) -> int:

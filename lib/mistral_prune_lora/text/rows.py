@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.plain_file import check_plain, open_plain
+
+if TYPE_CHECKING:
+    from _csv import Reader  # what csv.reader returns; csv itself has no name for it
 
 FORMATS = (".parquet", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".txt")
 MAX_TEXT_BYTES = 1 << 30  # of one file, unpacked; a file of C4 has 0.8 GB, all of WikiText-103 has 0.5 GB
@@ -51,6 +54,7 @@ def read_rows(path: Path, column: str, *, limit: int | None = None) -> list[str]
             than MAX_TEXT_BYTES or MAX_ROWS.
     """
     name = path.name.lower()
+    rows: Iterable[object]
     try:
         if name.endswith(".parquet"):
             rows = _parquet_rows(path, column, limit)
@@ -141,7 +145,7 @@ def describe_files(paths: Sequence[Path]) -> str:
     return ", ".join(f"{path.name} sha256={file_sha256(path)}" for path in paths)
 
 
-def _blocks(file: BinaryIO, path: Path, done: int = 0) -> Iterator[bytes]:
+def _blocks(file: BinaryIO | gzip.GzipFile, path: Path, done: int = 0) -> Iterator[bytes]:
     """The rest of a file in blocks, of which a hole or a bomb shows in the first.
 
     Args:
@@ -218,7 +222,7 @@ def _parquet_rows(path: Path, column: str, limit: int | None) -> list[object]:
 def _json_rows(path: Path, column: str) -> Iterator[object]:
     """JSON lines, or one JSON array of objects; lines are read only as far as they are asked for."""
     with ExitStack() as opened:
-        file = opened.enter_context(open_plain(path, DataError))
+        file: BinaryIO | gzip.GzipFile = opened.enter_context(open_plain(path, DataError))
         if path.name.lower().endswith(".gz"):
             file = opened.enter_context(gzip.open(file, "rb"))
         offset = number = 0
@@ -245,7 +249,7 @@ def _json_rows(path: Path, column: str) -> Iterator[object]:
                 yield _value(_parsed(text, path, f"line {number}"), column, path, f"line {number}")
 
 
-def _parsed(text: str, path: Path, place: str) -> object:
+def _parsed(text: str, path: Path, place: str) -> Any:
     # Not by the rules of json_file: what other columns hold, NaN for example, is not for this pipeline to judge.
     try:
         return json.loads(text)
@@ -272,7 +276,7 @@ def _csv_rows(path: Path, column: str) -> list[str]:
         raise DataError(f"line {table.line_num} is no CSV: {error}", where=path) from None
 
 
-def _column_of(table: Iterator[list[str]], column: str, path: Path) -> list[str]:
+def _column_of(table: Reader, column: str, path: Path) -> list[str]:
     header = next(table, [])
     if column not in header:
         raise _missing_column(path, column, header)

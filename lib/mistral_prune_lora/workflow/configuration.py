@@ -157,12 +157,13 @@ _WithDefaults = validators.extend(
 def _lines(error: ValidationError) -> Iterator[str]:
     """One line for each mistake in a schema error; of alternatives, the mistakes in the one that fits best."""
     path = ".".join(str(key) for key in error.absolute_path) or "(top level)"
+    schema = error.schema if isinstance(error.schema, Mapping) else {}
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-        known = sorted(error.schema.get("properties", {}))
+        known = sorted(schema.get("properties", {}))
         for key in sorted(set(error.instance) - set(known), key=str):
             yield f"{path}.{key}".removeprefix("(top level).") + f": unknown key; known here: {', '.join(known)}"
-    elif error.validator in ("oneOf", "anyOf") and error.schema.get("x-explain"):
-        yield f"{path}: {error.schema['x-explain']}"
+    elif error.validator in ("oneOf", "anyOf") and schema.get("x-explain"):
+        yield f"{path}: {schema['x-explain']}"
     else:
         yield f"{path}: {error.message}"
 
