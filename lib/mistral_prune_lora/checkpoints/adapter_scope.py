@@ -111,7 +111,8 @@ def open_adapters(paths: Sequence[str | Path], bases: Iterable[Path]) -> list[Ad
         AdapterError: as `adapter.open_adapter`; the same weights twice.
         CheckpointError: a base is an exported stage whose layers were renumbered.
     """
-    adapters, bases, seen = [open_adapter(path) for path in paths], list(bases), {}
+    adapters, bases = [open_adapter(path) for path in paths], list(bases)
+    seen: dict[str, Path] = {}
     _refuse_merged_before(adapters, bases)
     for base in bases:
         _refuse_renumbered(base)
