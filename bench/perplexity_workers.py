@@ -20,9 +20,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
-from mistral_prune_lora.evaluation.perplexity import block_slices
 from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
+from mistral_prune_lora.evaluation.window_scores import block_slices
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.layout.segments import segment_tree
 from mistral_prune_lora.pruning.identity import PassLayer

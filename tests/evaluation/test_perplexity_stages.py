@@ -7,7 +7,7 @@ from cut_model import cut, make_compact, plain_stage, random_windows, save_dense
 from safetensors.torch import load_file
 
 from mistral_prune_lora.errors import DataError, LayoutError
-from mistral_prune_lora.evaluation import perplexity
+from mistral_prune_lora.evaluation import window_scores
 from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.evaluation.stages import boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
@@ -131,7 +131,7 @@ def test_no_batch_size_drops_a_window_or_changes_more_than_rounding(tmp_path, pa
 
 def test_a_small_memory_budget_gives_the_same_bits(tmp_path, parts, monkeypatch):
     # Or the logits of one block would take more than all layers.
-    monkeypatch.setattr(perplexity, "BLOCK_LOGITS", 96 * 8)
+    monkeypatch.setattr(window_scores, "BLOCK_LOGITS", 96 * 8)
     windows = random_windows(3, 24)
     ample, tight = Compute(CPU, torch.float32, 2, 10**9), Compute(CPU, torch.float32, 2, 450_000)
     first = list(evaluate_stages(parts[1], STAGES, windows, ample, work_dir=tmp_path / "ample"))

@@ -26,7 +26,8 @@ from mistral_prune_lora.pruning.importance import (
 )
 from mistral_prune_lora.pruning.layeronly_drop import main, parse
 from mistral_prune_lora.results.plots import plot_importance
-from mistral_prune_lora.streaming.compute import Compute, LayerSource, working_bytes
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+from mistral_prune_lora.streaming.memory import working_bytes
 from mistral_prune_lora.streaming.passage import embedding_bytes
 
 CPU = Compute.named("cpu", "fp32")

@@ -10,7 +10,8 @@ from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.models.config import model_config
 from mistral_prune_lora.models.pass_layer import PassLayer
 from mistral_prune_lora.streaming.backbone import Backbone
-from mistral_prune_lora.streaming.compute import Compute, LayerSource, resident_groups, working_bytes
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+from mistral_prune_lora.streaming.memory import resident_groups, working_bytes
 
 CPU = torch.device("cpu")
 

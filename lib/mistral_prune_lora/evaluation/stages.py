@@ -7,14 +7,15 @@ from pathlib import Path
 
 from mistral_prune_lora.checkpoints.pruning_identity import KEY
 from mistral_prune_lora.errors import LayoutError
-from mistral_prune_lora.evaluation.perplexity import head_bytes
 from mistral_prune_lora.evaluation.result import StageResult, stage_result
 from mistral_prune_lora.evaluation.scoring import DenseAnswers, Scoring
 from mistral_prune_lora.evaluation.subject import Subject
+from mistral_prune_lora.evaluation.window_scores import head_bytes
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments
 from mistral_prune_lora.storage.activations import open_finished
-from mistral_prune_lora.streaming.compute import Compute, resident_groups
+from mistral_prune_lora.streaming.compute import Compute
+from mistral_prune_lora.streaming.memory import resident_groups
 from mistral_prune_lora.streaming.passage import Origin, Passage, embedding_bytes
 from mistral_prune_lora.streaming.record import RunRecord
 from mistral_prune_lora.streaming.run import run_layers, run_to_file

@@ -44,7 +44,7 @@ class _Sample:
 class FileCheck:
     """The check of one output file, which passes through it from beginning to end.
 
-    Give it to `merge_stream.stream_file` as `compare`, and `finish` it afterwards.
+    Give it to `stream.stream_file` as `compare`, and `finish` it afterwards.
 
     Attributes:
         values: how many merged values were recomputed so far.

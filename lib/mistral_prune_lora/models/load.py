@@ -1,7 +1,7 @@
 """Whole models in memory: A with PassLayers where layers were dropped, bundles restored into it.
 
 What needs a runnable `PreTrainedModel` (distillation, generation, adapters left unmerged) starts here. Perplexity does
-not: it streams layers (see layers.py).
+not: it streams layers (see the package streaming).
 """
 
 from __future__ import annotations

@@ -52,12 +52,12 @@ def get_loaders(
     start a window. For c4 a document longer than a window is drawn first, because its documents are not one text.
 
     Args:
-        name: a dataset as for `text.load_text`.
+        name: a dataset as for `sources.load_text`.
         nsamples: how many training windows.
         seed: of the generator that draws them.
         seqlen: token ids in a window.
         tokenizer: a transformers tokenizer.
-        mirror, text_files, column: as for `text.load_text`.
+        mirror, text_files, column: as for `sources.load_text`.
         splits: what to load: "train" and one of "test" and "validation", or just one of them. A split that is not
             asked for need not exist.
 

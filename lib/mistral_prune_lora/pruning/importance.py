@@ -18,7 +18,8 @@ from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.finite import all_finite
 from mistral_prune_lora.storage.transaction import atomic_file, scratch_directory
 from mistral_prune_lora.streaming.backbone import Backbone
-from mistral_prune_lora.streaming.compute import Compute, LayerSource, resident_groups
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+from mistral_prune_lora.streaming.memory import resident_groups
 from mistral_prune_lora.streaming.passage import embedding_bytes
 from mistral_prune_lora.streaming.run import KeptActivations, run_batches
 

@@ -17,8 +17,9 @@ from mistral_prune_lora.console import progress
 from mistral_prune_lora.storage.activations import ActivationWriter, open_finished
 from mistral_prune_lora.streaming.backbone import Backbone
 from mistral_prune_lora.streaming.batches import DelayedStore, stream_batches
-from mistral_prune_lora.streaming.compute import Compute, LayerSource, resident_groups
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.faults import layers_blamed
+from mistral_prune_lora.streaming.memory import resident_groups
 from mistral_prune_lora.streaming.passage import Boundary, Origin, Passage
 
 

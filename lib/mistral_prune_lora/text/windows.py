@@ -33,7 +33,7 @@ class WindowsIdentity:
     """What a set of windows was cut from.
 
     Attributes:
-        dataset, split, source: as in `text.Text`.
+        dataset, split, source: as in `sources.Text`.
         text_sha256: of the text's UTF-8 bytes.
         ids_sha256: of the windows' ids as little-endian int32 in reading order.
         tokenizer: directory or Hub id that the tokenizer came from.

@@ -1,4 +1,7 @@
-"""From final hidden states to the negative log-likelihood of every window, in blocks, so that logits never pile up."""
+"""From final hidden states to each window's NLL, correct tokens, KL from the dense model and agreement with it.
+
+In blocks of tokens, so that logits never pile up.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,56 @@
+"""How many layers are in memory at once: consecutive ones that fit together, beside what their forward pass holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+
+from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.sizes import size_text
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+
+
+def resident_groups(
+    sources: Sequence[LayerSource], compute: Compute, config: PreTrainedConfig, seqlen: int, reserved: int = 0
+) -> list[list[LayerSource]]:
+    """Consecutive layers that fit into memory together, in order.
+
+    Args:
+        sources: the layers to run, in order.
+        compute: gives budget, dtype and batch size.
+        config: the model's geometry.
+        seqlen: token ids in a window.
+        reserved: bytes that something else on the device takes, such as the head.
+
+    Raises:
+        PipelineError: not even one layer fits.
+    """
+    sizes = [source.nbytes(compute.dtype) for source in sources]
+    memory, beside = compute.memory, reserved + working_bytes(compute, config, seqlen)
+    # On a GPU the next group is copied while one computes.
+    copies = 2 if compute.device.type == "cuda" and sum(sizes) > memory - beside else 1
+    budget = (memory - beside) // copies
+    if sizes and max(sizes) > budget:
+        raise PipelineError(
+            f"one layer, its hidden states and the head do not fit into {size_text(memory)}",
+            where="--max_memory",
+            mend=f"Allow {size_text(beside + copies * max(sizes))} or more, or use a smaller batch or dtype",
+        )
+    groups: list[list[LayerSource]] = []
+    used = 0
+    for source, size in zip(sources, sizes, strict=True):
+        if not groups or used + size > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(source)
+        used += size
+    return groups
+
+
+def working_bytes(compute: Compute, config: PreTrainedConfig, seqlen: int) -> int:
+    """An upper estimate of what one layer's forward pass holds beside its weights, attention scores included."""
+    tokens = compute.batch_size * seqlen
+    width = 8 * config.hidden_size + 3 * config.intermediate_size
+    mask = seqlen * seqlen if getattr(config, "sliding_window", None) else 0
+    return tokens * width * max(4, compute.dtype.itemsize) + mask
