@@ -1,7 +1,8 @@
 """Journals of finished work, by which a killed run goes on, or begins anew because it is another run.
 
-Each line is believed only as far as its own checksum goes. A line is the CRC-32 of a JSON object in eight hex digits, a space, and that object. What a kill tore off, a disk
-changed or somebody edited is thereby known, counts as absent, and is said: the work that it stood for is done again.
+A line is the CRC-32 of a JSON object in eight hex digits, a space, and that object, and is believed only as far as its
+checksum goes. What a kill tore off, a disk changed or somebody edited is thereby known, counts as absent, and is said:
+the work that it stood for is done again.
 """
 
 from __future__ import annotations

@@ -49,10 +49,6 @@ def atomic_directories(
         targets: of a link, the directory it leads to is replaced.
         check: called at the end, before anything is replaced; raises a PipelineError if what is there must stay.
 
-    Args:
-        target: the directory.
-        also: names beside the usual ones that this command writes, and that a former result may hold.
-
     Raises:
         PipelineError: a target cannot be written; or, at the end, not be put in place: then the finished directories
             are kept, nothing is replaced, and the error says where they are.
