@@ -1,0 +1,170 @@
+"""The campaign as a command: draws cases, attacks with two processes, prints the table."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from attack import server
+from attack.classify import RIGHT, Column, Verdict
+from attack.deeds import DEEDS
+from attack.disk import DiskCase, attack_disk, disk_cases, may_mount
+from attack.files import attack_file
+from attack.formats import Kind
+from attack.kills import KillCase, attack_kill, kill_cases
+from attack.room import Room
+from attack.scenes import SCENES, files_of
+from attack.strategies import FileCase, file_cases
+from attack.table import table, write_table
+from attack.writers import WritersCase, attack_together, writers_cases
+from mistral_prune_lora.version import VERSION
+
+Case = FileCase | KillCase | DiskCase | WritersCase
+_ATTACKS: dict[type, Callable[[Room, Case], Verdict]] = {
+    FileCase: attack_file,
+    KillCase: attack_kill,
+    DiskCase: attack_disk,
+    WritersCase: attack_together,
+}
+_ROWS = [
+    *(f"file: {kind.value.told}" for kind in Kind),
+    *(f"{what}: {deed.name}" for what in ("kill", "full disk", "two writers") for deed in DEEDS),
+]
+_room: Room | None = None
+
+
+def row_of(case: Case) -> str:
+    """The row of the table that a case counts in."""
+    if isinstance(case, FileCase):
+        return f"file: {case.kind.value.told}"
+    what = {KillCase: "kill", DiskCase: "full disk", WritersCase: "two writers"}[type(case)]
+    return f"{what}: {case.first if isinstance(case, WritersCase) else case.deed}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python tests/attack",
+        description="Attack every command: with hostile files, kills, full disks and rival writers. Ends with exit code"
+        " 1 if one of them was not borne.",
+    )
+    p.add_argument("--seed", type=int, default=0, help="draws all cases (default: %(default)s)")
+    p.add_argument("--files", type=int, default=1760, metavar="N", help="hostile files (default: %(default)s)")
+    p.add_argument("--kills", type=int, default=240, metavar="N", help="kills (default: %(default)s)")
+    p.add_argument("--disks", type=int, default=96, metavar="N", help="full disks (default: %(default)s)")
+    p.add_argument("--writers", type=int, default=96, metavar="N", help="pairs of writers (default: %(default)s)")
+    p.add_argument("--only", metavar="NAME", help="one case, or those whose names start so; all else as above")
+    p.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
+    p.add_argument("--minutes", type=float, default=20, metavar="X", help="end after so long (default: %(default)s)")
+    p.add_argument("--output", type=Path, metavar="FILE", help="a document to put the table into (default: none)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the campaign; returns the exit code."""
+    given = parser().parse_args(argv)
+    began = time.monotonic()
+    server.preload()
+    with tempfile.TemporaryDirectory(prefix="attack-") as place, _own_environment(Path(place)):
+        cases, remarks = _cases(given, Path(place))
+        counts, faults, left = _attack(given, cases, Path(place), began)
+    told = _told(given, time.monotonic() - began, [*remarks, *left])
+    print("\n".join(["", table(counts), "", *told]))
+    for fault in faults:
+        print(f"\n{fault}", file=sys.stderr)
+    if given.output and not given.only:
+        write_table(given.output, [table(counts), *told])
+    return 1 if faults or left else 0
+
+
+@contextmanager
+def _own_environment(place: Path) -> Iterator[None]:
+    """Nothing of the user's is read or written: no cache, no network."""
+    before = dict(os.environ)
+    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _cases(given: argparse.Namespace, place: Path) -> tuple[list[Case], list[str]]:
+    """The cases, the slow ones first, and what is to be said of those left out."""
+    remarks = []
+    cases: list[Case] = [*writers_cases(given.writers, given.seed), *kill_cases(given.kills, given.seed)]
+    if may_mount(place / "mounted"):
+        cases += disk_cases(given.disks, given.seed)
+    else:
+        remarks.append("No disk was filled: this user may not mount one.")
+    cases += file_cases(_targets(place / "first"), given.files, given.seed) if given.files else []
+    if given.only:
+        cases = [case for case in cases if case.name.startswith(given.only)]
+    return cases, remarks
+
+
+def _targets(place: Path) -> list[tuple[str, str, bool]]:
+    """Every file that a scene reads, found in a room."""
+    room, found = Room(place), []
+    for scene in SCENES:
+        room.reset(scene)
+        found += [(scene.name, file, scene.nodes) for file in files_of(scene, room.folder)]
+    shutil.rmtree(place)
+    return found
+
+
+def _attack(
+    given: argparse.Namespace, cases: list[Case], place: Path, began: float
+) -> tuple[dict[str, Counter], list[str], list[str]]:
+    """What came of the cases, by row; a text for each fault; a remark if time ran out."""
+    counts = {row: Counter() for row in _ROWS if row in set(map(row_of, cases))}
+    faults, left = [], []
+    with multiprocessing.get_context("fork").Pool(given.workers, _enter, (place,)) as pool:
+        done = pool.imap_unordered(_attempt, cases)
+        for case, verdict in tqdm(done, total=len(cases), desc="attack", unit="case", dynamic_ncols=True):
+            counts[row_of(case)][verdict.column] += 1
+            if verdict.column not in RIGHT:
+                faults.append(
+                    f"{case}\n  {verdict.column.value}: {verdict.told}\n  alone: {_command(given)} --only {case.name}"
+                )
+            if time.monotonic() - began > given.minutes * 60:
+                tried = sum(map(Counter.total, counts.values()))
+                left.append(f"Time ran out: {tried} of {len(cases)} cases were tried.")
+                break
+    return counts, faults, left
+
+
+def _command(given: argparse.Namespace) -> str:
+    numbers = ((name, getattr(given, name)) for name in ("seed", "files", "kills", "disks", "writers"))
+    return "python tests/attack" + "".join(f" --{name} {value}" for name, value in numbers)
+
+
+def _enter(place: Path) -> None:
+    """Make a worker's room; the server's imports are there already."""
+    global _room
+    _room = Room(place / f"room-{os.getpid()}")
+
+
+def _attempt(case: Case) -> tuple[Case, Verdict]:
+    try:
+        return case, _ATTACKS[type(case)](_room, case)
+    except Exception as error:  # of the campaign itself, which must not pass for a case that was borne
+        return case, Verdict(Column.OTHERWISE, f"the campaign failed: {type(error).__name__}: {error}")
+
+
+def _told(given: argparse.Namespace, seconds: float, remarks: Sequence[str]) -> list[str]:
+    made = (
+        f"mistral-prune-lora {VERSION}, `{_command(given)}`: {seconds / 60:.1f} minutes with {given.workers} processes."
+    )
+    return [made, *remarks]
