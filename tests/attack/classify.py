@@ -15,6 +15,7 @@ from attack.server import Ended
 LONGEST = 500
 _MEMORY = 2 << 30  # bytes that no command over this small project has a use for
 _LARGEST = 64 << 20
+_SECONDS = re.compile(rb'"seconds": [0-9.]+')  # that training took: of all that is written, it alone differs
 
 
 class Column(Enum):
@@ -85,7 +86,7 @@ def _content(path: str) -> object:
     if told.st_size > _LARGEST:
         return told.st_size
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(_SECONDS.sub(b"", file.read())).hexdigest()
 
 
 def difference(before: dict[str, object], after: dict[str, object]) -> str:

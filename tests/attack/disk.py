@@ -85,11 +85,11 @@ def attack_disk(room: Room, case: DiskCase) -> Verdict:
     begin(room, deed, former=case.former)
     old = room.folder / "aside/old"
     room.out.rename(old)
-    size = _size(old) + (
-        _ROOMY if case.filled else int(case.share * room.once(deed.name, lambda: _new_size(room, deed)))
-    )
+    new_size = room.once(("size", deed.name), lambda: _new_size(room, deed))
+    room.clear()
+    free = _ROOMY if case.filled else int(case.share * new_size)
     try:
-        with _mounted(room.out, max(size, 1 << 16)):
+        with _mounted(room.out, _size(old) + max(free, 1 << 16)):
             subprocess.run(["cp", "-a", f"{old}/.", str(room.out)], check=True)
             before = snapshot(room.out)
             child = room.start(lambda: deed.main(list(deed.words)))

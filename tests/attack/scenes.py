@@ -115,7 +115,10 @@ def configured(words: list[str]) -> int:
 
 TAUGHT = (*TRAIN, "--teacher_states", "../out/states.safetensors")
 STAGED = flags("--model_path pruned/A --bundles_dir pruned/bundles --stage FULL --format stage_files") + MADE
-MERGED = (*flags("--model_path merged/A_merged merged/B_merged merged/C_merged --text_file {text}"), *MEASURED)
+MERGED = (
+    *flags("--model_path merged/A_merged merged/B_merged merged/C_merged --text_file {text}"),
+    *("--json", "../out/made.json", *MEASURED),
+)
 STATES = ("states.safetensors", ".states.safetensors.partial", ".states.safetensors.journal")
 _WHOLE = ("dense", "A", "B", "C", "A_lora", "tokenizer", "text")
 SCENES = [
