@@ -177,6 +177,35 @@ def test_models_that_are_no_mistral(tmp_path: Path, wheelhouse, architecture, ex
     assert not (tmp_path / "dense").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"block_count\x04\0\0\0\x02", b"block_count\x04\0\0\0\x03", r"has no tensor blk\.2\.attn_k\.weight"),
+        (b"block_count\x04\0\0\0\x02", b"block_count\x04\0\0\0\x01", r"has tensor blk\.1\."),
+        (b"block_count\x04\0\0\0\x02", b"block_count\x04\0\0\0\0", "counts 0 layers"),
+        (b"block_count", b"block_counter", "not a GGUF file that can be read"),
+        (b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight", r"has no tensor blk\.1\.ffn_up\.weight"),
+        (b"blk.1.ffn_up.weight", b"blk.2.ffn_up.weight", r"has tensor blk\.2\.ffn_up\.weight, which .* would lose"),
+        (b"rms_epsilon", b"rms_epsilom", r"does not say llama\.attention\.layer_norm_rms_epsilon"),
+        (b"general.architecture", b"general.architectury", "no `general.architecture`"),
+    ],
+)
+def test_a_gguf_file_that_says_less_than_a_model_needs(tmp_path: Path, wheelhouse, old, new, message):
+    """transformers makes up the weights that it does not find, and takes its own defaults for numbers."""
+    whole = write_gguf(tmp_path / "m.gguf", llama(True)).read_bytes()
+    assert whole.count(old) == 1
+    with pytest.raises(SourceError, match=message):
+        fetch_dense(wheelhouse({"m.gguf": whole.replace(old, new)}), tmp_path / "dense", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.5, 0.9])
+def test_a_gguf_file_that_ends_early(tmp_path: Path, wheelhouse, share):
+    whole = write_gguf(tmp_path / "m.gguf", llama(True)).read_bytes()
+    with pytest.raises(SourceError, match="not a GGUF file that can be read"):
+        fetch_dense(wheelhouse({"m.gguf": whole[: int(share * len(whole))]}), tmp_path / "d", cache_dir=tmp_path / "c")
+
+
 def test_logits_that_differ_stop_the_conversion(tmp_path: Path, wheelhouse, monkeypatch):
     forward = MistralForCausalLM.forward
 
