@@ -11,6 +11,8 @@ from mistral_prune_lora.export_stage import main as export
 
 MADE = ("--output_dir", "../out/made")
 MEASURED = ("--seqlen", "32", "--nsamples", "2", "--device", "cpu", "--dtype", "fp32")
+# The teacher's states, finished and unfinished.
+STATES = ("states.safetensors", ".states.safetensors.partial", ".states.safetensors.journal")
 MERGE_A = (*COMMANDS["merge A"].words, *MADE)
 MERGE_B = (*COMMANDS["merge B"].words, *MADE)
 TRAIN = (*COMMANDS["train"].words, *MADE)

@@ -9,17 +9,25 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from attack.byte_edits import BYTE_EDITS, NODES
+from attack.gguf_edits import GGUF_EDITS
 from attack.json_edits import JSON_EDITS
 from attack.row_edits import ROW_EDITS
 from attack.safetensors_edits import SAFETENSORS_EDITS
 from attack.yaml_edits import YAML_EDITS
 
-EDITS: dict[str, Callable[..., bytes]] = {**BYTE_EDITS, **JSON_EDITS, **SAFETENSORS_EDITS, **ROW_EDITS, **YAML_EDITS}
+EDITS: dict[str, Callable[..., bytes]] = {
+    **BYTE_EDITS,
+    **GGUF_EDITS,
+    **JSON_EDITS,
+    **ROW_EDITS,
+    **SAFETENSORS_EDITS,
+    **YAML_EDITS,
+}
 
 
 @dataclass(frozen=True)
@@ -76,15 +84,3 @@ def spoilt(path: Path, spoiling: Spoiling, aside: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
         kept.rename(path)
         kept.parent.rmdir()
-
-
-def replaced(path: Path, spoiling: Spoiling) -> None:
-    """Spoil a file for good."""
-    valid = path.read_bytes()
-    path.unlink()
-    spoiling.put(path, valid)
-
-
-def describe(edits: Sequence[Edit]) -> str:
-    """Several edits in words."""
-    return ", then ".join(map(str, edits))

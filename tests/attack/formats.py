@@ -17,6 +17,7 @@ class Format(Enum):
     PACKED = auto()
     TABLE = auto()
     BINARY = auto()
+    GGUF = auto()
     YAML = auto()
 
 
@@ -47,7 +48,7 @@ class Kind(Enum):
     DESCRIPTION = _About("manifests, bundles' lists, logs, indices", Format.JSON, r".+\.json")
     ADAPTER_WEIGHTS = _About("an adapter's weights", Format.SAFETENSORS, r".+/adapter_model\.safetensors")
     WEIGHTS = _About("a model's weights", Format.SAFETENSORS, r".+\.safetensors")
-    GGUF = _About("a model in a GGUF file", Format.BINARY, r".+\.gguf")
+    GGUF = _About("a model in a GGUF file", Format.GGUF, r".+\.gguf")
     TEXT = _About("a text", Format.LINES, r".+\.txt")
     ROWS = _About("texts as JSON lines", Format.LINES, r".+\.jsonl")
     PACKED = _About("texts as packed JSON lines", Format.PACKED, r".+\.gz")

@@ -12,12 +12,14 @@ import hashlib
 import io
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from attack.deeds import STATES
 from attack.edits import Spoiling
 from attack.formats import Kind
 
@@ -63,7 +65,7 @@ def is_sound(kind: Kind, spoiling: Spoiling, valid: bytes, path: Path, out: Path
         return _is_tokenizer(path, data)
     if kind is Kind.CONFIGURATION:
         return isinstance(yaml.safe_load(data), dict)
-    return kind is Kind.GGUF and not any(edit.kind == "cut" for edit in spoiling.edits)
+    return kind is Kind.GGUF and _same_table(valid, data)
 
 
 def numbers_of(out: Path) -> dict[str, object]:
@@ -82,7 +84,8 @@ def numbers_of(out: Path) -> dict[str, object]:
 def _results(out: Path) -> list[Path]:
     """The weights that a command wrote, without what it keeps for another run."""
     found = sorted(out.rglob("*.safetensors"))
-    return [file for file in found if file.is_file() and file.relative_to(out).parts[0] != "work"]
+    kept = ("work", STATES[0])
+    return [file for file in found if file.is_file() and file.relative_to(out).parts[0] not in kept]
 
 
 def not_finite(out: Path) -> str:
@@ -117,6 +120,22 @@ def _same_tensors(valid: bytes, data: bytes) -> bool:
         return False
     same = read.keys() == former.keys() and all(read[name]["shape"] == former[name]["shape"] for name in read)
     return same and {entry["dtype"] for entry in read.values()} <= {"F16", "BF16", "F32", "F64"}
+
+
+def _same_table(valid: bytes, data: bytes) -> bool:
+    """Whether the gguf library finds the same tensors, of the same shapes, in a GGUF file."""
+    import gguf
+
+    found = []
+    for content in (valid, data):
+        with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+            file.write(content)
+            file.flush()
+            try:
+                found.append({tensor.name: list(tensor.shape) for tensor in gguf.GGUFReader(file.name).tensors})
+            except Exception:  # of a damaged file it raises any kind
+                return False
+    return found[0] == found[1]
 
 
 def _only_free_keys(valid: bytes, data: bytes) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from output_project import INPUTS, evaluate, flags, merge, prune, train
 from tiny_gguf import write_wheel
 
-from attack.deeds import DEEDS, EVALUATE, EXPORT, MADE, MEASURED, MERGE_A, MERGE_B, PRUNE, TRAIN, export
+from attack.deeds import DEEDS, EVALUATE, EXPORT, MADE, MEASURED, MERGE_A, MERGE_B, PRUNE, STATES, TRAIN, export
 from mistral_prune_lora.dense import main as fetch
 
 ROOT = Path(__file__).parents[2]
@@ -113,13 +113,12 @@ def configured(words: list[str]) -> int:
     return 0
 
 
-TAUGHT = (*TRAIN, "--teacher_states", "../out/states.safetensors")
+TAUGHT = (*TRAIN, "--teacher_states", f"../out/{STATES[0]}")
 STAGED = flags("--model_path pruned/A --bundles_dir pruned/bundles --stage FULL --format stage_files") + MADE
 MERGED = (
     *flags("--model_path merged/A_merged merged/B_merged merged/C_merged --text_file {text}"),
     *("--json", "../out/made.json", *MEASURED),
 )
-STATES = ("states.safetensors", ".states.safetensors.partial", ".states.safetensors.journal")
 _WHOLE = ("dense", "A", "B", "C", "A_lora", "tokenizer", "text")
 SCENES = [
     Scene("merge A", merge, MERGE_A, _inputs("A", "A_lora", "tokenizer", "dense")),

@@ -90,6 +90,20 @@ _PACKED = {
     "not packed": (),
     "a bomb": (st.sampled_from([80, 1100]),),
 }
+_GGUF = {
+    "header's number shifted": (_SHARE, _BY),
+    "header's number of type": (_SHARE, st.integers(0, 15)),
+    "header's key misspelt": (_SHARE,),
+    "GGUF tensor renamed": (_SHARE, st.sampled_from(["output.weight", "blk.1.ffn_up.weight", "blk.7.attn_q.weight"])),
+    "GGUF tensors exchanged": (_SHARE, _SHARE),
+}
+# Text for Snakemake, which reads a configuration before this project's code does.
+_NO_TEXT = ("Latin-1", "UTF-16", "overwritten with noise")
+_CHARACTERS = {name: given for name, given in _BYTES.items() if name not in _NO_TEXT} | {
+    "bit flipped": (_SHARE, st.integers(0, 6)),
+    "inserted": (_SHARE, _TEXT.filter(str.isascii)),
+    "content replaced by": (st.sampled_from(sorted(name for name, content in CONTENTS.items() if content.isascii())),),
+}
 _KINDS: dict[Format, tuple[dict, ...]] = {
     Format.JSON: (_BYTES, _MEANINGS, _MEANINGS),
     Format.SAFETENSORS: (_BYTES, _TENSORS, _TENSORS, {f"header: {name}": given for name, given in _MEANINGS.items()}),
@@ -97,8 +111,9 @@ _KINDS: dict[Format, tuple[dict, ...]] = {
     Format.PACKED: (_BYTES, _PACKED),
     Format.TABLE: (_BYTES, {"a sound table of": (st.sampled_from(sorted(TABLES)),)}),
     Format.BINARY: (_BYTES,),
+    Format.GGUF: (_BYTES, _GGUF),
     Format.YAML: (
-        _BYTES,
+        _CHARACTERS,
         {f"configuration: {name}": given for name, given in _MEANINGS.items()},
         {"YAML behind": (st.sampled_from(sorted(SNIPPETS)),), "YAML before": (st.sampled_from(sorted(SNIPPETS)),)},
     ),
