@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from attack import server
 from attack.classify import RIGHT, Column, Verdict
+from attack.contradictions import ContradictionCase, attack_with_contradiction, contradiction_cases
 from attack.deeds import DEEDS
 from attack.disk import DiskCase, attack_disk, disk_cases, may_mount
 from attack.files import attack_file
@@ -30,16 +32,18 @@ from attack.table import table, write_table
 from attack.writers import WritersCase, attack_together, writers_cases
 from mistral_prune_lora.version import VERSION
 
-Case = FileCase | KillCase | DiskCase | WritersCase
+Case = FileCase | KillCase | DiskCase | WritersCase | ContradictionCase
 _ATTACKS: dict[type, Callable[[Room, Case], Verdict]] = {
     FileCase: attack_file,
     KillCase: attack_kill,
     DiskCase: attack_disk,
     WritersCase: attack_together,
+    ContradictionCase: attack_with_contradiction,
 }
 _ROWS = [
     *(f"file: {kind.value.told}" for kind in Kind),
     *(f"{what}: {deed.name}" for what in ("kill", "full disk", "two writers") for deed in DEEDS),
+    "contradictory arguments",
 ]
 _room: Room | None = None
 
@@ -48,6 +52,8 @@ def row_of(case: Case) -> str:
     """The row of the table that a case counts in."""
     if isinstance(case, FileCase):
         return f"file: {case.kind.value.told}"
+    if isinstance(case, ContradictionCase):
+        return "contradictory arguments"
     what = {KillCase: "kill", DiskCase: "full disk", WritersCase: "two writers"}[type(case)]
     return f"{what}: {case.first if isinstance(case, WritersCase) else case.deed}"
 
@@ -64,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kills", type=int, default=240, metavar="N", help="kills (default: %(default)s)")
     p.add_argument("--disks", type=int, default=96, metavar="N", help="full disks (default: %(default)s)")
     p.add_argument("--writers", type=int, default=96, metavar="N", help="pairs of writers (default: %(default)s)")
+    p.add_argument(
+        "--contradictions", type=int, default=1, choices=(0, 1), help="arguments that contradict (default: %(default)s)"
+    )
     p.add_argument("--only", metavar="NAME", help="one case, or those whose names start so; all else as above")
     p.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
     p.add_argument("--minutes", type=float, default=20, metavar="X", help="end after so long (default: %(default)s)")
@@ -108,6 +117,7 @@ def _cases(given: argparse.Namespace, place: Path) -> tuple[list[Case], list[str
         cases += disk_cases(given.disks, given.seed)
     else:
         remarks.append("No disk was filled: this user may not mount one.")
+    cases += contradiction_cases() if given.contradictions else []
     cases += file_cases(_targets(place / "first"), given.files, given.seed) if given.files else []
     if given.only:
         cases = [case for case in cases if case.name.startswith(given.only)]
@@ -130,9 +140,11 @@ def _attack(
     """What came of the cases, by row; a text for each fault; a remark if time ran out."""
     counts = {row: Counter() for row in _ROWS if row in set(map(row_of, cases))}
     faults, left = [], []
-    with multiprocessing.get_context("fork").Pool(given.workers, _enter, (place,)) as pool:
-        done = pool.imap_unordered(_attempt, cases)
-        for case, verdict in tqdm(done, total=len(cases), desc="attack", unit="case", dynamic_ncols=True):
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(given.workers, mp_context=fork, initializer=_enter, initargs=(place,)) as pool:
+        running = [pool.submit(_attempt, case) for case in cases]  # all workers are forked before any thread starts
+        for done in tqdm(as_completed(running), total=len(cases), desc="attack", unit="case", dynamic_ncols=True):
+            case, verdict = done.result()
             counts[row_of(case)][verdict.column] += 1
             if verdict.column not in RIGHT:
                 faults.append(
@@ -141,12 +153,15 @@ def _attack(
             if time.monotonic() - began > given.minutes * 60:
                 tried = sum(map(Counter.total, counts.values()))
                 left.append(f"Time ran out: {tried} of {len(cases)} cases were tried.")
+                pool.shutdown(wait=False, cancel_futures=True)
                 break
     return counts, faults, left
 
 
 def _command(given: argparse.Namespace) -> str:
-    numbers = ((name, getattr(given, name)) for name in ("seed", "files", "kills", "disks", "writers"))
+    numbers = (
+        (name, getattr(given, name)) for name in ("seed", "files", "kills", "disks", "writers", "contradictions")
+    )
     return "python tests/attack" + "".join(f" --{name} {value}" for name, value in numbers)
 
 

@@ -48,7 +48,7 @@ class Deed:
     works_in: tuple[str, ...] = ()
 
 
-def _instead(words: tuple[str, ...], **changes: str) -> tuple[str, ...]:
+def instead(words: tuple[str, ...], **changes: str) -> tuple[str, ...]:
     """A command line with other values of some flags; several values are separated by spaces."""
     words = list(words)
     for flag, value in changes.items():
@@ -58,10 +58,10 @@ def _instead(words: tuple[str, ...], **changes: str) -> tuple[str, ...]:
 
 
 DEEDS = (
-    Deed("merge A", merge, MERGE_A, _instead(MERGE_A, adapter_path="adapters/A_lora")),
-    Deed("merge B", merge, MERGE_B, _instead(MERGE_B, adapter_paths="adapters/B_lora")),
-    Deed("train", train, TRAIN, _instead(TRAIN, steps="2")),
-    Deed("prune", prune, PRUNE, _instead(PRUNE, b_layers="2 3", c_layers="4 5"), (("bundles/B", "bundles/C", "A"),)),
-    Deed("evaluate", evaluate, EVALUATE, _instead(EVALUATE, nsamples="3"), (("made.json",), ("made.csv",)), ("work",)),
-    Deed("export", export, EXPORT, _instead(EXPORT, stage="AB")),
+    Deed("merge A", merge, MERGE_A, instead(MERGE_A, adapter_path="adapters/A_lora")),
+    Deed("merge B", merge, MERGE_B, instead(MERGE_B, adapter_paths="adapters/B_lora")),
+    Deed("train", train, TRAIN, instead(TRAIN, steps="2")),
+    Deed("prune", prune, PRUNE, instead(PRUNE, b_layers="2 3", c_layers="4 5"), (("bundles/B", "bundles/C", "A"),)),
+    Deed("evaluate", evaluate, EVALUATE, instead(EVALUATE, nsamples="3"), (("made.json",), ("made.csv",)), ("work",)),
+    Deed("export", export, EXPORT, instead(EXPORT, stage="AB")),
 )

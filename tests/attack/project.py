@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from output_project import INPUTS, LAYOUT, flags, merge, prune, write_inputs
-from tiny import save_adapter
+from cut_model import save_dense
+from output_project import INPUTS, LAYOUT, merge, prune, write_inputs
+from tiny import save_adapter, save_tokenizer
 from tiny_gguf import llama, write_gguf
 
 from attack import row_edits
@@ -25,8 +26,10 @@ def write_project(folder: Path) -> None:
     os.chdir(inputs)
     for seed, part in ((2, "C"), (3, "A"), (4, "B")):
         save_adapter(Path(f"adapters/{part}_lora"), Path(INPUTS["dense"]), list(LAYOUT.layers_of(part)), seed)
-    must(prune, *flags("--model {dense} --b_layers 3 4 --c_layers 5 6"), "--save_dir", "pruned/A",
-        "--save_removed_dir", "pruned/bundles")  # fmt: skip
+    save_tokenizer(save_dense(inputs / "other/dense", seed=1, vocab_size=259))
+    for dense, place in ((INPUTS["dense"], "pruned"), ("other/dense", "other")):
+        must(prune, "--model", dense, *["--b_layers", "3", "4", "--c_layers", "5", "6", "--save_dir"], f"{place}/A",
+            "--save_removed_dir", f"{place}/bundles")  # fmt: skip
     adapters = {"A": INPUTS["A_lora"], "B": INPUTS["B_lora"], "C": "adapters/C_lora"}
     for part, adapter in adapters.items():
         base = "pruned/A" if part == "A" else f"pruned/bundles/{part}"

@@ -7,7 +7,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from hostile import DEPTH
+from attack.byte_edits import DEPTH
 
 from mistral_prune_lora import text_rows
 from mistral_prune_lora.configuration import ConfigError, check_files
