@@ -90,8 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts, faults, left = _attack(given, cases, Path(place), began)
     told = _told(given, time.monotonic() - began, [*remarks, *left])
     print("\n".join(["", table(counts), "", *told]))
-    for fault in faults:
-        print(f"\n{fault}", file=sys.stderr)
     if given.output and not given.only:
         write_table(given.output, [table(counts), *told])
     return 1 if faults or left else 0
@@ -147,9 +145,9 @@ def _attack(
             case, verdict = done.result()
             counts[row_of(case)][verdict.column] += 1
             if verdict.column not in RIGHT:
-                faults.append(
-                    f"{case}\n  {verdict.column.value}: {verdict.told}\n  alone: {_command(given)} --only {case.name}"
-                )
+                alone = f"{_command(given)} --only '{case.name}'"
+                faults.append(f"{case}\n  {verdict.column.value}: {verdict.told}\n  alone: {alone}")
+                tqdm.write(f"\n{faults[-1]}", file=sys.stderr)
             if time.monotonic() - began > given.minutes * 60:
                 tried = sum(map(Counter.total, counts.values()))
                 left.append(f"Time ran out: {tried} of {len(cases)} cases were tried.")
