@@ -17,10 +17,9 @@ MERGE_A = (*COMMANDS["merge A"].words, *MADE)
 MERGE_B = (*COMMANDS["merge B"].words, *MADE)
 TRAIN = (*COMMANDS["train"].words, *MADE)
 PRUNE = (*COMMANDS["prune"].words, "--save_dir", "../out/A", "--save_removed_dir", "../out/bundles")
-EVALUATE = (
-    *COMMANDS["evaluate"].words,
-    *("--json", "../out/made.json", "--csv", "../out/made.csv", "--work_dir", "../out/work"),
-)
+_RESULTS = ("--json", "../out/made.json", "--csv", "../out/made.csv", "--work_dir", "../out/work")
+COMPARE = (*COMMANDS["evaluate"].words, *_RESULTS)  # with the dense model and an adapter beside it
+EVALUATE = (*flags("--model_path {A} {B} --c_bundle {C} --text_file {text}"), *MEASURED, *_RESULTS)
 EXPORT = (
     *flags("--model_path {A} --b_bundle {B} --c_bundle {C} --stage FULL --tokenizer_path {tokenizer}"),
     *MADE,

@@ -19,7 +19,20 @@ from pathlib import Path
 from output_project import INPUTS, evaluate, flags, merge, prune, train
 from tiny_gguf import write_wheel
 
-from attack.deeds import DEEDS, EVALUATE, EXPORT, MADE, MEASURED, MERGE_A, MERGE_B, PRUNE, STATES, TRAIN, export
+from attack.deeds import (
+    COMPARE,
+    DEEDS,
+    EVALUATE,
+    EXPORT,
+    MADE,
+    MEASURED,
+    MERGE_A,
+    MERGE_B,
+    PRUNE,
+    STATES,
+    TRAIN,
+    export,
+)
 from mistral_prune_lora.dense import main as fetch
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +138,7 @@ SCENES = [
     Scene("merge B", merge, MERGE_B, _inputs("A", "B", "B_lora")),
     Scene("train", train, TRAIN, _inputs("dense", "A", "B", "text")),
     Scene("prune", prune, PRUNE, _inputs("dense")),
-    Scene("evaluate", evaluate, EVALUATE, _inputs(*_WHOLE), works_in=("work",)),
+    Scene("evaluate", evaluate, COMPARE, _inputs(*_WHOLE), works_in=("work",)),
     Scene("export", export, EXPORT, _inputs("A", "B", "C", "tokenizer")),
     Scene("export stage files", export, STAGED, _inputs("pruned")),
     Scene(
@@ -139,7 +152,7 @@ SCENES = [
     Scene("check a model", fetch, ("--path", INPUTS["dense"]), _inputs("dense")),
     Scene("convert", convert, (), ("inputs/gguf",), nodes=False),
     Scene("configuration", configured, ("config.yaml",), ("inputs/config.yaml", "inputs/pruned/A/manifest.json")),
-    Scene("evaluate again", evaluate, EVALUATE, ("out/work",), ((evaluate, EVALUATE),), works_in=("work",)),
+    Scene("evaluate again", evaluate, COMPARE, ("out/work",), ((evaluate, COMPARE),), works_in=("work",)),
     Scene(
         "evaluate, continued",
         evaluate,

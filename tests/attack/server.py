@@ -6,6 +6,7 @@ locked for ever. So the server imports and does nothing else; models are made an
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -65,6 +66,8 @@ def preload() -> None:
         importlib.import_module(name)
     for module in pkgutil.walk_packages(mistral_prune_lora.__path__, "mistral_prune_lora."):
         importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()  # a fork that collects would touch, and so copy, all of what was imported
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         raise RuntimeError(f"{threads} threads run, and a fork would have but one of them")
