@@ -66,10 +66,10 @@ def parser() -> argparse.ArgumentParser:
         " 1 if one of them was not borne.",
     )
     p.add_argument("--seed", type=int, default=0, help="draws all cases (default: %(default)s)")
-    p.add_argument("--files", type=int, default=1650, metavar="N", help="hostile files (default: %(default)s)")
-    p.add_argument("--kills", type=int, default=216, metavar="N", help="kills (default: %(default)s)")
-    p.add_argument("--disks", type=int, default=60, metavar="N", help="full disks (default: %(default)s)")
-    p.add_argument("--writers", type=int, default=60, metavar="N", help="pairs of writers (default: %(default)s)")
+    p.add_argument("--files", type=int, default=1540, metavar="N", help="hostile files (default: %(default)s)")
+    p.add_argument("--kills", type=int, default=210, metavar="N", help="kills (default: %(default)s)")
+    p.add_argument("--disks", type=int, default=36, metavar="N", help="full disks (default: %(default)s)")
+    p.add_argument("--writers", type=int, default=36, metavar="N", help="pairs of writers (default: %(default)s)")
     p.add_argument(
         "--contradictions", type=int, default=1, choices=(0, 1), help="arguments that contradict (default: %(default)s)"
     )

@@ -35,6 +35,7 @@ from attack.deeds import (
 )
 from mistral_prune_lora.dense import main as fetch
 
+Main = Callable[[list[str]], int]
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,10 +56,10 @@ class Scene:
     """
 
     name: str
-    main: Callable[[list[str]], int]
+    main: Main
     words: tuple[str, ...]
     reads: tuple[str, ...]
-    prepare: tuple[tuple[Callable[[list[str]], int], tuple[str, ...]], ...] = ()
+    prepare: tuple[tuple[Main, tuple[str, ...]], ...] = ()
     stop_after: int | None = None
     works_in: tuple[str, ...] = ()
     nodes: bool = True
@@ -126,11 +127,18 @@ def configured(words: list[str]) -> int:
     return 0
 
 
+def _continued(
+    name: str, main: Main, words: tuple[str, ...], spoilt: str, writes: int, works_in: tuple[str, ...]
+) -> Scene:
+    """A command that goes on where a kill stopped it, at so many calls of os.write."""
+    return Scene(name, main, words, (spoilt,), ((main, words),), writes, works_in)
+
+
 TAUGHT = (*TRAIN, "--teacher_states", f"../out/{STATES[0]}")
 STAGED = flags("--model_path pruned/A --bundles_dir pruned/bundles --stage FULL --format stage_files") + MADE
 MERGED = (
-    *flags("--model_path merged/A_merged merged/B_merged merged/C_merged --text_file {text}"),
-    *("--json", "../out/made.json", *MEASURED),
+    *flags("--model_path merged/A_merged merged/B_merged merged/C_merged --text_file {text} --json ../out/made.json"),
+    *MEASURED,
 )
 _WHOLE = ("dense", "A", "B", "C", "A_lora", "tokenizer", "text")
 SCENES = [
@@ -141,41 +149,18 @@ SCENES = [
     Scene("evaluate", evaluate, COMPARE, _inputs(*_WHOLE), works_in=("work",)),
     Scene("export", export, EXPORT, _inputs("A", "B", "C", "tokenizer")),
     Scene("export stage files", export, STAGED, _inputs("pruned")),
-    Scene(
-        "evaluate merged parts",
-        evaluate,
-        (*MERGED, "--json", "../out/made.json"),
-        _inputs("merged"),
-        works_in=("../home",),
-    ),
+    Scene("evaluate merged parts", evaluate, MERGED, _inputs("merged")),
     *(Scene(f"evaluate on {kind}", evaluate, _rows(name), (f"inputs/texts/{name}",)) for kind, name in ROWS.items()),
     Scene("check a model", fetch, ("--path", INPUTS["dense"]), _inputs("dense")),
     Scene("convert", convert, (), ("inputs/gguf",), nodes=False),
-    Scene("configuration", configured, ("config.yaml",), ("inputs/config.yaml", "inputs/pruned/A/manifest.json")),
+    Scene("configuration", configured, ("config.yaml",), ("inputs/config.yaml",), nodes=False),
+    Scene("configuration of a pruned model", configured, ("config.yaml",), _inputs("pruned")),
     Scene("evaluate again", evaluate, COMPARE, ("out/work",), ((evaluate, COMPARE),), works_in=("work",)),
-    Scene(
-        "evaluate, continued",
-        evaluate,
-        EVALUATE,
-        ("out/work",),
-        ((evaluate, EVALUATE),),
-        stop_after=14,
-        works_in=("work",),
-    ),
     Scene("train on stored states", train, TAUGHT, (f"out/{STATES[0]}",), ((train, TAUGHT),), works_in=STATES),
-    Scene(
-        "train on stored states, continued",
-        train,
-        TAUGHT,
-        ("out",),
-        ((train, TAUGHT),),
-        stop_after=4,
-        works_in=STATES,
-    ),
+    _continued("evaluate, continued", evaluate, EVALUATE, "out/work", 14, ("work",)),
+    _continued("train, its teacher continued", train, TAUGHT, "out", 4, STATES),
     *(
-        Scene(
-            f"{deed.name}, again", deed.main, deed.words, ("out",), ((deed.main, deed.other),), works_in=deed.works_in
-        )
+        Scene(f"{deed.name}, again", deed.main, deed.words, ("out",), ((deed.main, deed.other),), None, deed.works_in)
         for deed in DEEDS
     ),
 ]
@@ -188,7 +173,7 @@ def files_of(scene: Scene, folder: Path) -> list[str]:
     return [str(file.relative_to(folder)) for file in files if file.is_file() and file.name != "README.md"]
 
 
-def must(main: Callable[[list[str]], int], *words: str) -> None:
+def must(main: Main, *words: str) -> None:
     """Run a command that has to succeed."""
     if main(list(words)) != 0:
         raise RuntimeError(f"the project cannot be made: {words}")
