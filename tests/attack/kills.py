@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 
 from attack.classify import Column, Verdict, difference, leftovers, of_ending, snapshot
 from attack.deeds import DEEDS, Deed
 from attack.room import Room
-from attack.server import Child, Ended
 
 _ATTEMPTS = 20  # to be faster than a command that ends a little earlier than usual
 _BY_NAME = {deed.name: deed for deed in DEEDS}
@@ -72,18 +70,14 @@ def attack_kill(room: Room, case: KillCase) -> Verdict:
     usual = expected.seconds
     for _ in range(_ATTEMPTS):
         begin(room, deed, former=case.former)
-        ended = _killed(room.start(lambda: deed.main(list(deed.words))), case.share * usual)
+        child = room.start(lambda: deed.main(list(deed.words)))
+        ended = child.wait(case.share * usual) or child.kill()
         if ended.signal:
             break
         usual = min(0.95 * usual, ended.seconds)
     else:
         return Verdict(Column.OTHERWISE, f"it always ends before the kill: {ended}")
     return whole(room, deed, expected) or again(room, deed, expected) or Verdict(Column.SAME)
-
-
-def _killed(child: Child, seconds: float) -> Ended:
-    time.sleep(seconds)
-    return child.kill()
 
 
 def expect(room: Room, deed: Deed, *, former: bool) -> Expected:
