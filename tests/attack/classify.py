@@ -73,11 +73,14 @@ def snapshot(folder: Path) -> dict[str, object]:
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(parent, name)
-            found[os.path.relpath(path, folder)] = _content(path)
+            found[os.path.relpath(path, folder)] = content_of(path)
     return found
 
 
-def _content(path: str) -> object:
+def content_of(path: str | Path) -> object:
+    """What lies at a path, as a snapshot has it; None if nothing does."""
+    if not os.path.lexists(path):
+        return None
     told = os.lstat(path)
     if stat.S_ISLNK(told.st_mode):
         return os.readlink(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attack.classify import Column, Verdict, difference, leftovers, of_ending, snapshot
+from attack.classify import Column, Verdict, content_of, difference, leftovers, of_ending, snapshot
 from attack.edits import spoilt
 from attack.meaning import is_sound, not_finite, numbers_of
 from attack.room import Room
@@ -22,7 +22,7 @@ def attack_file(room: Room, case: FileCase) -> Verdict:
     path = room.folder / case.file
     bytes_before = path.read_bytes()
     with spoilt(path, case.spoiling, room.folder / "aside"):
-        inputs, out = snapshot(room.inputs), snapshot(room.out)
+        inputs, out = _inputs(room, case, path), snapshot(room.out)
         ended = room.run(scene.run)
         lost = difference(inputs, snapshot(room.inputs))
         if lost:
@@ -33,11 +33,17 @@ def attack_file(room: Room, case: FileCase) -> Verdict:
         return verdict
 
 
+def _inputs(room: Room, case: FileCase, path: Path) -> dict[str, object]:
+    """A snapshot of the inputs, of which one file is another now."""
+    name = case.file.removeprefix("inputs/")
+    if name == case.file:
+        return room.before
+    told = {**room.before, name: content_of(path)}
+    return {name: content for name, content in told.items() if content is not None}
+
+
 def _of_refusal(room: Room, scene: Scene, before: dict[str, object]) -> Verdict | None:
     """What is wrong with what a refused command has left; None if all is as it was."""
-    left = leftovers(room.out)
-    if left:
-        return Verdict(Column.LEFT, f"{left}")
     after = snapshot(room.out)
     for works in scene.works_in:
         before, after = ({n: c for n, c in told.items() if not _in(n, works)} for told in (before, after))
