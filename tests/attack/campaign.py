@@ -27,7 +27,7 @@ from attack.formats import Kind
 from attack.kills import KillCase, attack_kill, kill_cases
 from attack.room import Room
 from attack.scenes import SCENES, files_of
-from attack.strategies import FileCase, file_cases
+from attack.strategies import FileCase, Target, file_cases
 from attack.table import table, write_table
 from attack.writers import WritersCase, attack_together, writers_cases
 from mistral_prune_lora.version import VERSION
@@ -66,10 +66,10 @@ def parser() -> argparse.ArgumentParser:
         " 1 if one of them was not borne.",
     )
     p.add_argument("--seed", type=int, default=0, help="draws all cases (default: %(default)s)")
-    p.add_argument("--files", type=int, default=1540, metavar="N", help="hostile files (default: %(default)s)")
-    p.add_argument("--kills", type=int, default=210, metavar="N", help="kills (default: %(default)s)")
-    p.add_argument("--disks", type=int, default=36, metavar="N", help="full disks (default: %(default)s)")
-    p.add_argument("--writers", type=int, default=36, metavar="N", help="pairs of writers (default: %(default)s)")
+    p.add_argument("--files", type=int, default=1518, metavar="N", help="hostile files (default: %(default)s)")
+    p.add_argument("--kills", type=int, default=204, metavar="N", help="kills (default: %(default)s)")
+    p.add_argument("--disks", type=int, default=24, metavar="N", help="full disks (default: %(default)s)")
+    p.add_argument("--writers", type=int, default=24, metavar="N", help="pairs of writers (default: %(default)s)")
     p.add_argument(
         "--contradictions", type=int, default=1, choices=(0, 1), help="arguments that contradict (default: %(default)s)"
     )
@@ -122,12 +122,13 @@ def _cases(given: argparse.Namespace, place: Path) -> tuple[list[Case], list[str
     return cases, remarks
 
 
-def _targets(place: Path) -> list[tuple[str, str, bool]]:
+def _targets(place: Path) -> list[Target]:
     """Every file that a scene reads, found in a room."""
     room, found = Room(place), []
     for scene in SCENES:
         room.reset(scene)
-        found += [(scene.name, file, scene.nodes) for file in files_of(scene, room.folder)]
+        for file in files_of(scene, room.folder):
+            found.append(Target(scene.name, file, (room.folder / file).read_bytes(), scene.nodes))
     shutil.rmtree(place)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -153,28 +153,41 @@ class FileCase:
         return f"{self.name}: {self.scene}, {self.file}: {self.spoiling}"
 
 
-def file_cases(targets: list[tuple[str, str, bool]], count: int, seed_: int) -> list[FileCase]:
+@dataclass(frozen=True)
+class Target:
+    """A file that a scene reads: the scene's name, its path, its bytes, whether what is no file may take its place."""
+
+    scene: str
+    file: str
+    valid: bytes = field(repr=False)
+    nodes: bool
+
+
+def file_cases(targets: list[Target], count: int, seed_: int) -> list[FileCase]:
     """Cases over some files, an equal number for every kind of file, at least `count` of them.
 
+    Each case spoils something: edits that find nothing to change in a file are drawn again.
+
     Args:
-        targets: (scene, file, whether something that is no file may take its place).
+        targets: the files.
         count: how many cases.
         seed_: the same gives the same cases.
     """
-    kinds = sorted({kind_of(file) for _, file, _ in targets}, key=lambda kind: list(Kind).index(kind))
+    kinds = sorted({kind_of(target.file) for target in targets}, key=list(Kind).index)
     each = -(-count // len(kinds))
     cases = []
     for kind in kinds:
-        own = [target for target in targets if kind_of(target[1]) is kind]
-        drawn = draw(_of_targets(kind, own), each, seed_ + list(Kind).index(kind))
-        for number, ((scene, file, _), spoiling) in enumerate(drawn):
-            cases.append(FileCase(f"{kind.name.lower()}-{number:03d}", kind, scene, file, spoiling))
+        own = [target for target in targets if kind_of(target.file) is kind]
+        for number, (target, spoiling) in enumerate(draw(_of_targets(kind, own), each, seed_ + list(Kind).index(kind))):
+            name = f"{kind.name.lower()}-{number:03d}"
+            cases.append(FileCase(name, kind, target.scene, target.file, spoiling))
     return cases
 
 
-def _of_targets(kind: Kind, own: list[tuple[str, str, bool]]) -> st.SearchStrategy:
-    ways = {nodes: spoilings(kind.value.form, nodes=nodes) for nodes in {target[2] for target in own}}
-    return st.sampled_from(own).flatmap(lambda target: st.tuples(st.just(target), ways[target[2]]))
+def _of_targets(kind: Kind, own: list[Target]) -> st.SearchStrategy[tuple[Target, Spoiling]]:
+    ways = {nodes: spoilings(kind.value.form, nodes=nodes) for nodes in {target.nodes for target in own}}
+    drawn = st.sampled_from(own).flatmap(lambda target: st.tuples(st.just(target), ways[target.nodes]))
+    return drawn.filter(lambda case: case[1].spoils(case[0].valid))
 
 
 def draw(strategy: st.SearchStrategy, count: int, seed_: int) -> list:
