@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-consumers lint format clean
+.PHONY: setup run test attack test-consumers lint format clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,10 @@ run: setup
 # A process a core; the tests of one file stay together, since they share what is expensive to make.
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -n auto --dist loadfile
+
+# Hostile files, kills, full disks and rival writers, in about a quarter of an hour on 2 cores. See docs/attacks.md.
+attack: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/attack --output docs/attacks.md
 
 # Exported stages in llama.cpp, vLLM and mergekit: needs the network and about 7 GB for their environments.
 test-consumers: setup

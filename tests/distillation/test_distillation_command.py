@@ -90,3 +90,9 @@ def test_a_dense_model_may_be_named_by_its_hub_id(folder, monkeypatch):
     assert prune(["--model", "somebody/model", *flags]) == 0
     assert set(asked) == {"somebody/model"} and read_manifest("P/A")["base_model"] == "somebody/model"
     assert train(teacher="somebody/model") == 0
+
+
+def test_a_pruned_model_is_no_teacher(folder, capsys):
+    assert train(teacher="./A") == 1
+    assert "the teacher is a pruned model: its manifest.json drops layers [3, 4, 5, 6]" in capsys.readouterr().err
+    assert not (folder / "A_lora").exists()

@@ -280,7 +280,7 @@ def test_work_that_was_changed_ends_the_command_with_a_line_that_says_what_to_do
         (["--model_path", A, "--work_dir", "/proc/work", *SMALL], "(in /proc/work"),
         (["--model_path", A, "--work_dir", "w" * 300, *SMALL], "cannot be written: File name too long"),
         (["--model_path", A, "./no\nsuch\x1b[31m", *SMALL], r"there is no such directory (in "),
-        (["--model_path", A, "--tokenizer_path", "large", *SMALL], "token id 300, and the model predicts 259 tokens"),
+        (["--model_path", A, "--tokenizer_path", "large", *SMALL], "token id 300, and the model has 259 embeddings"),
     ],
 )
 def test_mistakes_are_one_line(folder, arguments, message):

@@ -142,3 +142,9 @@ def test_an_evaluation_that_is_starved_of_memory_ends_with_one_line(dense_dir, t
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "not enough memory" in errors[0]
+
+
+def test_a_full_disk_as_a_library_in_rust_tells_it():
+    told = "Error while serializing: I/O error: No space left on device (os error 28)"
+    assert str(as_mistake(RuntimeError(told))).startswith("No space left on device. ")
+    assert as_mistake(RuntimeError("another")) is None

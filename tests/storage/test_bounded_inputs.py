@@ -7,7 +7,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from hostile import DEPTH
+from attack.byte_edits import DEPTH
 
 from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.families import check_family

@@ -84,6 +84,16 @@ def write_file(target: Path) -> None:
         fresh.write_text("new")
 
 
+def test_a_kill_while_a_place_is_checked_leaves_nothing_for_good(tmp_path):
+    """Nothing may ever be written under the name that is asked for: the check itself removes what a killed one left."""
+    killed, left = begin(tmp_path / "activations", kind="file")
+    killed.kill()
+    killed.wait()
+    assert left.exists()
+    check_place(tmp_path / "activations", directory=False)
+    assert os.listdir(tmp_path) == []
+
+
 def test_two_writers_in_one_process(out):
     with atomic_directory(out) as first, atomic_directory(out) as second:
         assert first.is_dir()

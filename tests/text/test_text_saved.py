@@ -36,3 +36,13 @@ def test_the_folder_is_read_and_not_a_cache_of_its_name(saved):
     saved.rename(saved.parent / "old")
     (saved.parent / "b").rename(saved)
     assert load_text(str(saved), column="body").sha256 != before
+
+
+def test_a_damaged_offset_or_letter_is_found_before_it_is_followed(saved):
+    (arrow,) = (saved / "test").glob("*.arrow")
+    whole = arrow.read_bytes()
+    offsets = whole.index(b"\x06\0\0\0\x0c\0\0\0")  # of three rows of six letters, in 32 bits each
+    for at, new in ((offsets + 3, b"\x7f"), (whole.index(b"test 0test 1"), b"\xff")):
+        arrow.write_bytes(whole[:at] + new + whole[at + 1 :])
+        with pytest.raises(DataError, match="cannot be read as a saved dataset: Column 0: In chunk 0: Invalid"):
+            load_text(str(saved), column="body")

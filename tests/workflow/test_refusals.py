@@ -3,6 +3,8 @@
 import fcntl
 import os
 
+import pytest
+
 
 def test_every_mistake_in_the_configuration_is_named_before_anything_runs(project):
     experiment = project.config["experiments"]["tiny"]
@@ -15,11 +17,22 @@ def test_every_mistake_in_the_configuration_is_named_before_anything_runs(projec
     assert not (project.folder / "results").exists()
 
 
-def test_a_model_that_cannot_be_read_ends_with_the_one_message(project):
-    (project.folder / "dense/tokenizer.json").unlink()
-    os.mkfifo(project.folder / "dense/tokenizer.json")
+@pytest.mark.parametrize(
+    ("file", "put", "told"),
+    [
+        ("tokenizer.json", os.mkfifo, "is not a regular file"),
+        ("config.json", os.mkdir, "is not a regular file"),
+        ("config.json", lambda path: path.write_text("{"), "cannot be read as JSON"),
+        ("config.json", lambda path: path.write_bytes(b"\xe4"), "cannot be read as JSON"),
+        ("config.json", lambda path: path.write_text('{"model_type": "gpt2"}'), "the model_type 'gpt2' is not one"),
+        ("config.json", lambda path: None, "dense holds no config.json"),
+    ],
+)
+def test_a_model_that_cannot_be_read_ends_with_the_one_message(project, file, put, told):
+    (project.folder / "dense" / file).unlink()
+    put(project.folder / "dense" / file)
     printed = project.snakemake("--dry-run", succeeds=False)
-    assert "models.dense.path: is not a regular file" in printed
+    assert f"models.dense.path: {told}" in printed
     assert printed.count("error: ") == 1 and "Traceback" not in printed and "common.smk" not in printed
 
 

@@ -8,7 +8,6 @@ the model it came from before anything is rounded to bf16.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,13 +15,24 @@ from pathlib import Path
 
 from mistral_prune_lora.checkpoints.directories import weight_files
 from mistral_prune_lora.errors import SourceError
+from mistral_prune_lora.layout.partition import MOST_LAYERS
 
 ARCHITECTURES = ("llama", "mistral")
 _CHECKED_TEXT = "The quick brown fox jumps over the lazy dog, and 42 of its friends follow."
-_KNOWN_TENSORS = re.compile(
-    r"token_embd\.weight|output_norm\.weight|output\.weight"
-    r"|blk\.\d+\.(attn_norm|attn_q|attn_k|attn_v|attn_output|ffn_norm|ffn_gate|ffn_up|ffn_down)\.weight"
+_EMBEDDING, _NORM, _HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
+_LAYER_TENSORS = (
+    *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output"),
+    *("ffn_norm", "ffn_gate", "ffn_up", "ffn_down"),
 )
+# Without which the format says nothing of a model; transformers would take its own defaults for them.
+_NEEDED = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
+_FETCH_AGAIN = "fetch it again, or name another file"
 _KEPT = (
     "vocab_size",
     "hidden_size",
@@ -71,9 +81,9 @@ def convert_gguf(gguf: str | Path, output_dir: str | Path) -> dict:
 
     from mistral_prune_lora.models.architecture import renew_rotary_embedding
 
-    # Not AutoTokenizer: to learn the tokenizer's class it would read the file a second, slow way, ten times as long.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with _answers_remembered():
+    with _damage_told(gguf), _answers_remembered():
+        # Not AutoTokenizer: to learn the tokenizer's class it would read the file another way, ten times as long.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
         source = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
         ).eval()
@@ -127,16 +137,23 @@ def _answers_remembered() -> Iterator[None]:
             setattr(gguf, name, original)
 
 
+@contextmanager
+def _damage_told(gguf: Path) -> Iterator[None]:
+    """Tell what a damaged file provokes in the libraries that read it, which is any kind of error, as a SourceError."""
+    try:
+        yield
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise SourceError(f"is not a GGUF file that can be read: {error}", where=gguf, mend=_FETCH_AGAIN) from None
+
+
 def _describe(gguf: Path) -> dict:
     """Architecture, name, license and sliding window from the header; SourceError if it is not for us."""
     from transformers.integrations.gguf import read_gguf_metadata
 
-    try:
+    with _damage_told(gguf):
         metadata, tensors = read_gguf_metadata(str(gguf))
-    except Exception as error:  # a truncated header fails in many ways
-        raise SourceError(
-            f"is not a GGUF file that can be read: {error}", where=gguf, mend="fetch it again, or name another file"
-        ) from None
     architecture = metadata["general.architecture"]
     if architecture not in ARCHITECTURES:
         raise SourceError(
@@ -144,7 +161,11 @@ def _describe(gguf: Path) -> dict:
             where=gguf,
             mend=f"use one of architecture {' or '.join(ARCHITECTURES)}",
         )
-    foreign = [name for name in tensors if not _KNOWN_TENSORS.fullmatch(name)]
+    missing = [key for key in _NEEDED if f"{architecture}.{key}" not in metadata]
+    if missing:
+        raise SourceError(f"does not say {architecture}.{missing[0]}", where=gguf, mend=_FETCH_AGAIN)
+    needed = _tensor_names(metadata[f"{architecture}.block_count"], gguf)
+    foreign = [name for name in tensors if name not in needed | {_HEAD}]
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if foreign or scaling != "none":
         what = f"tensor {foreign[0]}" if foreign else f"rope scaling of type {scaling!r}"
@@ -153,9 +174,21 @@ def _describe(gguf: Path) -> dict:
             where=gguf,
             mend="convert this model with its own tools and give its directory instead",
         )
+    absent = sorted(needed.difference(tensors))
+    if absent or len(set(tensors)) < len(tensors):
+        # transformers would make up what it does not find, and take the last of two.
+        what = f"no tensor {absent[0]}" if absent else "two tensors of one name"
+        raise SourceError(f"has {what}", where=gguf, mend=_FETCH_AGAIN)
     return {
         "architecture": architecture,
         "name": metadata.get("general.name"),
         "license": metadata.get("general.license"),
         "sliding_window": metadata.get(f"{architecture}.attention.sliding_window"),
     }
+
+
+def _tensor_names(layers: object, gguf: Path) -> set[str]:
+    """The tensors that a model of so many layers must have; SourceError if that is no number of layers."""
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise SourceError(f"counts {layers!r} layers, not from 1 to {MOST_LAYERS}", where=gguf, mend=_FETCH_AGAIN)
+    return {_EMBEDDING, _NORM, *(f"blk.{i}.{part}.weight" for i in range(layers) for part in _LAYER_TENSORS)}

@@ -90,9 +90,11 @@ def scratch_directory(target: str | Path) -> Iterator[Path]:
 def check_place(*targets: str | Path, directory: bool = True) -> None:
     """Raise a PipelineError unless directories, or files, can be written and put in place of all these targets.
 
-    Asked by doing it: scratch folders are made and removed. To be called before work whose result comes much later.
+    Asked by doing it: scratch folders are made and removed, those of killed runs too. To be called before work whose
+    result comes much later.
     """
     for target in targets:
+        _mend_all(target)
         Scratch.beside(target, directory=directory).discard()
 
 
@@ -101,8 +103,7 @@ def _scratches(targets: Sequence[str | Path], *, directories: bool) -> Iterator[
     with ExitStack() as held:
         scratches = []
         for target in targets:
-            for leftover in leftovers(Path(os.path.realpath(target))):
-                _mend(leftover)
+            _mend_all(target)
             scratch = Scratch.beside(target, directory=directories)
             held.callback(scratch.discard)  # after an exchange, the former result
             scratches.append(scratch)
@@ -220,6 +221,11 @@ def _write_journals(moves: Sequence[_Move]) -> None:
         _sync(holder.scratch.journal)
         _sync_directory(holder.scratch.folder)
         _sync_directory(place)
+
+
+def _mend_all(target: str | Path) -> None:
+    for leftover in leftovers(Path(os.path.realpath(target))):
+        _mend(leftover)
 
 
 def _mend(leftover: Scratch) -> None:

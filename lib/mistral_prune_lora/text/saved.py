@@ -41,6 +41,7 @@ def saved_rows(path: Path, split: str, column: str) -> tuple[list[str], str]:
     _check_files(folder)
     try:
         table = datasets.load_from_disk(str(folder))
+        table.data.validate(full=True)  # else a damaged offset is followed, to wherever it leads
     except Exception as error:  # whatever a malformed file provokes in that library and in pyarrow
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot be read as a saved dataset: {first}", where=folder, mend="save it again") from None
