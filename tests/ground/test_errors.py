@@ -122,7 +122,9 @@ from mistral_prune_lora.evaluation import command as evaluation_command
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + int(sys.argv[1]), -1))
-sys.exit(main(sys.argv[2:]))
+code = main(sys.argv[2:])
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))  # what torch does when Python ends is not the command's
+sys.exit(code)
 """
 
 

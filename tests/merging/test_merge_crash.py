@@ -27,8 +27,8 @@ KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
-from unit.test_merge_crash import state
+sys.path[:0] = {tests!r}
+from test_merge_crash import state
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.storage import transaction
 
@@ -83,7 +83,9 @@ def test_killed_at_any_moment(renames, inputs, tmp_path):
         merge_adapters(base, [adapter], out)
         results.append(state(out))
     assert results[0] != results[1]
-    script = KILLER.format(tests=str(Path(__file__).parents[1] / "support"), trials=TRIALS)
+    script = KILLER.format(
+        tests=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")], trials=TRIALS
+    )
     words = [sys.executable, "-c", script, *map(str, (base, first, second, out)), renames]
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
