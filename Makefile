@@ -18,7 +18,7 @@ run: setup
 
 # A process a core; the tests of one file stay together, since they share what is expensive to make.
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -n auto --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Hostile files, kills, full disks and rival writers, in about a quarter of an hour on 2 cores. See docs/attacks.md.
 attack: setup

@@ -27,6 +27,12 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs snakemake or the campaign comes first, or at the end one process would be left with all of it."""
+    slow = [Path(__file__).parent / folder for folder in ("workflow", "attack", "cluster")]
+    items.sort(key=lambda item: item.path.parent not in slow)
+
+
 @pytest.fixture
 def layout() -> Layout:
     """B holds layers 3 and 4, C holds 5 and 6."""
