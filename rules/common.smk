@@ -15,7 +15,13 @@ from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.workflow.fingerprint import code_digest
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.layout.segments import segment_tree, stage_run
-from mistral_prune_lora.checkpoints.directories import INDEX_FILE, SINGLE_FILE, layer_file_name, layer_files, weight_files
+from mistral_prune_lora.checkpoints.directories import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    layer_file_name,
+    layer_files,
+    weight_files,
+)
 from mistral_prune_lora.text.sources import DATASETS
 from mistral_prune_lora.text.rows import FORMATS
 from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,19 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
+# Jobs by rule: all that the tiny project's own configuration asks for.
+EVERYTHING = {
+    "prune": 1,
+    "merge_A": 1,
+    "merge_B": 1,
+    "merge_C": 1,
+    "eval_windows": 1,
+    "segment": 6,
+    "dense_perplexity": 1,
+    "perplexity": 6,
+    "summary": 1,
+    "plot_perplexity": 1,
+}
 
 
 class Project:
@@ -56,3 +70,8 @@ class Project:
 
     def path(self, name: str) -> Path:
         return self.folder / "results" / "tiny" / name
+
+
+def result(project: Project, variant: str, stage: str) -> dict:
+    """A perplexity result of the tiny project."""
+    return json.loads(project.path(f"ppl/corpus/{variant}.{stage}.json").read_text())

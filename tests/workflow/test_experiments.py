@@ -2,6 +2,7 @@
 
 import pandas as pd
 from safetensors import safe_open
+from workflow_project import EVERYTHING, result
 
 
 def test_two_experiments_with_other_layers_share_one_summary(project):

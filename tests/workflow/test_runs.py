@@ -6,24 +6,9 @@ import os
 import pandas as pd
 from safetensors import safe_open
 from trainers import count_from_zero, with_aliases
+from workflow_project import EVERYTHING, result
 
 STAGES = ("A", "AB", "FULL")
-EVERYTHING = {
-    "prune": 1,
-    "merge_A": 1,
-    "merge_B": 1,
-    "merge_C": 1,
-    "eval_windows": 1,
-    "segment": 6,
-    "dense_perplexity": 1,
-    "perplexity": 6,
-    "summary": 1,
-    "plot_perplexity": 1,
-}
-
-
-def result(project, variant, stage):
-    return json.loads(project.path(f"ppl/corpus/{variant}.{stage}.json").read_text())
 
 
 def test_the_first_run_makes_everything_and_the_second_nothing(first_run, finished):
