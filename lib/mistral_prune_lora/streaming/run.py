@@ -62,6 +62,7 @@ class KeptActivations:
     """A sink that keeps the hidden states in a file of boundary activations; a context manager."""
 
     nbytes = 0
+    words = None
 
     def __init__(
         self,
@@ -71,7 +72,6 @@ class KeptActivations:
         run: Mapping,
         *,
         change: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        words: str | None = None,
     ) -> None:
         """Begin the file, or go on where a killed run with an equal record stopped.
 
@@ -81,12 +81,11 @@ class KeptActivations:
             compute: gives dtype, batch size and device.
             run: the record that is kept with them.
             change: makes what is kept of a batch; same shape and dtype. None keeps it as it is.
-            words: see `Sink`.
 
         Raises:
             PipelineError: as for `ActivationWriter`.
         """
-        self.place, self.words, self._change = Path(path), words, change
+        self.place, self._change = Path(path), change
         self._writer = ActivationWriter(path, shape, compute.dtype, compute.batch_size, run)
         self._store = DelayedStore(self._writer.write, compute)
 
