@@ -20,8 +20,8 @@ from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.exporting.plan import ExportPlan, plan_export
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.merging.arithmetic import exact_arithmetic
-from mistral_prune_lora.merging.plan import shard_index
 from mistral_prune_lora.merging.stream import InputDigests, stream_file
+from mistral_prune_lora.merging.tensor_files import shard_index
 from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha256, versions
 from mistral_prune_lora.storage.json_file import read_json, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim

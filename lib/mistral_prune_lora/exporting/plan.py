@@ -15,7 +15,7 @@ from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineErro
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.config import StageConfig, stage_config
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
-from mistral_prune_lora.merging.plan import Item, split_files
+from mistral_prune_lora.merging.tensor_files import Item, TensorFiles, split_files
 from mistral_prune_lora.models.config import model_config
 from mistral_prune_lora.models.ends import outside_entries
 from mistral_prune_lora.storage.dtypes import FLOATS
@@ -27,7 +27,7 @@ STAGE_FILES = {"B": "stage2_layers_B.safetensors", "C": "stage3_layers_C.safeten
 
 
 @dataclass(frozen=True)
-class ExportPlan:
+class ExportPlan(TensorFiles):
     """Everything an export does.
 
     Attributes:
@@ -49,16 +49,6 @@ class ExportPlan:
     config: StageConfig
     tied: bool
     remarks: tuple[str, ...]
-
-    @property
-    def items(self) -> list[Item]:
-        """Every tensor of the output."""
-        return [item for items in self.files.values() for item in items]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of the output."""
-        return sum(item.spec.nbytes for item in self.items)
 
     @property
     def weights(self) -> dict[str, list[Item]]:

@@ -22,7 +22,8 @@ from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG, read_ma
 from mistral_prune_lora.checkpoints.pruning_identity import KEY
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.merging.plan import MergePlan, shard_index
+from mistral_prune_lora.merging.plan import MergePlan
+from mistral_prune_lora.merging.tensor_files import shard_index
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
 

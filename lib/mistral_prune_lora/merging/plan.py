@@ -11,7 +11,7 @@ from pathlib import Path
 from mistral_prune_lora.checkpoints.adapter import Adapter, Update, check_values
 from mistral_prune_lora.checkpoints.adapter_scope import check_for_a, from_compact, open_adapters
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mistral_prune_lora.checkpoints.directories import SINGLE_FILE, is_model_dir, layer_file_name
+from mistral_prune_lora.checkpoints.directories import is_model_dir, layer_file_name
 from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_layers_alike, check_model_tensors
 from mistral_prune_lora.checkpoints.manifest import read_layout
@@ -19,17 +19,9 @@ from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning, 
 from mistral_prune_lora.checkpoints.tensor_names import HEAD_MODULE, LAYER_PREFIX
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.merging.tensor_files import Item, TensorFiles, split_files
 from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES, DTYPE_NAMES, FLOATS
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
-
-
-@dataclass(frozen=True)
-class Item:
-    """One tensor of the output: where it comes from and what is added to it, in order."""
-
-    spec: TensorSpec
-    entry: TensorEntry
-    updates: tuple[Update, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class MergeSettings:
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(TensorFiles):
     """Everything a merge does.
 
     Attributes:
@@ -88,16 +80,6 @@ class MergePlan:
     def parts(self) -> list[Checkpoint]:
         """What the tensors are read from."""
         return [self.base, *([self.skeleton] if self.skeleton else [])]
-
-    @property
-    def items(self) -> list[Item]:
-        """Every tensor of the output."""
-        return [item for items in self.files.values() for item in items]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of the output."""
-        return sum(item.spec.nbytes for item in self.items)
 
 
 def plan_merge(
@@ -371,21 +353,6 @@ def _model_files(
     return split_files(items, max_shard_size)
 
 
-def split_files(items: Sequence[Item], max_shard_size: int | None) -> dict[str, list[Item]]:
-    """One file, or shards of at most `max_shard_size` bytes filled in the order of the items."""
-    shards: list[list[Item]] = [[]]
-    filled = 0
-    for item in items:
-        if max_shard_size and shards[-1] and filled + item.spec.nbytes > max_shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += item.spec.nbytes
-    if len(shards) == 1:
-        return {SINGLE_FILE: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": items for i, items in enumerate(shards, 1)}
-
-
 def _item(name: str, entry: TensorEntry, updates: tuple[Update, ...], output_dtype: str | None) -> Item:
     dtype = _cast_dtype(entry, output_dtype) if output_dtype else entry.dtype
     return Item(TensorSpec(name, dtype, entry.shape), entry, updates)
@@ -402,12 +369,3 @@ def _cast_dtype(entry: TensorEntry, output_dtype: str) -> str:
             mend="leave --output_dtype out, or merge into the unquantised model",
         )
     return entry.dtype
-
-
-def shard_index(files: Mapping[str, Sequence[Item]]) -> dict | None:
-    """The content of a full model's model.safetensors.index.json, or None for a single file."""
-    if len(files) == 1:
-        return None
-    weight_map = {item.spec.name: file for file, items in files.items() for item in items}
-    total = sum(item.spec.nbytes for items in files.values() for item in items)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

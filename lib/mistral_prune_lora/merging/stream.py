@@ -20,7 +20,7 @@ import torch
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merging.arithmetic import Factors, cast_in, merge_rows
-from mistral_prune_lora.merging.plan import Item
+from mistral_prune_lora.merging.tensor_files import Item
 from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.dtypes import DTYPES
 from mistral_prune_lora.storage.finite import all_finite_bytes

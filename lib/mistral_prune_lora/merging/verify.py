@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.merging.plan import Item
+from mistral_prune_lora.merging.tensor_files import Item
 from mistral_prune_lora.storage.dtypes import DTYPES
 from mistral_prune_lora.storage.safetensors_file import plan_file, read_header, tensor_bytes
 
