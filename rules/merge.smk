@@ -1,68 +1,33 @@
 # Adapters merged into their parts: a full model for A, layer files for the bundles.
 #   in:  pruned parts, adapters (trained here or given)
-#   out: results/{experiment}/merged/{A,B,C}_merged/, each with merge.json, the record of what went into it
+#   out: results/shared/merged/{made}/{A,B,C}_merged/, each with merge.json, the record of what went into it
 
 
-rule merge_A:
-    input:
-        base=pruned_part_files,
-        log=pruned_log,
-        adapter=adapter_inputs,
-    output:
-        config="results/{experiment}/merged/{part}_merged/config.json",
-        manifest="results/{experiment}/merged/{part}_merged/manifest.json",
-        descriptions=expand(
-            "results/{{experiment}}/merged/{{part}}_merged/{file}", file=["layers_map.json", "prune_log.json"]
-        ),
-        weights="results/{experiment}/merged/{part}_merged/model.safetensors",
-        record="results/{experiment}/merged/{part}_merged/merge.json",
-    log:
-        "logs/merge_{part}/{experiment}.log",
-    benchmark:
-        "benchmarks/merge_{part}/{experiment}.tsv"
-    wildcard_constraints:
-        part="A",
-    conda:
-        "../envs/torch.yaml"
-    params:
-        base_dir=pruned_part_dir,
-        adapter_dir=adapter_source_dir,
-        adapter_indices=setting("adapter_indices"),
-        output_dtype=setting("merge", "output_dtype"),
-        code=code_digest("merging.merge"),
-    script:
-        "../workflow_scripts/merge.py"
+for rule_name, merges in by_rule(PLAN.merges):
 
-
-for suffix, layout, members in layout_groups():
-    for bundle in "BC":
-
-        rule:
-            name:
-                f"merge_{bundle}{suffix}"
-            input:
-                base=pruned_part_files,
-                adapter=adapter_inputs,
-                skeleton=skeleton_manifest,
-            output:
-                layers=expand(
-                    "results/{{experiment}}/merged/{{part}}_merged/{file}", file=bundle_files(layout.layers_of(bundle))
-                ),
-                record="results/{experiment}/merged/{part}_merged/merge.json",
-            log:
-                "logs/merge_{part}/{experiment}.log",
-            benchmark:
-                "benchmarks/merge_{part}/{experiment}.tsv"
-            wildcard_constraints:
-                experiment=members,
-                part=bundle,
-            conda:
-                "../envs/torch.yaml"
-            params:
-                base_dir=pruned_part_dir,
-                adapter_dir=adapter_source_dir,
-                skeleton_dir=skeleton_dir,
-                output_dtype=setting("merge", "output_dtype"),
-                code=code_digest("merging.merge"),
-            script:
-                "../workflow_scripts/merge.py"
+    checkpoint:
+        name:
+            rule_name
+        input:
+            base=lambda wildcards: depends(PLAN.merges[wildcards.made].base),
+            adapter=lambda wildcards: depends(PLAN.merges[wildcards.made].adapter),
+            skeleton=lambda wildcards: depends(*filter(None, [PLAN.merges[wildcards.made].skeleton])),
+        output:
+            weights=expand(
+                "results/shared/merged/{{made}}/{part}_merged/{file}", part=merges[0].part, file=merges[0].names[:-1]
+            ),
+            record=f"results/shared/merged/{{made}}/{merges[0].part}_merged/merge.json",
+        log:
+            "logs/merge/{made}.log",
+        benchmark:
+            "benchmarks/merge/{made}.tsv"
+        wildcard_constraints:
+            made=names(merge.name for merge in merges),
+        conda:
+            "../envs/torch.yaml"
+        params:
+            adapter_indices=lambda wildcards: PLAN.merges[wildcards.made].indices,
+            output_dtype=lambda wildcards: PLAN.merges[wildcards.made].output_dtype,
+            code=code_of("merge"),
+        script:
+            "../workflow_scripts/merge.py"

@@ -1,53 +1,39 @@
 # Perplexity of every stage. What several stages go through is computed once, as segments; a stage's own job runs only
 # its tail from the segment it starts from.
-#   in:  the parts of a variant (dense, pruned, merged), a text
-#   out: results/{experiment}/activations/{dataset}/{variant}/{segment}.safetensors
-#        results/{experiment}/ppl/{dataset}/{variant}.{stage}.json and .parquet (NLL of every window)
+#   in:  the parts of a variant (dense, pruned, merged), windows
+#   out: results/shared/activations/{made}.safetensors
+#        results/shared/ppl/{made}.json and .parquet (NLL of every window)
+# Activations are not named in rule all, since they may be deleted; so everything that decides a result stands among its
+# own inputs.
 
 
-rule eval_windows:
-    input:
-        dense=experiment_dense_files,
-        texts=dataset_files,
-    output:
-        "results/{experiment}/windows/{dataset}.eval.safetensors",
-    log:
-        "logs/eval_windows/{experiment}.{dataset}.log",
-    benchmark:
-        "benchmarks/eval_windows/{experiment}.{dataset}.tsv"
-    conda:
-        "../envs/torch.yaml"
-    params:
-        tokenizer_dir=experiment_dense_dir,
-        dataset=dataset_settings,
-        seqlen=setting("perplexity", "seqlen"),
-        windows=setting("perplexity", "windows"),
-        code=code_digest("text.windows", "text.sources", "checkpoints.tokenizer"),
-    script:
-        "../workflow_scripts/windows.py"
+def segment_source(wildcards):
+    source = PLAN.segments[wildcards.made].source
+    return source.activations if source else []
 
 
 rule segment:
     input:
         source=segment_source,
-        windows="results/{experiment}/windows/{dataset}.eval.safetensors",
-        weights=segment_weights,
-        config=variant_config,
+        windows=lambda wildcards: depends(PLAN.segments[wildcards.made].windows.source),
+        model=lambda wildcards: depends(PLAN.segments[wildcards.made].model),
+        weights=lambda wildcards: depends(PLAN.segments[wildcards.made].weights),
+        parts=lambda wildcards: depends(*PLAN.segments[wildcards.made].read),
     output:
-        activations_output("results/{experiment}/activations/{dataset}/{variant}/{segment}.safetensors"),
+        activations_output("results/shared/activations/{made}.safetensors"),
     log:
-        "logs/segment/{experiment}.{dataset}.{variant}.{segment}.log",
+        "logs/segment/{made}.log",
     benchmark:
-        "benchmarks/segment/{experiment}.{dataset}.{variant}.{segment}.tsv"
+        "benchmarks/segment/{made}.tsv"
+    wildcard_constraints:
+        made=names(PLAN.segments),
     conda:
         "../envs/torch.yaml"
     params:
-        model_dir=variant_model_dir,
-        weights_dir=segment_weights_dir,
-        layers=segment_layers,
-        batch_size=setting("perplexity", "batch_size"),
-        dtype=setting("perplexity", "dtype"),
-        code=code_digest("evaluation.jobs"),
+        layers=lambda wildcards: PLAN.segments[wildcards.made].layers,
+        batch_size=lambda wildcards: PLAN.segments[wildcards.made].batch_size,
+        dtype=lambda wildcards: PLAN.segments[wildcards.made].dtype,
+        code=code_of("segment"),
     script:
         "../workflow_scripts/segment.py"
 
@@ -55,59 +41,73 @@ rule segment:
 # The dense model is measured whole, and its last hidden states are what the stages are compared with.
 rule dense_perplexity:
     input:
-        windows="results/{experiment}/windows/{dataset}.eval.safetensors",
-        weights=experiment_dense_files,
+        windows=lambda wildcards: depends(PLAN.scores[wildcards.made].windows.source),
+        model=lambda wildcards: depends(PLAN.scores[wildcards.made].model),
+        weights=lambda wildcards: depends(PLAN.scores[wildcards.made].model),
     output:
-        result="results/{experiment}/ppl/{dataset}/dense.FULL.json",
-        windows="results/{experiment}/ppl/{dataset}/dense.FULL.parquet",
-        final_hidden=activations_output("results/{experiment}/activations/{dataset}/dense/final.safetensors"),
+        result="results/shared/ppl/{made}.json",
+        windows="results/shared/ppl/{made}.parquet",
+        final_hidden=activations_output("results/shared/activations/{made}.safetensors"),
     log:
-        "logs/dense_perplexity/{experiment}.{dataset}.log",
+        "logs/dense_perplexity/{made}.log",
     benchmark:
-        "benchmarks/dense_perplexity/{experiment}.{dataset}.tsv"
+        "benchmarks/dense_perplexity/{made}.tsv"
+    wildcard_constraints:
+        made=names(name for name, score in PLAN.scores.items() if score.keeps),
     conda:
         "../envs/torch.yaml"
     params:
         stage="FULL",
-        names=result_names,
-        model_dir=experiment_dense_dir,
-        weights_dir=experiment_dense_dir,
-        layers=dense_layers,
-        dense_dir=experiment_dense_dir,
-        batch_size=setting("perplexity", "batch_size"),
-        dtype=setting("perplexity", "dtype"),
-        code=code_digest("evaluation.jobs"),
+        layers=lambda wildcards: PLAN.scores[wildcards.made].layers,
+        batch_size=lambda wildcards: PLAN.scores[wildcards.made].batch_size,
+        dtype=lambda wildcards: PLAN.scores[wildcards.made].dtype,
+        code=code_of("perplexity"),
     script:
         "../workflow_scripts/perplexity.py"
+
+
+def stage_source(wildcards):
+    source = PLAN.scores[wildcards.made].source
+    return source.activations if source else []
+
+
+def compared_with(wildcards):
+    """The dense model's final hidden states where the stage is compared with it."""
+    dense = PLAN.scores[wildcards.made].dense
+    return dense.activations if dense else []
+
+
+def compared_model(wildcards):
+    """What those hidden states are made from."""
+    dense = PLAN.scores[wildcards.made].dense
+    return depends(dense.model) if dense else []
 
 
 rule perplexity:
     input:
         source=stage_source,
-        windows="results/{experiment}/windows/{dataset}.eval.safetensors",
-        weights=stage_weights,
-        teacher=teacher_hidden_file,
-        dense=teacher_weights,
+        windows=lambda wildcards: depends(PLAN.scores[wildcards.made].windows.source),
+        model=lambda wildcards: depends(PLAN.scores[wildcards.made].model),
+        weights=lambda wildcards: depends(PLAN.scores[wildcards.made].weights),
+        parts=lambda wildcards: depends(*PLAN.scores[wildcards.made].read),
+        teacher=compared_with,
+        dense=compared_model,
     output:
-        result="results/{experiment}/ppl/{dataset}/{variant}.{stage}.json",
-        windows="results/{experiment}/ppl/{dataset}/{variant}.{stage}.parquet",
+        result="results/shared/ppl/{made}.json",
+        windows="results/shared/ppl/{made}.parquet",
     log:
-        "logs/perplexity/{experiment}.{dataset}.{variant}.{stage}.log",
+        "logs/perplexity/{made}.log",
     benchmark:
-        "benchmarks/perplexity/{experiment}.{dataset}.{variant}.{stage}.tsv"
+        "benchmarks/perplexity/{made}.tsv"
     wildcard_constraints:
-        variant="pruned|merged",
+        made=names(name for name, score in PLAN.scores.items() if not score.keeps),
     conda:
         "../envs/torch.yaml"
     params:
-        stage=stage_name,
-        names=result_names,
-        model_dir=variant_model_dir,
-        weights_dir=stage_weights_dir,
-        layers=stage_tail,
-        dense_dir=experiment_dense_dir,
-        batch_size=setting("perplexity", "batch_size"),
-        dtype=setting("perplexity", "dtype"),
-        code=code_digest("evaluation.jobs"),
+        stage=lambda wildcards: PLAN.scores[wildcards.made].label,
+        layers=lambda wildcards: PLAN.scores[wildcards.made].layers,
+        batch_size=lambda wildcards: PLAN.scores[wildcards.made].batch_size,
+        dtype=lambda wildcards: PLAN.scores[wildcards.made].dtype,
+        code=code_of("perplexity"),
     script:
         "../workflow_scripts/perplexity.py"

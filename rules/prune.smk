@@ -1,45 +1,54 @@
 # A model and bundles B and C cut from the dense model; the ranking of blocks that helps to choose the layers.
 #   in:  the dense model, the layers of B and C from the configuration
-#   out: results/{experiment}/pruning/A/, results/{experiment}/pruning/bundles/{B,C}/
+#   out: results/shared/pruning/{made}/A/, results/shared/pruning/{made}/bundles/{B,C}/
 #        on request: results/{experiment}/importance.csv and importance.svg
 
 
-for suffix, layout, members in layout_groups():
+for rule_name, prunings in by_rule(PLAN.prunings):
+    layout = prunings[0].layout
 
-    rule:
+    checkpoint:
         name:
-            f"prune{suffix}"
+            rule_name
         input:
-            dense=experiment_dense_files,
+            dense=lambda wildcards: depends(PLAN.prunings[wildcards.made].model),
         output:
-            a=expand(
-                "results/{{experiment}}/pruning/A/{file}",
-                file=["config.json", "manifest.json", "layers_map.json", "prune_log.json", "model.safetensors"],
-            ),
-            b=expand("results/{{experiment}}/pruning/bundles/B/{file}", file=bundle_files(layout.b)),
-            c=expand("results/{{experiment}}/pruning/bundles/C/{file}", file=bundle_files(layout.c)),
+            a=expand("results/shared/pruning/{{made}}/A/{file}", file=[*MODEL_FILES, "prune.json"]),
+            b=expand("results/shared/pruning/{{made}}/bundles/B/{file}", file=[*bundle_files(layout.b), "prune.json"]),
+            c=expand("results/shared/pruning/{{made}}/bundles/C/{file}", file=[*bundle_files(layout.c), "prune.json"]),
         log:
-            "logs/prune/{experiment}.log",
+            "logs/prune/{made}.log",
         benchmark:
-            "benchmarks/prune/{experiment}.tsv"
+            "benchmarks/prune/{made}.tsv"
         wildcard_constraints:
-            experiment=members,
+            made=names(pruning.name for pruning in prunings),
         conda:
             "../envs/torch.yaml"
         params:
-            dense_dir=experiment_dense_dir,
             num_layers=layout.num_layers,
             b_layers=layout.b,
             c_layers=layout.c,
-            code=code_digest("pruning.cut"),
+            code=code_of("prune"),
         script:
             "../workflow_scripts/prune.py"
 
 
+def importance_windows(wildcards):
+    dataset = EXPERIMENTS[wildcards.experiment].settings["importance"]["dataset"]
+    if dataset is None:
+        raise WorkflowError(f"experiments.{wildcards.experiment}.importance.dataset: needed to rank the blocks")
+    return EXPERIMENTS[wildcards.experiment].windows("importance", dataset)
+
+
+def importance_setting(key):
+    """An input function that gives one value of the experiment's ranking, so that a param tracks that value."""
+    return lambda wildcards: EXPERIMENTS[wildcards.experiment].settings["importance"][key]
+
+
 rule importance:
     input:
-        dense=experiment_dense_files,
-        texts=importance_text_files,
+        dense=lambda wildcards: depends(EXPERIMENTS[wildcards.experiment].model),
+        windows=lambda wildcards: depends(importance_windows(wildcards).source),
     output:
         table="results/{experiment}/importance.csv",
         plot=report(
@@ -52,14 +61,11 @@ rule importance:
     conda:
         "../envs/torch.yaml"
     params:
-        dense_dir=experiment_dense_dir,
-        dataset=importance_dataset,
-        drop=setting("importance", "drop"),
-        keep_last_layer=setting("importance", "keep_last_layer"),
-        candidates=setting("importance", "candidates"),
-        seqlen=setting("importance", "seqlen"),
-        windows=setting("importance", "windows"),
-        dtype=setting("importance", "dtype"),
-        code=code_digest("pruning.importance", "results.plots", "text.windows", "text.sources", "checkpoints.tokenizer"),
+        model=lambda wildcards: EXPERIMENTS[wildcards.experiment].model.identity,
+        drop=importance_setting("drop"),
+        keep_last_layer=importance_setting("keep_last_layer"),
+        candidates=importance_setting("candidates"),
+        dtype=importance_setting("dtype"),
+        code=code_of("importance"),
     script:
         "../workflow_scripts/importance.py"

@@ -1,6 +1,7 @@
 # Every number in one table, what the stages differ by, and a plot.
 #   in:  all perplexity results with their per-window NLL
-#   out: results/summary.csv, results/comparisons.csv, results/plots/perplexity.svg
+#   out: results/summary.csv, results/comparisons.csv, results/plots/perplexity.svg; of another configuration than
+#        config.yaml, named after it: results/summary.mistral-7b.csv
 
 
 localrules:
@@ -8,40 +9,45 @@ localrules:
     plot_perplexity,
 
 
+SCORES = [(name, *which, score) for name, e in EXPERIMENTS.items() for which, score in e.scores().items()]
+MERGES = [(name, part, e.merge(part)) for name, e in EXPERIMENTS.items() for part in e.merged_parts]
+
+
 rule summary:
     input:
-        results=[result_files(experiment, "json") for experiment in EXPERIMENTS],
-        windows=[result_files(experiment, "parquet") for experiment in EXPERIMENTS],
-        merges=[list(merge_records(experiment).values()) for experiment in EXPERIMENTS],
+        results=[score.result for *_, score in SCORES],
+        windows=[score.window_scores for *_, score in SCORES],
+        merges=[merge.source.depends[0] for *_, merge in MERGES],
     output:
-        summary="results/summary.csv",
-        comparisons="results/comparisons.csv",
+        summary=f"results/summary{OF_CONFIG}.csv",
+        comparisons=f"results/comparisons{OF_CONFIG}.csv",
     log:
-        "logs/summary.log",
+        f"logs/summary{OF_CONFIG}.log",
     benchmark:
-        "benchmarks/summary.tsv"
+        f"benchmarks/summary{OF_CONFIG}.tsv"
     conda:
         "../envs/report.yaml"
     params:
-        merges={experiment: merge_records(experiment) for experiment in EXPERIMENTS},
-        code=code_digest("results.summary"),
+        results=[names for *names, _ in SCORES],
+        merges=[names for *names, _ in MERGES],
+        code=code_of("summary"),
     script:
         "../workflow_scripts/summary.py"
 
 
 rule plot_perplexity:
     input:
-        "results/summary.csv",
+        f"results/summary{OF_CONFIG}.csv",
     output:
-        report("results/plots/perplexity.svg", caption="../report/perplexity.rst", category="Perplexity"),
+        report(f"results/plots/perplexity{OF_CONFIG}.svg", caption="../report/perplexity.rst", category="Perplexity"),
     log:
-        "logs/plot_perplexity.log",
+        f"logs/plot_perplexity{OF_CONFIG}.log",
     benchmark:
-        "benchmarks/plot_perplexity.tsv"
+        f"benchmarks/plot_perplexity{OF_CONFIG}.tsv"
     conda:
         "../envs/report.yaml"
     params:
-        code=code_digest("results.plots"),
+        code=code_of("plot_perplexity"),
     script:
         "../workflow_scripts/plot_perplexity.py"
 
@@ -54,4 +60,17 @@ rule drop_activations:
     conda:
         "../envs/report.yaml"
     shell:
-        "rm -rf results/*/activations 2>{log}"
+        "rm -rf results/shared/activations results/shared/teacher_states 2>{log}"
+
+
+# On request: what lies in results/shared and is neither asked for by this configuration nor linked to by a result.
+rule tidy:
+    log:
+        "logs/tidy.log",
+    localrule: True
+    conda:
+        "../envs/report.yaml"
+    params:
+        asked_for=PLAN.paths,
+    script:
+        "../workflow_scripts/tidy.py"

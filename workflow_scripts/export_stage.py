@@ -1,11 +1,12 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.exporting.export import export_stage
+from mistral_prune_lora.workflow.job import folder, folders
 
 with job(snakemake.log[0]):
     export_stage(
-        snakemake.params.model_dir,
+        folder(snakemake.input.model),
         snakemake.output.record.removesuffix("/export.json"),
         stage=snakemake.params.stage,
-        bundles=snakemake.params.bundle_dirs,
+        bundles=dict(zip(snakemake.params.bundles, folders(snakemake.input.bundles), strict=True)),
         overwrite=True,
     )

@@ -1,4 +1,3 @@
-from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device, granted_memory
 from mistral_prune_lora.pruning.importance import (
@@ -8,17 +7,16 @@ from mistral_prune_lora.pruning.importance import (
 )
 from mistral_prune_lora.results.plots import plot_importance
 from mistral_prune_lora.streaming.compute import Compute
-from mistral_prune_lora.text.sources import load_text
-from mistral_prune_lora.text.windows import make_windows
+from mistral_prune_lora.text.windows import Windows
+from mistral_prune_lora.workflow.job import folder, windows_file
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
-    tokenizer = load_tokenizer(params.dense_dir)
-    windows = make_windows(load_text(**params.dataset), tokenizer, seqlen=params.seqlen, max_windows=params.windows)
+    windows = Windows.load(windows_file(snakemake.input.windows))
     device = granted_device(resources.get("gpu", 1))
     memory = granted_memory(resources.get("mem_mb"), device)
     states = last_token_states(
-        params.dense_dir,
+        folder(snakemake.input.dense),
         windows.ids,
         beside=snakemake.output.table,
         compute=Compute.named(device, params.dtype, 4, memory),

@@ -2,15 +2,16 @@ from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.merging.plan import MergeSettings
+from mistral_prune_lora.workflow.job import folder
 
 with job(snakemake.log[0]):
     merge_adapters(
-        snakemake.params.base_dir,
-        [snakemake.params.adapter_dir],
+        folder(snakemake.input.base),
+        [folder(snakemake.input.adapter)],
         snakemake.output.record.removesuffix("/merge.json"),
         settings=MergeSettings(
-            skeleton=snakemake.params.get("skeleton_dir"),
-            adapter_indices=snakemake.params.get("adapter_indices", "original"),
+            skeleton=folder(snakemake.input.skeleton) if snakemake.input.skeleton else None,
+            adapter_indices=snakemake.params.adapter_indices,
             output_dtype=snakemake.params.output_dtype,
         ),
         device=granted_device(snakemake.resources.get("gpu", 0)),

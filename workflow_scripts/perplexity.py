@@ -4,6 +4,7 @@ from mistral_prune_lora.device import granted_device, granted_memory
 from mistral_prune_lora.evaluation.jobs import RunInputs, StageOutputs, score_stage
 from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.streaming.compute import Compute
+from mistral_prune_lora.workflow.job import folder, windows_file
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
@@ -13,16 +14,15 @@ with job(snakemake.log[0]):
     score_stage(
         params.stage,
         RunInputs(
-            params.model_dir,
-            params.weights_dir,
+            folder(snakemake.input.model),
+            folder(snakemake.input.weights),
             params.layers,
-            windows=snakemake.input.windows,
+            windows=windows_file(snakemake.input.windows),
             source=snakemake.input.get("source") or None,
         ),
         StageOutputs(
             snakemake.output.result, snakemake.output.windows, final_hidden=snakemake.output.get("final_hidden")
         ),
         Compute.named(device, params.dtype, params.batch_size, memory),
-        dense=DenseAnswers(open_checkpoint(params.dense_dir), teacher) if teacher else None,
-        names=params.names,
+        dense=DenseAnswers(open_checkpoint(folder(snakemake.input.dense)), teacher) if teacher else None,
     )

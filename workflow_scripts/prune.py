@@ -1,13 +1,16 @@
+from pathlib import Path
+
 from mistral_prune_lora.console import job
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.cut import prune_model
+from mistral_prune_lora.workflow.job import folder
 
-params, results = snakemake.params, f"results/{snakemake.wildcards.experiment}/pruning"
+params, made = snakemake.params, Path(snakemake.output.a[0]).parents[1]
 with job(snakemake.log[0]):
     prune_model(
-        params.dense_dir,
+        folder(snakemake.input.dense),
         Layout(params.num_layers, tuple(params.b_layers), tuple(params.c_layers)),
-        save_dir=f"{results}/A",
-        save_removed_dir=f"{results}/bundles",
+        save_dir=made / "A",
+        save_removed_dir=made / "bundles",
         overwrite=True,
     )

@@ -2,6 +2,7 @@ from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted_device, granted_memory
 from mistral_prune_lora.evaluation.jobs import RunInputs, run_segment
 from mistral_prune_lora.streaming.compute import Compute
+from mistral_prune_lora.workflow.job import folder, windows_file
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
@@ -9,10 +10,10 @@ with job(snakemake.log[0]):
     memory = granted_memory(resources.get("mem_mb"), device)
     run_segment(
         RunInputs(
-            params.model_dir,
-            params.weights_dir,
+            folder(snakemake.input.model),
+            folder(snakemake.input.weights),
             params.layers,
-            windows=snakemake.input.windows,
+            windows=windows_file(snakemake.input.windows),
             source=snakemake.input.source or None,
         ),
         snakemake.output[0],

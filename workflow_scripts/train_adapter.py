@@ -6,22 +6,23 @@ from mistral_prune_lora.distillation.teacher import TeacherFiles
 from mistral_prune_lora.distillation.train import train_adapter
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.windows import Windows
+from mistral_prune_lora.workflow.job import folder, folders, windows_file
 
-params = snakemake.params
+files, settings = snakemake.input, snakemake.params.settings
 with job(snakemake.log[0]):
     train_adapter(
-        snakemake.wildcards.part,
-        Student(params.student_dir, tuple(params.bundle_dirs)),
-        TeacherFiles(params.dense_dir, snakemake.input.teacher_states or None),
-        Windows.load(snakemake.input.windows),
+        snakemake.params.part,
+        Student(folder(files.student), tuple(folders(files.bundles))),
+        TeacherFiles(folder(files.dense), files.teacher_states or None),
+        Windows.load(windows_file(files.windows)),
         snakemake.output.config.removesuffix("/adapter_config.json"),
         settings=TrainingSettings(
-            LoraSettings(**params.lora),
-            LossSettings(**params.loss),
-            OptimiserSettings(**params.optimiser),
-            seed=params.seed,
-            gradient_checkpointing=params.gradient_checkpointing,
+            LoraSettings(**settings["lora"]),
+            LossSettings(**settings["loss"]),
+            OptimiserSettings(**settings["optimiser"]),
+            seed=settings["seed"],
+            gradient_checkpointing=settings["gradient_checkpointing"],
         ),
-        compute=Compute.named(granted_device(snakemake.resources.get("gpu", 1)), params.dtype),
+        compute=Compute.named(granted_device(snakemake.resources.get("gpu", 1)), settings["dtype"]),
         overwrite=True,
     )

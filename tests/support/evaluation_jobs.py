@@ -21,12 +21,12 @@ def segment_job(output: Path, **given) -> None:
 
 def score_job(
     stage: str, *, result_json: Path, window_parquet: Path, final_hidden=None, dense_dir=None, teacher_hidden=None,
-    names=None, **given,
+    **given,
 ) -> StageResult:  # fmt: skip
     """Score a stage; arguments as for `segment_job`."""
     dense = DenseAnswers(open_checkpoint(dense_dir), teacher_hidden) if teacher_hidden else None
     outputs = StageOutputs(result_json, window_parquet, final_hidden)
-    return score_stage(stage, _inputs(given), outputs, _compute(given), dense=dense, names=names)
+    return score_stage(stage, _inputs(given), outputs, _compute(given), dense=dense)
 
 
 def _inputs(given: dict) -> RunInputs:

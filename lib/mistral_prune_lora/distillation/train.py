@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from mistral_prune_lora.distillation.teacher import Teacher, TeacherFiles
 from mistral_prune_lora.distillation.teacher_record import weight_digests
 from mistral_prune_lora.errors import NumberError, PipelineError
 from mistral_prune_lora.models.load import load_model
-from mistral_prune_lora.provenance import PACKAGE, versions
+from mistral_prune_lora.provenance import PACKAGE, other_files_sha256, versions
 from mistral_prune_lora.storage.dtypes import torch_name
 from mistral_prune_lora.storage.finite import all_finite
 from mistral_prune_lora.storage.json_file import write_json
@@ -93,7 +92,7 @@ def train_adapter(
     read = [student.model_dir, *student.bundles, *((teacher.model_dir, teacher.states) if teacher else ())]
     check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     torch.manual_seed(settings.seed)
-    layers, doubts, started = student.layers(part), warn_of(student.checkpoint(), windows), time.monotonic()
+    layers, doubts = student.layers(part), warn_of(student.checkpoint(), windows)
     # Entered before the training, which would be lost if its result could not be written.
     with atomic_directory(output_dir, check=check) as fresh:
         model = _adapted(student, layers, settings, compute)
@@ -115,8 +114,8 @@ def train_adapter(
             "dtype": torch_name(compute.dtype),
             "seed": settings.seed,
             "warnings": doubts,
-            "seconds": round(time.monotonic() - started, 1),
             "files": [*listed_files(fresh), RECORD.name],
+            "outputs": other_files_sha256(fresh, ()),
             "versions": versions(PACKAGE, "torch", "transformers", "peft"),
         }
         write_json(fresh / RECORD.name, about)

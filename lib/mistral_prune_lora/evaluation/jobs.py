@@ -6,7 +6,7 @@ Boundary activations are files between them, so that every run of layers that st
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,6 @@ def score_stage(
     compute: Compute,
     *,
     dense: DenseAnswers | None = None,
-    names: Mapping[str, str] | None = None,
 ) -> StageResult:
     """Run a stage's tail from its last boundary activations, and score every window.
 
@@ -102,7 +101,6 @@ def score_stage(
         outputs: where the result goes.
         compute: device, dtype, batch size, memory.
         dense: the dense model's answers, for KL and top-1 agreement.
-        names: added to the result: experiment, dataset, variant, whatever the caller calls it.
 
     Raises:
         As `run_segment`. NumberError also for a score or perplexity that is no number; nothing is written then.
@@ -120,7 +118,7 @@ def score_stage(
             run_layers(passage, origin, tail, scoring)
         scores = scoring.finish()
     about = {"stage": stage, "label": subject.label(stage), KEY: identity}
-    result = stage_result({**(names or {}), **about}, scoring.record, scores, passage, doubts)
+    result = stage_result(about, scoring.record, scores, passage, doubts)
     result.save(outputs.result_json, outputs.window_parquet)
     scoring.forget()
     return result

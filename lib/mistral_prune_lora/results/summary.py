@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import check_plain
 from mistral_prune_lora.storage.transaction import atomic_file
 
+_AGAIN = "delete it and run again"
 VARIANTS = ("dense", "pruned", "merged")
 COLUMNS = (
     "experiment", "dataset", "variant", "stage", "label", "active_layers", "parameters", "ppl", "mean_nll", "tokens",
@@ -25,30 +27,56 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Named:
+    """A result, and what it is called here: one file serves every experiment that asks for the same.
+
+    Attributes:
+        experiment, dataset: as the user names them.
+        variant: "dense", "pruned" or "merged".
+        stage: "A", "AB" or "FULL".
+        path: the result JSON.
+    """
+
+    experiment: str
+    dataset: str
+    variant: str
+    stage: str
+    path: str | Path
+
+
 def write_summary(
-    results: Sequence[str | Path],
+    results: Sequence[Named],
     summary_csv: str | Path,
     comparisons_csv: str | Path,
-    merges: Mapping[str, Mapping[str, str | Path]] | None = None,
+    merges: Mapping[tuple[str, str], str | Path] | None = None,
 ) -> None:
     """Gather perplexity results into summary.csv, and the pairs that can be compared into comparisons.csv.
 
     Args:
-        results: result JSON files; the NLL of their windows lies beside each as parquet.
+        results: result JSON files by name; the NLL of their windows lies beside each as parquet.
         summary_csv: a row a result, COLUMNS; experiments and datasets as they come, then dense, pruned, merged.
         comparisons_csv: within an experiment and dataset each pair of results: experiment, dataset, first, second
             (as variant.stage), and what `statistics.paired_difference` says of them.
-        merges: for each experiment, the merge.json of each merged part. A merged stage's row counts the adapter tensors
+        merges: for each experiment and merged part, its merge.json. A merged stage's row counts the adapter tensors
             that its parts' merges left out, since they are for layers that the part does not hold.
 
     Raises:
         DataError: a result or a merge's record cannot be read, a result contradicts its windows or is no number; or
             results of one experiment and dataset are of different token ids.
     """
-    records = [_read(Path(path)) for path in results]
-    for record in records:
-        if record["variant"] == "merged":
-            record["adapter_tensors_out_of_scope"] = _out_of_scope((merges or {}).get(record["experiment"], {}), record)
+    read: dict[str | Path, dict] = {}
+    records = []
+    for named in results:
+        if named.path not in read:
+            read[named.path] = _read(Path(named.path))
+        record = dict(read[named.path])
+        if record["stage"] != named.stage:
+            raise DataError(f"is of stage {record['stage']}, not {named.stage}", where=named.path, mend=_AGAIN)
+        record |= {"experiment": named.experiment, "dataset": named.dataset, "variant": named.variant}
+        if named.variant == "merged":
+            record["adapter_tensors_out_of_scope"] = _out_of_scope(merges or {}, record)
+        records.append(record)
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
         groups.setdefault((record["experiment"], record["dataset"]), []).append(record)
@@ -67,16 +95,17 @@ def write_summary(
         pd.concat(comparisons).to_csv(fresh, index=False)
 
 
-def _out_of_scope(merges: Mapping[str, str | Path], record: Mapping) -> int:
+def _out_of_scope(merges: Mapping[tuple[str, str], str | Path], record: Mapping) -> int:
     """Adapter tensors that the merges of a stage's parts left out."""
     count = 0
     for part in PARTS_OF_STAGE[record["stage"]]:
-        if part in merges:
-            merge = read_json(merges[part], DataError, mend="merge again")
+        path = merges.get((record["experiment"], part))
+        if path is not None:
+            merge = read_json(path, DataError, mend="merge again")
             try:
                 count += sum(len(adapter["out_of_scope"]) for adapter in merge["adapters"])
             except (KeyError, TypeError):
-                raise DataError("is no record of a merge", where=merges[part], mend="merge again") from None
+                raise DataError("is no record of a merge", where=path, mend="merge again") from None
     return count
 
 
@@ -101,9 +130,8 @@ def _name(record: Mapping) -> str:
 
 def _read(path: Path) -> dict:
     """A result with its warnings as one text, and `nll_per_token`, the mean NLL of each of its windows."""
-    mend = "delete it and run again"
-    record = read_json(path, DataError, mend=mend)
-    check_plain(path.with_suffix(".parquet"), DataError, mend=mend)
+    record = read_json(path, DataError, mend=_AGAIN)
+    check_plain(path.with_suffix(".parquet"), DataError, mend=_AGAIN)
     try:
         table = pd.read_parquet(path.with_suffix(".parquet"))
         fault = _fault(record, table)
@@ -113,16 +141,16 @@ def _read(path: Path) -> dict:
             "nll_per_token": (table.nll / table.tokens).to_numpy(),
         }
     except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-        raise DataError(f"cannot be read as a result: {error}", where=path, mend=mend) from None
+        raise DataError(f"cannot be read as a result: {error}", where=path, mend=_AGAIN) from None
     if fault:
-        raise DataError(fault, where=path, mend=mend)
+        raise DataError(fault, where=path, mend=_AGAIN)
     return read
 
 
 def _fault(record: Mapping, table: pd.DataFrame) -> str | None:
     """What in a result's record is no number, or is not what its windows say; None if nothing."""
-    if record["variant"] not in VARIANTS or record["stage"] not in STAGES:
-        return f"is of variant {record['variant']!r}, stage {record['stage']!r}"
+    if record["stage"] not in STAGES:
+        return f"is of stage {record['stage']!r}"
     numbers = {name: value for name in COLUMNS if isinstance(value := record.get(name), (int, float))}
     wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
     if wrong or not np.isfinite(table.nll.to_numpy()).all():

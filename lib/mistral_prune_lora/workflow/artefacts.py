@@ -1,0 +1,345 @@
+"""What the workflow makes, each named by what it is made from; equal work of several experiments is one artefact.
+
+An artefact's name ends in a short key over its recipe: the names of the artefacts and the content of the given files
+that it is made from, and the settings that decide its bytes. Another recipe is another name beside the former one, so
+nothing that is there is ever out of date; only the code that makes it can be, and Snakemake compares that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from mistral_prune_lora.checkpoints.directories import BUNDLE_META, LAYERS_MAP, SINGLE_FILE, layer_file_name
+from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
+from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.workflow.content import short_key
+
+SHARED = "results/shared"
+MODEL_FILES = ("config.json", MANIFEST, LAYERS_MAP, PRUNE_LOG, SINGLE_FILE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that jobs read: a model, a part or an adapter, made here or given.
+
+    Attributes:
+        folder: where it lies.
+        depends: the files that a job depends on: of what is made here its record, which says what everything beside it
+            holds; of what is given, all that is read.
+        identity: its name, or the digest of what was given.
+        given: whether it comes from outside.
+        maker: the checkpoint that makes it; None for what is given or fetched.
+        made: what that checkpoint calls it.
+    """
+
+    folder: str
+    depends: tuple[str, ...]
+    identity: str
+    given: bool = False
+    maker: str | None = None
+    made: str = ""
+
+
+def spans(layers: Sequence[int]) -> str:
+    """Layers as they stand in a rule's name: `12to15_18`; `none` for none."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return "_".join(str(a) if a == b else f"{a}to{b}" for a, b in runs) or "none"
+
+
+def bundle_files(layers: Sequence[int]) -> tuple[str, ...]:
+    """The files of a bundle directory."""
+    return (BUNDLE_META, *map(layer_file_name, layers))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of token ids, cut from a text by a model's tokenizer.
+
+    Attributes:
+        model: whose tokenizer it is.
+        dataset: the text, as `text.sources.load_text` takes it.
+        files: the local files it is read from.
+        text: the identity of what those files hold.
+        seqlen, count: the windows; None takes the whole text.
+    """
+
+    model: Source
+    dataset: Mapping
+    files: tuple[str, ...]
+    text: str
+    seqlen: int
+    count: int | None
+
+    @cached_property
+    def name(self) -> str:
+        """Its name under results/shared/windows."""
+        read = {key: value for key, value in self.dataset.items() if key not in ("text_files", "mirror", "dataset")}
+        recipe = {"model": self.model.identity, "text": self.text, **read, "seqlen": self.seqlen, "count": self.count}
+        return f"{self.seqlen}-{short_key(recipe)}"
+
+    @property
+    def file(self) -> str:
+        """Where they lie."""
+        return f"{SHARED}/windows/{self.name}.safetensors"
+
+    @property
+    def record(self) -> str:
+        """What they are, without the ids: another file only if they are others."""
+        return f"{SHARED}/windows/{self.name}.json"
+
+    @property
+    def source(self) -> Source:
+        """The windows as jobs read them."""
+        return Source(f"{SHARED}/windows", (self.record,), self.name, maker="windows", made=self.name)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A model cut into A, B and C."""
+
+    model: Source
+    layout: Layout
+    label: str
+
+    @cached_property
+    def name(self) -> str:
+        """Its name under results/shared/pruning."""
+        recipe = {
+            "model": self.model.identity,
+            "layers": self.layout.num_layers,
+            "b": self.layout.b,
+            "c": self.layout.c,
+        }
+        return f"{self.label}-{short_key(recipe)}"
+
+    @property
+    def rule(self) -> str:
+        """The rule that cuts: each choice of layers has files of other names, and so a rule of its own."""
+        return f"prune_B{spans(self.layout.b)}_C{spans(self.layout.c)}"
+
+    def folder(self, part: str) -> str:
+        """The directory of a part."""
+        return f"{SHARED}/pruning/{self.name}/" + ("A" if part == "A" else f"bundles/{part}")
+
+    def files(self, part: str) -> list[str]:
+        """The files of a part that are named in the rule; those of the tokenizer lie beside A's."""
+        names = MODEL_FILES if part == "A" else bundle_files(self.layout.layers_of(part))
+        return [f"{self.folder(part)}/{name}" for name in (*names, "prune.json")]
+
+    @property
+    def all_files(self) -> list[str]:
+        """The files of all parts, A's first."""
+        return [file for part in "ABC" for file in self.files(part)]
+
+    def source(self, part: str) -> Source:
+        """A part as jobs read it."""
+        folder = self.folder(part)
+        return Source(folder, (f"{folder}/prune.json",), f"{self.name}/{part}", maker=self.rule, made=self.name)
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """The dense model's final hidden states of training windows."""
+
+    model: Source
+    windows: Windows
+    dtype: str
+    num_layers: int
+
+    @cached_property
+    def name(self) -> str:
+        """Its name under results/shared/teacher_states."""
+        return short_key({"model": self.model.identity, "windows": self.windows.name, "dtype": self.dtype})
+
+    @property
+    def file(self) -> str:
+        """Where they lie."""
+        return f"{SHARED}/teacher_states/{self.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Training:
+    """An adapter, trained.
+
+    Attributes:
+        part: "A", "B" or "C".
+        student: the A model it is trained on.
+        bundles: what is restored into that.
+        model: the dense model.
+        windows: what it is trained on.
+        teacher: the dense model's states where they are shared.
+        settings: as the configuration has them: dtype, seed, lora, loss, optimiser, gradient_checkpointing.
+    """
+
+    part: str
+    student: Source
+    bundles: tuple[Source, ...]
+    model: Source
+    windows: Windows
+    teacher: TeacherStates | None
+    settings: Mapping = field(hash=False)
+
+    @cached_property
+    def name(self) -> str:
+        """Its name under results/shared/adapters."""
+        recipe = {
+            "part": self.part,
+            "student": [self.student.identity, *(bundle.identity for bundle in self.bundles)],
+            "model": self.model.identity,
+            "windows": self.windows.name,
+            "teacher": self.teacher.name if self.teacher else None,
+            "settings": self.settings,
+        }
+        return f"{self.part}-{short_key(recipe)}"
+
+    @property
+    def folder(self) -> str:
+        """The adapter's directory."""
+        return f"{SHARED}/adapters/{self.name}"
+
+    @property
+    def files(self) -> list[str]:
+        """The files that are named in the rule."""
+        names = ("adapter_config.json", "adapter_model.safetensors", "training.csv", "training.json")
+        return [f"{self.folder}/{name}" for name in names]
+
+    @property
+    def source(self) -> Source:
+        """The adapter as jobs read it."""
+        return Source(self.folder, (f"{self.folder}/training.json",), self.name, maker="train_adapter", made=self.name)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An adapter, merged into its part.
+
+    Attributes:
+        part: "A", "B" or "C".
+        layers: that the part holds.
+        base: the part before.
+        adapter: what is merged.
+        skeleton: for a bundle, the A model it belongs to.
+        indices: how the adapter counts layers.
+        output_dtype: of the weights; None keeps their own.
+    """
+
+    part: str
+    layers: tuple[int, ...]
+    base: Source
+    adapter: Source
+    skeleton: Source | None
+    indices: str
+    output_dtype: str | None
+
+    @cached_property
+    def name(self) -> str:
+        """Its name under results/shared/merged."""
+        recipe = {
+            "part": self.part,
+            "base": self.base.identity,
+            "adapter": self.adapter.identity,
+            "skeleton": self.skeleton.identity if self.skeleton else None,
+            "indices": self.indices,
+            "output_dtype": self.output_dtype,
+        }
+        return f"{self.part}-{short_key(recipe)}"
+
+    @property
+    def rule(self) -> str:
+        """The rule that merges; each choice of a bundle's layers has its own."""
+        return "merge_A" if self.part == "A" else f"merge_{self.part}_{spans(self.layers)}"
+
+    @property
+    def folder(self) -> str:
+        """The merged part's directory."""
+        return f"{SHARED}/merged/{self.name}/{self.part}_merged"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its files that are named in the rule."""
+        return (*(MODEL_FILES if self.part == "A" else bundle_files(self.layers)), "merge.json")
+
+    @property
+    def files(self) -> list[str]:
+        """Its files that are named in the rule."""
+        return [f"{self.folder}/{name}" for name in self.names]
+
+    @property
+    def source(self) -> Source:
+        """The merged part as jobs read it."""
+        return Source(self.folder, (f"{self.folder}/merge.json",), self.name, maker=self.rule, made=self.name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of layers on evaluation windows: a segment whose end is kept, or the tail of a stage with its score.
+
+    Attributes:
+        label: what it is called before its key: the segment, or the stage.
+        model: the A model, merged or not, or the dense model.
+        weights: the part that holds the layers.
+        layers: original indices; none if a stage ends where its segment ends.
+        source: the segment it starts from; None starts from the token ids.
+        windows: what it runs on.
+        batch_size, dtype: how.
+        parts: every part that the stage has, for a score.
+        dense: the dense model's score whose hidden states this one is compared with.
+        keeps: whether a score keeps its final hidden states for others.
+    """
+
+    label: str
+    model: Source
+    weights: Source
+    layers: tuple[int, ...]
+    source: Run | None
+    windows: Windows
+    batch_size: int
+    dtype: str
+    parts: tuple[Source, ...] = ()
+    dense: Run | None = None
+    keeps: bool = False
+
+    @cached_property
+    def name(self) -> str:
+        """Its name under results/shared/activations, or ppl."""
+        recipe = {
+            "label": self.label,
+            "model": self.model.identity,
+            "weights": self.weights.identity,
+            "layers": self.layers,
+            "source": self.source.name if self.source else None,
+            "windows": self.windows.name,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "parts": [part.identity for part in self.parts],
+            "dense": self.dense.name if self.dense else None,
+        }
+        return f"{self.label}-{short_key(recipe)}"
+
+    @property
+    def activations(self) -> str:
+        """Where the hidden states at its end lie, if they are kept."""
+        return f"{SHARED}/activations/{self.name}.safetensors"
+
+    @property
+    def result(self) -> str:
+        """Where a score lies."""
+        return f"{SHARED}/ppl/{self.name}.json"
+
+    @property
+    def window_scores(self) -> str:
+        """Where the NLL of its windows lies."""
+        return f"{SHARED}/ppl/{self.name}.parquet"
+
+    @property
+    def read(self) -> list[Source]:
+        """Every part that the hidden states at its end, and its score, are made from."""
+        way = [self.model, self.weights, *self.parts, *(self.source.read if self.source else ())]
+        return list(dict.fromkeys(way))

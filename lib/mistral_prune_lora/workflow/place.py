@@ -1,0 +1,79 @@
+"""What was made once, in the folder of each experiment that it belongs to: as hard links, which take no space.
+
+  python -m mistral_prune_lora.workflow.place results/shared/merged/A-0123456789ab results/smollm2/merged/A_merged
+
+A link holds its file whatever becomes of the other name, so an experiment's folder can be copied, packed or moved. What
+is linked to is one file: to change a weight in place would change it for all; replace the file instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.storage.json_file import read_json_if_there, write_json
+
+NOTE = "made_from.json"
+
+
+def place(source: Path, target: Path) -> None:
+    """Let a directory or file hold what another one holds.
+
+    Files that were placed in a directory before and have no counterpart any more go; others that lie there stay.
+
+    Args:
+        source: what was made.
+        target: where it is to be found; a directory gets NOTE, which names the source and what was placed.
+
+    Raises:
+        OSError: a file cannot be linked or copied.
+    """
+    if source.is_file():
+        _link(source, target)
+        return
+    fresh = sorted(_inside(source))
+    note = target / NOTE
+    for name in set(_placed(note)) - set(fresh):
+        with suppress(FileNotFoundError):
+            (target / name).unlink()
+    for name in fresh:
+        _link(source / name, target / name)
+    write_json(note, {"made": os.fspath(source), "files": fresh})
+
+
+def _inside(folder: Path) -> Iterator[str]:
+    """The files below a folder, by their path in it."""
+    return (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def _placed(note: Path) -> list[str]:
+    """What was placed before; nothing if no note tells. A name that leads out of the directory is none of ours."""
+    content: dict = {}
+    with suppress(PipelineError):
+        content = read_json_if_there(note) or {}
+    names = content.get("files")
+    listed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return [name for name in listed if not os.path.isabs(name) and ".." not in Path(name).parts]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Put a file under another name; a symbolic link where the file system has no hard ones."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        if target.samefile(source):
+            return
+    beside = target.with_name(f".{target.name}.placing")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source, beside)
+    except OSError:
+        beside.symlink_to(os.path.relpath(source, target.parent))
+    beside.replace(target)
+
+
+if __name__ == "__main__":
+    place(Path(sys.argv[1]), Path(sys.argv[2]))

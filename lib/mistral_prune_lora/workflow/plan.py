@@ -1,0 +1,93 @@
+"""Everything that a configuration asks for: the artefacts of all experiments, each of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, TeacherStates, Training, Windows
+from mistral_prune_lora.workflow.content import Content
+from mistral_prune_lora.workflow.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The artefacts of all experiments, by their names, which are the rules' wildcards.
+
+    Attributes:
+        experiments: by name.
+        prunings, windows, teachers, trainings, merges: as the workflow makes them.
+        segments: runs whose boundary activations others start from.
+        scores: runs that end in a score.
+    """
+
+    experiments: dict[str, Experiment]
+    prunings: dict[str, Pruning] = field(default_factory=dict)
+    windows: dict[str, Windows] = field(default_factory=dict)
+    teachers: dict[str, TeacherStates] = field(default_factory=dict)
+    trainings: dict[str, Training] = field(default_factory=dict)
+    merges: dict[str, Merge] = field(default_factory=dict)
+    segments: dict[str, Run] = field(default_factory=dict)
+    scores: dict[str, Run] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Mapping, content: Content) -> Plan:
+        """The plan of a checked configuration.
+
+        Raises:
+            PipelineError: given files cannot be read, or contradict each other.
+        """
+        plan = cls({name: Experiment.of(config, name, content) for name in config["experiments"]})
+        for experiment in plan.experiments.values():
+            plan._add(experiment)
+        return plan
+
+    def _add(self, experiment: Experiment) -> None:
+        if experiment.pruning:
+            _put(self.prunings, [experiment.pruning])
+        for part in experiment.trained_parts:
+            _put(self.trainings, [experiment.training(part)])
+            _put(self.windows, [experiment.training(part).windows])
+        if experiment.teacher:
+            _put(self.teachers, [experiment.teacher])
+        _put(self.merges, [experiment.merge(part) for part in experiment.merged_parts])
+        for (dataset, variant, _), score in experiment.scores().items():
+            _put(self.scores, [score, *([score.dense] if score.dense else [])])
+            _put(self.windows, [score.windows])
+            _put(self.segments, experiment.shared_runs(variant, dataset))
+        if experiment.settings["importance"]["dataset"]:
+            _put(self.windows, [experiment.windows("importance", experiment.settings["importance"]["dataset"])])
+
+    @property
+    def files(self) -> list[str]:
+        """Every file in results/shared that is to be there when all is done, and those of fetched models."""
+        models = {e.model.folder: e.model for e in self.experiments.values() if not e.model.given}
+        users: list[Training | Run] = [*self.trainings.values(), *self.scores.values()]
+        windows = {user.windows.name: user.windows for user in users}
+        return [
+            *(file for model in models.values() for file in model.depends),
+            *(file for cut in windows.values() for file in (cut.file, cut.record)),
+            *(file for pruning in self.prunings.values() for file in pruning.all_files),
+            *(file for adapter in self.trainings.values() for file in adapter.files),
+            *(file for merge in self.merges.values() for file in merge.files),
+            *(file for score in self.scores.values() for file in (score.result, score.window_scores)),
+        ]
+
+    @property
+    def paths(self) -> list[str]:
+        """Everything in results/shared that is asked for, on request too: directories and files."""
+        runs = [run.activations for run in (*self.segments.values(), *self.scores.values())]
+        return [
+            *(pruning.folder("A").removesuffix("/A") for pruning in self.prunings.values()),
+            *(made.folder for made in self.trainings.values()),
+            *(merge.folder.rsplit("/", 1)[0] for merge in self.merges.values()),
+            *(file for cut in self.windows.values() for file in (cut.file, cut.record)),
+            *(states.file for states in self.teachers.values()),
+            *(file for score in self.scores.values() for file in (score.result, score.window_scores)),
+            *runs,
+        ]
+
+
+def _put(into: dict, artefacts: Iterable) -> None:
+    for artefact in artefacts:
+        into.setdefault(artefact.name, artefact)

@@ -1,0 +1,113 @@
+# What was made, put into the folders of the experiments that it belongs to, as links that take no space.
+#   in:  results/shared/...
+#   out: results/{experiment}/pruning/, adapters/{part}_lora/, merged/{part}_merged/, ppl/{dataset}/{variant}.{stage}.*
+# Each directory's made_from.json names what it is linked to.
+PLACE = f"{shlex.quote(sys.executable)} -m mistral_prune_lora.workflow.place"
+
+
+def experiments_by(key):
+    """Experiments by something about them, None left out, in an order that theirs does not change."""
+    groups = {}
+    for experiment in EXPERIMENTS.values():
+        groups.setdefault(key(experiment), []).append(experiment.name)
+    return sorted((value, sorted(members)) for value, members in groups.items() if value is not None)
+
+
+for pruned_by, members in experiments_by(lambda e: e.pruning and e.pruning.rule):
+    pruned_layout = EXPERIMENTS[members[0]].layout
+
+    rule:
+        name:
+            f"place_{pruned_by}"
+        input:
+            lambda wildcards: EXPERIMENTS[wildcards.experiment].pruning.all_files,
+        output:
+            expand("results/{{experiment}}/pruning/A/{file}", file=[*MODEL_FILES, "prune.json"]),
+            expand(
+                "results/{{experiment}}/pruning/bundles/B/{file}", file=[*bundle_files(pruned_layout.b), "prune.json"]
+            ),
+            expand(
+                "results/{{experiment}}/pruning/bundles/C/{file}", file=[*bundle_files(pruned_layout.c), "prune.json"]
+            ),
+        log:
+            "logs/place/{experiment}.pruning.log",
+        wildcard_constraints:
+            experiment=names(members),
+        localrule: True
+        conda:
+            "../envs/report.yaml"
+        params:
+            source=lambda wildcards, input: Path(input[0]).parents[1],
+            target=lambda wildcards, output: Path(output[0]).parents[1],
+        shell:
+            "{PLACE} {params.source:q} {params.target:q} 2>{log:q}"
+
+
+rule place_adapter:
+    input:
+        lambda wildcards: EXPERIMENTS[wildcards.experiment].training(wildcards.part).files,
+    output:
+        "results/{experiment}/adapters/{part}_lora/adapter_config.json",
+        "results/{experiment}/adapters/{part}_lora/adapter_model.safetensors",
+        "results/{experiment}/adapters/{part}_lora/training.csv",
+        "results/{experiment}/adapters/{part}_lora/training.json",
+    log:
+        "logs/place/{experiment}.{part}_lora.log",
+    localrule: True
+    conda:
+        "../envs/report.yaml"
+    params:
+        source=lambda wildcards, input: Path(input[0]).parent,
+        target=lambda wildcards, output: Path(output[0]).parent,
+    shell:
+        "{PLACE} {params.source:q} {params.target:q} 2>{log:q}"
+
+
+for merged_part in "ABC":
+    for merged_by, members in experiments_by(
+        lambda e: e.merge(merged_part).rule if merged_part in e.merged_parts else None
+    ):
+
+        rule:
+            name:
+                f"place_{merged_by}"
+            input:
+                lambda wildcards: EXPERIMENTS[wildcards.experiment].merge(wildcards.part).files,
+            output:
+                expand(
+                    "results/{{experiment}}/merged/{{part}}_merged/{file}",
+                    file=EXPERIMENTS[members[0]].merge(merged_part).names,
+                ),
+            log:
+                "logs/place/{experiment}.{part}_merged.log",
+            wildcard_constraints:
+                experiment=names(members),
+                part=merged_part,
+            localrule: True
+            conda:
+                "../envs/report.yaml"
+            params:
+                source=lambda wildcards, input: Path(input[0]).parent,
+                target=lambda wildcards, output: Path(output[0]).parent,
+            shell:
+                "{PLACE} {params.source:q} {params.target:q} 2>{log:q}"
+
+
+rule place_result:
+    input:
+        result=lambda wildcards: EXPERIMENTS[wildcards.experiment]
+        .score(wildcards.variant, wildcards.dataset, wildcards.stage)
+        .result,
+        windows=lambda wildcards: EXPERIMENTS[wildcards.experiment]
+        .score(wildcards.variant, wildcards.dataset, wildcards.stage)
+        .window_scores,
+    output:
+        result="results/{experiment}/ppl/{dataset}/{variant}.{stage}.json",
+        windows="results/{experiment}/ppl/{dataset}/{variant}.{stage}.parquet",
+    log:
+        "logs/place/{experiment}.{dataset}.{variant}.{stage}.log",
+    localrule: True
+    conda:
+        "../envs/report.yaml"
+    shell:
+        "{PLACE} {input.result:q} {output.result:q} 2>{log:q} && {PLACE} {input.windows:q} {output.windows:q} 2>>{log:q}"

@@ -1,0 +1,25 @@
+# Windows of token ids, for measuring, training and ranking alike.
+#   in:  a text, the tokenizer of a dense model
+#   out: results/shared/windows/{made}.safetensors, and .json, which says what they are
+
+
+checkpoint windows:
+    input:
+        dense=lambda wildcards: depends(PLAN.windows[wildcards.made].model),
+        texts=lambda wildcards: given_files(PLAN.windows[wildcards.made].files),
+    output:
+        windows="results/shared/windows/{made}.safetensors",
+        record="results/shared/windows/{made}.json",
+    log:
+        "logs/windows/{made}.log",
+    benchmark:
+        "benchmarks/windows/{made}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    params:
+        dataset=lambda wildcards, input: PLAN.windows[wildcards.made].dataset,
+        seqlen=lambda wildcards: PLAN.windows[wildcards.made].seqlen,
+        windows=lambda wildcards: PLAN.windows[wildcards.made].count,
+        code=code_of("windows"),
+    script:
+        "../workflow_scripts/windows.py"
