@@ -1,17 +1,16 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device, granted_memory
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.windows import Windows
 
 resources = snakemake.resources
 with job(snakemake.log[0]):
-    device = granted_device(resources.get("gpu", 1))
-    memory = granted_memory(resources.get("mem_mb"), device)
+    given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
     teacher_states(
         snakemake.params.dense_dir,
         Windows.load(snakemake.input.windows),
         snakemake.output[0],
-        compute=Compute.named(device, snakemake.params.dtype, 4, memory),
+        compute=Compute.named(given.device, snakemake.params.dtype, 4, given.memory_bytes),
         overwrite=True,
     )

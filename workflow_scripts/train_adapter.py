@@ -1,5 +1,5 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings, TrainingSettings
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.teacher import TeacherFiles
@@ -9,6 +9,7 @@ from mistral_prune_lora.text.windows import Windows
 
 params = snakemake.params
 with job(snakemake.log[0]):
+    given = granted(snakemake.threads, snakemake.resources.get("gpu"), snakemake.resources.get("mem_mb"))
     train_adapter(
         snakemake.wildcards.part,
         Student(params.student_dir, tuple(params.bundle_dirs)),
@@ -22,6 +23,6 @@ with job(snakemake.log[0]):
             seed=params.seed,
             gradient_checkpointing=params.gradient_checkpointing,
         ),
-        compute=Compute.named(granted_device(snakemake.resources.get("gpu", 1)), params.dtype),
+        compute=Compute.named(given.device, params.dtype),
         overwrite=True,
     )
