@@ -21,7 +21,7 @@ import torch
 from perplexity_7b import TARGET, watch
 from random_model import mistral_config, write_model
 
-from mistral_prune_lora.device import granted_memory
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.pruning.importance import angular_distances, last_token_states
 from mistral_prune_lora.sizes import parse_size
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, model: Path) -> None:
     """One of the two, as the workflow's script runs it in a job of 8 GB."""
     ids = torch.randint(256, (args.windows, args.seqlen), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     output = args.folder / f"{model.name}.{args.job.replace(' ', '_')}"
-    memory = granted_memory(parse_size(TARGET) // 10**6, "cpu")
+    memory = granted(torch.get_num_threads(), 0, parse_size(TARGET) // 10**6).memory_bytes
     compute = Compute.named("cpu", args.dtype, args.batch_size, memory)
     if args.job == "importance":
         table = angular_distances(

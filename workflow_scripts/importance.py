@@ -1,5 +1,5 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device, granted_memory
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.pruning.importance import (
     angular_distances,
     last_token_states,
@@ -12,14 +12,13 @@ from mistral_prune_lora.workflow.job import folder, windows_file
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
+    given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
     windows = Windows.load(windows_file(snakemake.input.windows))
-    device = granted_device(resources.get("gpu", 1))
-    memory = granted_memory(resources.get("mem_mb"), device)
     states = last_token_states(
         folder(snakemake.input.dense),
         windows.ids,
         beside=snakemake.output.table,
-        compute=Compute.named(device, params.dtype, 4, memory),
+        compute=Compute.named(given.device, params.dtype, 4, given.memory_bytes),
     )
     table = angular_distances(
         states, params.drop, keep_last_layer=params.keep_last_layer, all_blocks=params.candidates == "all"

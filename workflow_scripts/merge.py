@@ -1,10 +1,11 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.workflow.job import folder
 
 with job(snakemake.log[0]):
+    given = granted(snakemake.threads, snakemake.resources.get("gpu", 0), snakemake.resources.get("mem_mb"))
     merge_adapters(
         folder(snakemake.input.base),
         [folder(snakemake.input.adapter)],
@@ -14,6 +15,6 @@ with job(snakemake.log[0]):
             adapter_indices=snakemake.params.adapter_indices,
             output_dtype=snakemake.params.output_dtype,
         ),
-        device=granted_device(snakemake.resources.get("gpu", 0)),
+        device=given.device,
         overwrite=True,
     )

@@ -1,6 +1,6 @@
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device, granted_memory
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.evaluation.jobs import RunInputs, StageOutputs, score_stage
 from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.streaming.compute import Compute
@@ -8,8 +8,7 @@ from mistral_prune_lora.workflow.job import folder, windows_file
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
-    device = granted_device(resources.get("gpu", 1))
-    memory = granted_memory(resources.get("mem_mb"), device)
+    given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
     teacher = snakemake.input.get("teacher")
     score_stage(
         params.stage,
@@ -23,6 +22,6 @@ with job(snakemake.log[0]):
         StageOutputs(
             snakemake.output.result, snakemake.output.windows, final_hidden=snakemake.output.get("final_hidden")
         ),
-        Compute.named(device, params.dtype, params.batch_size, memory),
+        Compute.named(given.device, params.dtype, params.batch_size, given.memory_bytes),
         dense=DenseAnswers(open_checkpoint(folder(snakemake.input.dense)), teacher) if teacher else None,
     )

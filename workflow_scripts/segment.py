@@ -1,13 +1,12 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device, granted_memory
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.evaluation.jobs import RunInputs, run_segment
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.workflow.job import folder, windows_file
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
-    device = granted_device(resources.get("gpu", 1))
-    memory = granted_memory(resources.get("mem_mb"), device)
+    given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
     run_segment(
         RunInputs(
             folder(snakemake.input.model),
@@ -17,5 +16,5 @@ with job(snakemake.log[0]):
             source=snakemake.input.source or None,
         ),
         snakemake.output[0],
-        Compute.named(device, params.dtype, params.batch_size, memory),
+        Compute.named(given.device, params.dtype, params.batch_size, given.memory_bytes),
     )

@@ -1,5 +1,5 @@
 from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted_device
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings, TrainingSettings
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.teacher import TeacherFiles
@@ -10,6 +10,7 @@ from mistral_prune_lora.workflow.job import folder, folders, windows_file
 
 files, settings = snakemake.input, snakemake.params.settings
 with job(snakemake.log[0]):
+    given = granted(snakemake.threads, snakemake.resources.get("gpu"), snakemake.resources.get("mem_mb"))
     train_adapter(
         snakemake.params.part,
         Student(folder(files.student), tuple(folders(files.bundles))),
@@ -23,6 +24,6 @@ with job(snakemake.log[0]):
             seed=settings["seed"],
             gradient_checkpointing=settings["gradient_checkpointing"],
         ),
-        compute=Compute.named(granted_device(snakemake.resources.get("gpu", 1)), settings["dtype"]),
+        compute=Compute.named(given.device, settings["dtype"]),
         overwrite=True,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -34,22 +36,73 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def granted_device(gpus: int) -> str:
-    """The device of a job that was granted so many GPUs: "auto" with one, else "cpu".
+@dataclass(frozen=True)
+class Granted:
+    """What a job of the workflow computes with.
 
-    A job that was granted a GPU on a machine without any has the machine to itself, since the scheduler hands the GPU
-    to one job at a time. It then uses every core it may run on, whatever OMP_NUM_THREADS was set to.
+    Attributes:
+        device: a name as for `resolve_device`.
+        memory_bytes: for weights and activations; None lets the free memory decide.
     """
-    if gpus and not torch.cuda.is_available():
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return "auto" if gpus else "cpu"
+
+    device: str
+    memory_bytes: int | None
 
 
-def granted_memory(mem_mb: int | None, device: str) -> int | None:
-    """Bytes for weights and activations of a job that was granted `mem_mb` megabytes of memory.
+def granted(threads: int, gpus: int | None, mem_mb: int | None) -> Granted:
+    """Take what a job was granted: use so many threads, and say in one line on stderr what is computed with.
 
-    None (let the free memory decide) without a grant, and on a GPU, whose memory is not what was granted.
+    Args:
+        threads: Snakemake's `threads`.
+        gpus: how many GPUs; None where nothing says, which takes one if there is one.
+        mem_mb: megabytes of memory; None where nothing says.
+
+    Raises:
+        DeviceError: a batch job was granted a GPU that torch cannot use. Elsewhere that is only said, loudly: a profile
+            for one machine grants its GPU whether it has one or not.
     """
-    if mem_mb is None or resolve_device(device).type != "cpu":
-        return None
-    return max(mem_mb * 10**6 - _PROCESS_BYTES, mem_mb * 10**6 // 2)
+    use_threads(threads)
+    device = resolve_device("auto" if gpus or gpus is None else "cpu")
+    if gpus and device.type == "cpu":
+        _say_without_gpu(threads)
+    given = "as much as is free" if mem_mb is None else f"{mem_mb / 1000:.1f} GB"
+    print(f"device {device}, {_counted(threads)}, memory {given}", file=sys.stderr)
+    # On a GPU it is another memory than the one that was granted.
+    if mem_mb is None or device.type != "cpu":
+        return Granted(str(device), None)
+    return Granted(str(device), max(mem_mb * 10**6 - _PROCESS_BYTES, mem_mb * 10**6 // 2))
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute with so many threads, whatever OMP_NUM_THREADS says."""
+    torch.set_num_threads(count)
+
+
+def batch_job() -> str | None:
+    """The job of a cluster that this process runs in, as "SLURM_JOB_ID 4711"; None outside of any."""
+    # JOB_ID alone may be anybody's; Grid Engine sets it beside names of its own.
+    names = ["SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"]
+    names += ["JOB_ID"] if any(name.startswith("SGE_") for name in os.environ) else []
+    return next((f"{name} {os.environ[name]}" for name in names if os.environ.get(name)), None)
+
+
+def _say_without_gpu(threads: int) -> None:
+    """Say that torch sees no GPU where one was granted: on a cluster as an error, since others wait for that GPU."""
+    where = batch_job()
+    if where is None:
+        told = f"GRANTED A GPU, BUT TORCH SEES NONE: computing on the CPU with {_counted(threads)}"
+        print(told, file=sys.stderr)
+        return
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    raise DeviceError(
+        f"was granted a GPU, and torch can use none: torch {torch.__version__} {built}, CUDA_VISIBLE_DEVICES is"
+        f" {'not set' if visible is None else repr(visible)}",
+        where=where,
+        mend="install the torch for this node's driver and ask for the GPU as the site wants it, or set gpu to 0 for"
+        " this rule in the profile",
+    )
+
+
+def _counted(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads != 1)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -131,6 +132,9 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., int]:
     The first line on stderr says which package runs, before the arguments are read: a checkout of other scripts under
     this package's name may lie in the working directory, and whoever refuses a flag should be known.
 
+    Every command passes here before torch is imported, which is when the threads of OpenMP learn how to wait. They are
+    to sleep, unless OMP_WAIT_POLICY says otherwise: spinning, they keep others from cores that the command shares.
+
     Returns a function that returns the exit code, for `sys.exit`. Lack of memory or disk space is told likewise.
     Anything else keeps its traceback: it is our bug.
     """
@@ -138,6 +142,7 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
         print(package_line(), file=sys.stderr, flush=True)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             main(*args, **kwargs)
         except KeyboardInterrupt:

@@ -38,6 +38,25 @@ def test_the_first_line_on_stderr_is_version_and_place(command, tmp_path):
     assert refused.returncode == 2 and refused.stderr.startswith(told) and not refused.stdout
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_threads_are_told_how_to_wait_before_torch_is_there(command, monkeypatch):
+    module = f"{command}.__main__" if command.endswith(".dense") else command
+    asked = f"""
+import contextlib, importlib, os, sys
+main = importlib.import_module({module!r}).main
+assert "torch" not in sys.modules
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None):
+    main(["--help"])
+print(os.environ["OMP_WAIT_POLICY"])
+"""
+    for told, kept in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if told:
+            monkeypatch.setenv("OMP_WAIT_POLICY", told)
+        ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (0, f"{kept}\n"), ran.stderr
+
+
 def test_other_scripts_of_the_same_name_in_the_working_directory_are_not_taken_for_the_package(tmp_path):
     """A folder without __init__.py loses against the installed package; the first line says which one runs."""
     theirs = tmp_path / "mistral_prune_lora"

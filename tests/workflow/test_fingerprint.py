@@ -1,12 +1,17 @@
 import ast
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from mistral_prune_lora.workflow import fingerprint
+from mistral_prune_lora.workflow.fingerprint import script_digest
 
 LIBRARY = Path(fingerprint.__file__).parents[1]
+SCRIPTS = LIBRARY.parents[1] / "workflow_scripts"
+RUN = "from mistral_prune_lora.models.load import load_model\n\nload_model\n"
+MERGE = "from mistral_prune_lora.merging.merge import merge_adapters\n\nmerge_adapters\n"
 
 
 @pytest.fixture
@@ -15,44 +20,90 @@ def library(tmp_path, monkeypatch):
     root = tmp_path / "mistral_prune_lora"
     shutil.copytree(LIBRARY, root, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(fingerprint, "_ROOT", root)
-    fingerprint._imports.cache_clear()
+    fingerprint._parsed.cache_clear()
     yield root
-    fingerprint._imports.cache_clear()
+    fingerprint._parsed.cache_clear()
 
 
-def edit(path):
-    path.write_text(path.read_text() + "\n# edited\n")
-    fingerprint._imports.cache_clear()
+@pytest.fixture
+def script(tmp_path):
+    """Writes a script and returns its digest."""
+
+    def write(text):
+        (tmp_path / "script.py").write_text(text)
+        fingerprint._parsed.cache_clear()
+        return script_digest(tmp_path / "script.py")
+
+    return write
 
 
-def test_an_edit_changes_the_digest_of_what_imports_it_and_of_nothing_else(library):
-    merge, model = fingerprint.code_digest("merging.merge"), fingerprint.code_digest("models.load")
+def edit(path, text="\nEDITED = 1\n"):
+    path.write_text(path.read_text() + text)
+    fingerprint._parsed.cache_clear()
+
+
+def test_an_edit_changes_the_digest_of_what_imports_it_and_of_nothing_else(library, script):
+    merge, run = script(MERGE), script(RUN)
     edit(library / "models/load.py")
-    assert fingerprint.code_digest("merging.merge") == merge
-    assert fingerprint.code_digest("models.load") != model
+    assert script(MERGE) == merge and script(RUN) != run
     edit(library / "storage/safetensors_file.py")
-    assert fingerprint.code_digest("merging.merge") != merge
+    assert script(MERGE) != merge
 
 
-def test_wording_and_display_and_what_is_refused_do_not_count(library):
-    before = fingerprint.code_digest("merging.merge")
-    edit(library / "console.py")
-    edit(library / "errors.py")
-    edit(library / "provenance.py")
-    edit(library / "checkpoints/families.py")
-    assert fingerprint.code_digest("merging.merge") == before
+def test_an_import_within_a_function_or_from_a_package_counts(library, script):
+    inside = (
+        "def late():\n    if True:\n        from mistral_prune_lora.sizes import parse_size\n    return parse_size\n"
+    )
+    for text in (inside, "from mistral_prune_lora import sizes\n", "import mistral_prune_lora.sizes\n"):
+        before = script(text)
+        edit(library / "sizes.py")
+        assert script(text) != before
 
 
-@pytest.mark.parametrize("name", ["mrege", "pruning", ""])
-def test_a_module_that_is_not_there_and_a_package_are_errors(library, name):
+def test_comments_docstrings_and_layout_do_not_count(library, script):
+    before = script(RUN)
+    edit(library / "models/load.py", "\n# a comment\n\n\n")
+    text = (library / "models/load.py").read_text()
+    assert '"""Load a model directory' in text
+    edited = text.replace('"""Load a model directory', '"""Another word').replace(
+        "path: str | Path,", "path: (str|Path),"
+    )
+    (library / "models/load.py").write_text(edited.replace('"""Whole models', '"""Half models'))
+    assert edited != text and script("# what it does\n" + RUN) == before
+    assert script('"""What it does."""\n' + RUN) == before
+
+
+def test_a_text_that_is_no_docstring_counts(script):
+    texts = ["x = 1", "x = 2", "'doc'\nx = 'one'", "'doc'\nx = 'two'", "x = 1\n'two'", "def f(a='one'): 'doc'"]
+    assert len({script(text) for text in [*texts, "def f(a='two'): 'doc'"]}) == len(texts) + 1
+    assert script("def f(a='one'): 'other'") == script("def f(a='one'): 'doc'")
+
+
+def test_wording_and_display_and_what_is_refused_do_not_count(library, script):
+    before = script(MERGE)
+    for name in ("console", "errors", "provenance", "checkpoints/families"):
+        edit(library / f"{name}.py")
+    assert script(MERGE) == before
+
+
+@pytest.mark.parametrize("module", ["mrege", "pruning.mrege", "merging.merge.deeper"])
+def test_a_module_that_is_not_there_is_an_error(script, module):
+    for text in (f"from mistral_prune_lora.{module} import x", f"import mistral_prune_lora.{module}"):
+        with pytest.raises(FileNotFoundError, match="no module mistral_prune_lora"):
+            script(text)
+
+
+def test_a_script_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        fingerprint.code_digest(name)
+        script_digest(tmp_path / "none.py")
 
 
-def test_an_edit_behind_a_package_counts(library):
-    before = fingerprint.code_digest("pruning.layeronly_drop")
-    edit(library / "pruning/data.py")
-    assert fingerprint.code_digest("pruning.layeronly_drop") != before
+def test_every_script_of_the_workflow_has_a_digest_of_its_own_and_soon(library):
+    scripts = sorted(SCRIPTS.glob("*.py"))
+    started = time.process_time()
+    digests = {script_digest(script) for script in scripts}
+    assert time.process_time() - started < 3  # about 0.5 s here; once for each script would be 4
+    assert len(digests) == len(scripts) > 10
 
 
 def test_a_package_s_init_holds_nothing_but_its_docstring():
@@ -61,6 +112,13 @@ def test_a_package_s_init_holds_nothing_but_its_docstring():
     for init in inits:
         (only,) = ast.parse(init.read_text()).body
         assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant), init
+
+
+def test_no_module_reads_a_docstring():
+    for file in [*LIBRARY.rglob("*.py"), *SCRIPTS.glob("*.py")]:
+        tree = ast.parse(file.read_text())
+        names = {node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "") for node in ast.walk(tree)}
+        assert not names & {"__doc__", "getdoc", "get_docstring"} or file == Path(fingerprint.__file__), file
 
 
 def test_what_does_not_count_is_there():

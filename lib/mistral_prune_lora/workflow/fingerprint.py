@@ -20,6 +20,7 @@ from pathlib import Path
 
 _PACKAGE = "mistral_prune_lora"
 _ROOT = Path(__file__).parents[1]
+_WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # How a result is shown, an error worded, what a record says of versions, or which model is refused does not change it.
 _WITHOUT_EFFECT = {
     f"{_PACKAGE}.{name}"
@@ -68,9 +69,8 @@ def _parsed(file: Path) -> tuple[bytes, tuple[str, ...]]:
             names += [alias.name for alias in node.names if _is_ours(alias.name)]
         elif isinstance(node, ast.ImportFrom) and node.module and _is_ours(node.module):
             names += _named(node)
-        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                del node.body[0]
+        elif isinstance(node, _WITH_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
         # An expression holds no import and no docstring.
         waiting += [inner for inner in ast.iter_child_nodes(node) if not isinstance(inner, ast.expr)]
     digest = hashlib.sha256(ast.dump(tree, annotate_fields=False).encode()).digest()
