@@ -5,6 +5,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from snakemake.exceptions import IncompleteCheckpointException
+from snakemake.io import checkpoint_target
+
 from mistral_prune_lora.workflow.configuration import check_config, check_files
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.workflow.fingerprint import script_digest
@@ -54,6 +57,21 @@ def code_of(script):
     return script_digest(RULES.parent / "workflow_scripts" / f"{script}.py")
 
 
+OUTPUTS = {}
+
+
+def wait_for(source):
+    """Tell Snakemake to plan a job again once what it reads is made; what that made is then compared by content.
+
+    As `checkpoints.<maker>.get(made=...)`, which would expand the names of all output files at every question.
+    """
+    maker = getattr(checkpoints, source.maker)
+    if source not in OUTPUTS:
+        OUTPUTS[source] = frozenset(maker.rule.expand_output({"made": source.made})[0])
+    if not OUTPUTS[source] <= checkpoints.created_output:
+        raise IncompleteCheckpointException(maker.rule, checkpoint_target(min(OUTPUTS[source])))
+
+
 def depends(*sources):
     """What a job depends on of models, parts and adapters: given files by their content, which is in the job's name,
     so that their times say nothing; of what is made here the record, once that is made: where it is made again with
@@ -61,7 +79,7 @@ def depends(*sources):
     files = []
     for source in dict.fromkeys(sources):
         if source.maker:
-            getattr(checkpoints, source.maker).get(made=source.made)
+            wait_for(source)
         files += [local(ancient(file)) for file in source.depends] if source.given else source.depends
     return files
 

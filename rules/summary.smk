@@ -10,14 +10,26 @@ localrules:
 
 
 SCORES = [(name, *which, score) for name, e in EXPERIMENTS.items() for which, score in e.scores().items()]
-MERGES = [(name, part, e.merge(part)) for name, e in EXPERIMENTS.items() for part in e.merged_parts]
+MERGES = [(name, part, e.merge(part).source) for name, e in EXPERIMENTS.items() for part in e.merged_parts]
+
+
+def once(things):
+    """Things that several experiments may share, and how to find each again: its number among them."""
+    numbers = {}
+    for thing in things:
+        numbers.setdefault(thing, len(numbers))
+    return numbers
+
+
+RESULTS = once(score.result for *_, score in SCORES)
+RECORDS = once(merge for *_, merge in MERGES)
 
 
 rule summary:
     input:
-        results=[score.result for *_, score in SCORES],
-        windows=[score.window_scores for *_, score in SCORES],
-        merges=[merge.source.depends[0] for *_, merge in MERGES],
+        results=list(RESULTS),
+        windows=[file.replace(".json", ".parquet") for file in RESULTS],
+        merges=lambda wildcards: depends(*RECORDS),
     output:
         summary=f"results/summary{OF_CONFIG}.csv",
         comparisons=f"results/comparisons{OF_CONFIG}.csv",
@@ -28,8 +40,8 @@ rule summary:
     conda:
         "../envs/report.yaml"
     params:
-        results=[names for *names, _ in SCORES],
-        merges=[names for *names, _ in MERGES],
+        results=[[*named, RESULTS[score.result]] for *named, score in SCORES],
+        merges=[[*named, RECORDS[merge]] for *named, merge in MERGES],
         code=code_of("summary"),
     script:
         "../workflow_scripts/summary.py"

@@ -1,12 +1,11 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.results.summary import Named, write_summary
 
-results = zip(snakemake.params.results, snakemake.input.results, strict=True)
-merges = zip(snakemake.params.merges, snakemake.input.merges, strict=True)
+files, params = snakemake.input, snakemake.params
 with job(snakemake.log[0]):
     write_summary(
-        [Named(*names, path) for names, path in results],
+        [Named(*names, path=files.results[number]) for *names, number in params.results],
         snakemake.output.summary,
         snakemake.output.comparisons,
-        merges={tuple(names): path for names, path in merges},
+        merges={tuple(names): files.merges[number] for *names, number in params.merges},
     )

@@ -5,6 +5,7 @@ Snakemake's own `validate` stops at the first mistake and knows nothing of refer
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +132,7 @@ def _set_defaults(validate_properties):
             for name, subschema in properties.items():
                 if "default" in subschema:
                     # A copy: two experiments must not share one dict of defaults.
-                    instance.setdefault(name, yaml.safe_load(yaml.safe_dump(subschema["default"])))
+                    instance.setdefault(name, copy.deepcopy(subschema["default"]))
         yield from validate_properties(validator, properties, instance, schema)
 
     return validate
