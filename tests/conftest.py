@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from made_once import made_once
 from output_project import write_inputs
 from tiny import save_adapter, save_tokenizer, tiny_config
 from transformers import MistralForCausalLM
@@ -123,10 +124,13 @@ def project(assets: Path, tmp_path: Path) -> Project:
 @pytest.fixture(scope="session")
 def first_run(assets: Path, tmp_path_factory) -> tuple[Project, dict[str, int]]:
     """A project after its first run, and the jobs of that run. Not to be changed: tests work on copies."""
-    folder = tmp_path_factory.mktemp("first") / "project"
-    shutil.copytree(assets, folder)
-    project = Project(folder, configuration())
-    return project, project.jobs()
+
+    def run(folder: Path) -> dict[str, int]:
+        shutil.copytree(assets, folder, dirs_exist_ok=True)
+        return Project(folder, configuration()).jobs()
+
+    folder, jobs = made_once(tmp_path_factory, "first", run)
+    return Project(folder, configuration()), jobs
 
 
 @pytest.fixture

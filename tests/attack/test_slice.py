@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 CAMPAIGN = Path(__file__).parent
-SLICE = ("--files", "66", "--kills", "6", "--disks", "6", "--writers", "6", "--workers", "1")
+SLICE = ("--files", "44", "--kills", "6", "--disks", "6", "--writers", "6", "--workers", "1")
 
 
 def test_a_slice_of_the_campaign_is_borne():

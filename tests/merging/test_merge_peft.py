@@ -147,9 +147,9 @@ def test_the_dense_model_takes_an_adapter_too(bases, tmp_path):
 
 @pytest.mark.parametrize("kind", ["odd scaling", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("block", [1, 1 << 17, 3 << 17])
+@pytest.mark.parametrize("block", [1 << 13, 1 << 17, 3 << 17])
 def test_blocks_of_rows_give_the_bits_of_the_whole_product(block, dtype, kind, tmp_path, monkeypatch):
-    """Sizes whose last block would be short: 513, 1000 and 1345 rows."""
+    """Sizes whose last block would be short: 513, 1000 and 1345 rows. The smallest blocks are of 64 rows."""
     monkeypatch.setattr(merge_stream, "_BLOCK_BYTES", block)
     shape = {"hidden_size": 513, "intermediate_size": 1345, "head_dim": 250}
     dense, parts = save_base(tmp_path, dtype, Layout(2, (1,)), **shape)

@@ -50,8 +50,10 @@ def last_token_states(
     check_ids(model, ids)
     config, embedding = model_config(model), Embedding(model, compute.dtype)
     layers = [LayerSource(index, model) for index in range(config.num_hidden_layers)]
-    groups = resident_groups(layers, compute, config, ids.shape[1], embedding_bytes(model, compute))
     seen = _LastTokens(torch.empty(len(layers) + 1, len(ids), config.hidden_size), compute.batch_size)
+    # What is on the CPU in any case takes memory from the layers only if these are there too.
+    kept = seen.states.nbytes if compute.device.type == "cpu" else 0
+    groups = resident_groups(layers, compute, config, ids.shape[1], embedding_bytes(model, compute) + kept)
     seen(0, -1, embedding(ids[:, -1:]))
     backbone, shape = Backbone(config, compute), (*ids.shape, config.hidden_size)
     with (
@@ -63,13 +65,13 @@ def last_token_states(
             if group is groups[-1]:
                 run_batches(backbone, read, len(ids), _Nothing(), bar, seen)
                 break
-            kept = scratch / f"{group[-1].index}.safetensors"
-            with KeptActivations(kept, shape, compute, {}) as between:
+            between_groups = scratch / f"{group[-1].index}.safetensors"
+            with KeptActivations(between_groups, shape, compute, {}) as between:
                 run_batches(backbone, read, len(ids), between, bar, seen)
                 between.finish()
             if former:
                 former.unlink()
-            read, former = ActivationReader(kept).read, kept
+            read, former = ActivationReader(between_groups).read, between_groups
     return seen.states
 
 
