@@ -1,7 +1,7 @@
 """Whether a result that differs may be right: the spoilt file is a sound one that says something else.
 
-A text of other words is as good a text, and weights carry no digest by which a flipped bit would show. Where another
-reader can tell what the file says, the command must have taken it for the same.
+A text of other words is as good a text, and without a record weights carry no digest by which a flipped bit would
+show. Where another reader can tell what the file says, the command must have taken it for the same.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,10 @@ from mistral_prune_lora.checkpoints.directories import (
 from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, read_layout, read_manifest, tells_depth
 from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX, layer_prefix
+from mistral_prune_lora.checkpoints.written import Written, read_written
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.storage.digests import file_digest, tensor_digest
 from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
@@ -42,6 +44,7 @@ class Checkpoint:
             indices, in the order of files and bytes.
         config: the parsed config.json of a model, with the dense model's num_hidden_layers; {} for a bundle.
         layout: the parts of the model that the manifest describes; None without a manifest.
+        written: what the record in the directory says of the weights; None without one that has digests.
     """
 
     path: Path
@@ -49,6 +52,7 @@ class Checkpoint:
     entries: dict[str, TensorEntry]
     config: dict = field(default_factory=dict)
     layout: Layout | None = None
+    written: Written | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -77,6 +81,18 @@ class Checkpoint:
             raise CheckpointError(f"holds no weights of layer {index}, only of {list(self.layers)}", where=self.path)
         return found
 
+    def check_tensors(
+        self, entries: Iterable[TensorEntry], digest: Callable[[TensorEntry], str] = tensor_digest
+    ) -> None:
+        """Raise a CheckpointError if tensors are not what the record says; see `written.Written.check_tensors`."""
+        if self.written:
+            self.written.check_tensors(entries, digest)
+
+    def check_files(self, files: Iterable[Path] | None = None, digest: Callable[[Path], str] = file_digest) -> None:
+        """Raise a CheckpointError if weight files, all if none are named, are not what the record says."""
+        if self.written:
+            self.written.check_files(self.files if files is None else files, digest)
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One tensor by canonical name, in its stored dtype or cast to `dtype`.
 
@@ -92,18 +108,18 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a directory as a model if it has a config.json, or as a bundle if it has layer files or a bundle_meta.json.
 
-    Reads headers only; no tensor is loaded.
+    Reads headers only, and holds them against the record of whoever wrote them; no tensor is loaded.
 
     Raises:
         CheckpointError: neither; files missing, malformed or outside the directory; pickled weights only; a model of a
-            family that is not taken.
+            family that is not taken; a header that is not what was written.
         LayoutError: the manifest or bundle_meta.json is malformed, or contradicts itself or the files.
     """
     path = Path(os.path.abspath(path))
     if is_model_dir(path):
-        return _open_model(path)
+        return _held_against_record(_open_model(path))
     if is_bundle_dir(path):
-        return _open_bundle(path)
+        return _held_against_record(_open_bundle(path))
     raise CheckpointError(
         "is neither a model (no config.json) nor a bundle (no layer_XXX.safetensors)"
         if path.is_dir()
@@ -111,6 +127,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         where=path,
         mend="give the directory that pruning or merging wrote",
     )
+
+
+def _held_against_record(opened: Checkpoint) -> Checkpoint:
+    written = read_written(opened.path)
+    if written is None:
+        return opened
+    for file in opened.files:
+        written.check_header(file)
+    return replace(opened, written=written)
 
 
 def _open_model(path: Path) -> Checkpoint:

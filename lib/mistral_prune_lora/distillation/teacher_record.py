@@ -9,8 +9,8 @@ import torch
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.activations import ActivationReader
+from mistral_prune_lora.storage.digests import file_digest
 from mistral_prune_lora.storage.dtypes import torch_name
 from mistral_prune_lora.streaming.record import config_sha256
 from mistral_prune_lora.text.windows import Windows
@@ -19,8 +19,14 @@ _AGAIN = "make them again"
 
 
 def weight_digests(path: str | Path) -> dict[str, str]:
-    """The sha256 of each weight file of a model or bundle, by name."""
-    return {file.name: file_sha256(file) for file in open_checkpoint(path).files}
+    """The sha256 of each weight file of a model or bundle, by name.
+
+    Raises:
+        CheckpointError: one is not what the record of whoever wrote it says.
+    """
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_files()
+    return {file.name: file_digest(file) for file in checkpoint.files}
 
 
 def teacher_record(windows: Windows, teacher_dir: str | Path) -> dict:

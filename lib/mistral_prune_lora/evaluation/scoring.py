@@ -25,7 +25,7 @@ from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.finite import all_finite, mend_for
 from mistral_prune_lora.storage.journal import Journal, say_left_out
 from mistral_prune_lora.streaming.passage import Boundary, Passage
-from mistral_prune_lora.streaming.record import RunRecord, tensors_sha256
+from mistral_prune_lora.streaming.record import RunRecord, checked_sha256
 from mistral_prune_lora.streaming.run import KeptActivations
 
 
@@ -42,10 +42,14 @@ class DenseAnswers:
     hidden: Path
 
     def sha256(self, run: RunRecord) -> str:
-        """Identifies them: what was run to the hidden states, and the head that is applied to those."""
+        """Identifies them: what was run to the hidden states, and the head that is applied to those.
+
+        Raises:
+            CheckpointError: the head is not what the record of whoever wrote it says.
+        """
         outside = outside_entries(self.model)
-        head = tensors_sha256({name: entry for name, entry in outside.items() if name != EMBEDDING})
-        tied = tensors_sha256({"weight": outside[head_name(self.model)]})
+        head = checked_sha256(self.model, {name: entry for name, entry in outside.items() if name != EMBEDDING})
+        tied = checked_sha256(self.model, {"weight": outside[head_name(self.model)]})
         return record_sha256({"hidden": run.content(), "head": head, "projection": tied})
 
 

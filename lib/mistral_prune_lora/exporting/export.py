@@ -15,6 +15,7 @@ from mistral_prune_lora.checkpoints.descriptions import carried_prune_log, layer
 from mistral_prune_lora.checkpoints.directories import BUNDLE_META, INDEX_FILE, LAYERS_MAP
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG, read_manifest
 from mistral_prune_lora.checkpoints.tokenizer import copy_settings, local_tokenizer_files
+from mistral_prune_lora.checkpoints.written import WEIGHTS, weights_entry
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import CheckpointError, PipelineError
 from mistral_prune_lora.exporting.plan import ExportPlan, plan_export
@@ -25,6 +26,7 @@ from mistral_prune_lora.merging.tensor_files import shard_index
 from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha256, versions
 from mistral_prune_lora.storage.json_file import read_json, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
+from mistral_prune_lora.storage.safetensors_file import FileDigests
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.transaction import atomic_directory
 
@@ -95,7 +97,8 @@ def export_stage(
     Raises:
         LayoutError: a bundle that the stage needs is missing, or its layers are not the manifest's.
         CheckpointError: weights are missing, left over or quantised; an architecture that is not taken, or one that
-            depends on layer numbers in a way that cannot be written out; no tokenizer.
+            depends on layer numbers in a way that cannot be written out; weights that are not those that their record
+            tells of; no tokenizer.
         PipelineError: see `outputs.claim`; there is no space. Nothing is written in any of these cases.
     """
     plan = plan_export(model_path, bundles or {}, stage=stage, form=form, max_shard_size=max_shard_size)
@@ -128,8 +131,8 @@ def export_stage(
     return report
 
 
-def _stream(plan: ExportPlan, fresh: Path, description: str) -> tuple[InputDigests, dict[str, str]]:
-    """Write the weights; returns what was seen of the inputs, and the sha256 of each file."""
+def _stream(plan: ExportPlan, fresh: Path, description: str) -> tuple[InputDigests, dict[str, FileDigests]]:
+    """Write the weights; returns what was seen of the inputs, and the digests of each file."""
     inputs, written = InputDigests(), {}
     with exact_arithmetic(), progress(total=plan.nbytes, description=description, unit="B") as bar:
         for name, items in plan.files.items():
@@ -171,16 +174,19 @@ def _of_pruned(plan: ExportPlan) -> dict[str, Mapping | Path]:
 
 
 def _digests(plan: ExportPlan, inputs: InputDigests, small: Sequence[Path]) -> dict[str, str]:
-    """The sha256 of every file that went in."""
+    """The sha256 of every file that went in; CheckpointError if weights are not what their record says was written."""
     parts = [plan.subject.model, *plan.subject.bundles.values()]
     used = {item.entry.file for item in plan.items}
-    digests = inputs.finish(tuple(file for part in parts for file in part.files if file in used))
+    read = {part.path: [file for file in part.files if file in used] for part in parts}
+    digests = inputs.finish(tuple(file for files in read.values() for file in files))
+    for part in parts:
+        part.check_files(read[part.path], digests.__getitem__)
     named = [part.path / name for part in parts for name in _DESCRIPTIONS]
     digests |= {file: file_sha256(file) for file in [*named, *small] if file.is_file()}
     return {os.fspath(file): digest for file, digest in digests.items()}
 
 
-def _record(plan: ExportPlan, fresh: Path, digests: Mapping[str, str], written: Mapping[str, str]) -> dict:
+def _record(plan: ExportPlan, fresh: Path, digests: Mapping[str, str], written: Mapping[str, FileDigests]) -> dict:
     layout = plan.subject.layout
     stock = plan.form == "stock"
     return {
@@ -196,7 +202,8 @@ def _record(plan: ExportPlan, fresh: Path, digests: Mapping[str, str], written: 
         "tied_embeddings": plan.tied,
         "remarks": plan.remarks,
         "inputs": digests,
-        "outputs": {**written, **other_files_sha256(fresh, written)},
+        "outputs": {name: digest.sha256 for name, digest in written.items()} | other_files_sha256(fresh, written),
+        WEIGHTS: weights_entry(written),
         "versions": versions(PACKAGE, "torch", "transformers"),
     }
 

@@ -16,6 +16,7 @@ from mistral_prune_lora.checkpoints.directories import BUNDLE_META, INDEX_FILE, 
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.checkpoints.pruning_identity import KEY
 from mistral_prune_lora.checkpoints.tokenizer import copy_settings, local_tokenizer_files
+from mistral_prune_lora.checkpoints.written import WEIGHTS, weights_entry
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.device import resolve_device
 from mistral_prune_lora.errors import CheckpointError, PipelineError
@@ -28,6 +29,7 @@ from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha2
 from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES, torch_name
 from mistral_prune_lora.storage.json_file import read_json, read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
+from mistral_prune_lora.storage.safetensors_file import FileDigests
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.stopwatch import Stopwatch
 from mistral_prune_lora.storage.transaction import atomic_directory
@@ -97,7 +99,8 @@ def merge_adapters(
 
     Raises:
         PipelineError and its kinds: see `plan.plan_merge` and `outputs.claim`; no space; no tokenizer; a weight
-            is NaN or infinite, or becomes it by the cast or the merge; the check failed. Nothing is written then.
+            is NaN or infinite, or becomes it by the cast or the merge; an input is not what its record says was
+            written; the check failed. Nothing is written then.
     """
     where = resolve_device(device)
     plan = plan_merge(base_model, adapter_paths, settings)
@@ -114,7 +117,8 @@ def merge_adapters(
     ]
     recheck = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     require_space({Path(output_dir): plan.nbytes + _SMALL_FILES})
-    inputs, written, verified, stopwatch = InputDigests(), {}, 0, Stopwatch()
+    inputs, verified, stopwatch = InputDigests(), 0, Stopwatch()
+    written: dict[str, FileDigests] = {}
     try:
         with atomic_directory(output_dir, check=recheck) as fresh:
             with (
@@ -181,9 +185,11 @@ def _write_dtype(config_file: Path, output_dtype: str) -> None:
 
 
 def _write_record(
-    plan: MergePlan, fresh: Path, inputs: InputDigests, written: dict[str, str], small_files: Sequence[Path]
+    plan: MergePlan, fresh: Path, inputs: InputDigests, written: Mapping[str, FileDigests], small_files: Sequence[Path]
 ) -> None:
-    digests = inputs.finish(plan.base.files + (plan.skeleton.files if plan.skeleton else ()))
+    digests = inputs.finish(tuple(file for part in plan.parts for file in part.files))
+    for part in plan.parts:
+        part.check_files(digest=digests.__getitem__)
     settings = [part.path / name for part in (plan.base, plan.skeleton) if part for name in _SETTINGS]
     digests |= {file: file_sha256(file) for file in [*settings, *small_files] if file.is_file()}
     merged = [item.spec.name for item in plan.items if item.updates]
@@ -213,7 +219,8 @@ def _write_record(
         ],
         "merged_before": [entry for part in plan.parts for entry in merged_before(part.path).values()],
         "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged)},
-        "outputs": written | other_files_sha256(fresh, written),
+        "outputs": {name: digest.sha256 for name, digest in written.items()} | other_files_sha256(fresh, written),
+        WEIGHTS: weights_entry(written),
         "versions": versions(PACKAGE, "torch"),
     }
     write_json(fresh / RECORD.name, record)

@@ -25,7 +25,7 @@ from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.dtypes import DTYPES
 from mistral_prune_lora.storage.finite import all_finite_bytes
 from mistral_prune_lora.storage.read_back import Compare
-from mistral_prune_lora.storage.safetensors_file import plan_file, read_into
+from mistral_prune_lora.storage.safetensors_file import FileDigests, plan_file, read_into
 from mistral_prune_lora.storage.stopwatch import Stopwatch
 from mistral_prune_lora.storage.streamed_file import StreamedFile
 
@@ -101,7 +101,7 @@ def stream_file(
     on_bytes: Callable[[int], object],
     compare: Compare | None = None,
     stopwatch: Stopwatch | None = None,
-) -> str:
+) -> FileDigests:
     """Write one output file. Call it within `exact_arithmetic`.
 
     Args:
@@ -114,7 +114,8 @@ def stream_file(
         stopwatch: told where the time goes.
 
     Returns:
-        The file's sha256: with `compare`, of the bytes that came back from the disk; without, of those sent to it.
+        The file's digests. With `compare`, its sha256 is of the bytes that came back from the disk; without, of those
+        sent to it.
 
     Raises:
         CheckpointError: an input ends early; a number is NaN or infinite. OSError: the disk is full. And what `compare`
@@ -139,12 +140,13 @@ class _Stream:
         self._read: SimpleQueue[_Block | None] = SimpleQueue()
         self._merged: SimpleQueue[_Block | None] = SimpleQueue()
         self._failures: list[BaseException] = []
+        self._tensors = {item.spec.name: hashlib.sha256() for item in sequence}
         sizes = (_buffer_bytes(item, last - first) for item in sequence for first, last in blocks_of(item))
         size = max(sizes, default=0)
         for _ in range(_BUFFERS):
             self._free.put(torch.empty(size, dtype=torch.uint8))
 
-    def run(self, path: Path, head: bytes, compare: Compare | None) -> str:
+    def run(self, path: Path, head: bytes, compare: Compare | None) -> FileDigests:
         digest = hashlib.sha256()
         with StreamedFile(path, compare and self._also_digested(compare, digest), self._stopwatch) as file:
             if compare is None:
@@ -162,7 +164,8 @@ class _Stream:
             if self._failures:
                 raise self._failures[0]
             file.finish()
-        return digest.hexdigest()
+        tensors = {name: own.hexdigest() for name, own in self._tensors.items()}
+        return FileDigests(digest.hexdigest(), hashlib.sha256(head).hexdigest(), tensors)
 
     def _also_digested(self, compare: Compare, digest: hashlib._Hash) -> Compare:
         """What comes back is what was sent, or `compare` raises; so one digest does for both."""
@@ -229,9 +232,10 @@ class _Stream:
             if not all_finite_bytes(data, block.item.spec.dtype):
                 raise _not_finite(block)
             lap("looking for NaN")
+            self._tensors[block.item.spec.name].update(data.data)
             if digest:
                 digest.update(data.data)
-                lap("digests of outputs")
+            lap("digests of outputs")
             file.append(data.data)
             self._free.put(block.buffer)
             self._on_bytes(block.nbytes)

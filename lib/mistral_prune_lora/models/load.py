@@ -45,12 +45,14 @@ def load_model(
         The model in eval mode, with its original layer indices and `name_or_path` set to `path`.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, or of the wrong shape.
+        CheckpointError: a tensor is missing, left over, or of the wrong shape; a file is not what its record says was
+            written.
         LayoutError: a bundle's layer is not one that the model dropped; parts of different prunings.
     """
     checkpoint = open_checkpoint(path)
     config = model_config(checkpoint)
     check_same_pruning([path, *bundles])
+    checkpoint.check_files()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     layers = model.model.layers
@@ -86,7 +88,7 @@ def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
     Raises:
         LayoutError: a layer of the bundle is not one that the model runs without; the bundle is of another pruning than
             the model, or than what was restored into it before.
-        CheckpointError: a tensor is missing or of the wrong shape.
+        CheckpointError: a tensor is missing or of the wrong shape; a file is not what its record says was written.
     """
     bundle = open_checkpoint(path)
     check_same_pruning([model.name_or_path or None, *getattr(model, "restored_from", ()), bundle.path])
@@ -95,6 +97,7 @@ def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
 
 def restore_layers(model: PreTrainedModel, bundle: Checkpoint) -> tuple[int, ...]:
     """As `restore_bundle`, of a bundle that is known to be of the model's pruning."""
+    bundle.check_files()
     for index in bundle.layers:
         if index >= len(model.model.layers) or not isinstance(model.model.layers[index], PassLayer):
             raise LayoutError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -33,13 +32,14 @@ from mistral_prune_lora.checkpoints.tokenizer import (
     find_tokenizer,
     local_tokenizer_files,
 )
+from mistral_prune_lora.checkpoints.written import WEIGHTS, weights_entry
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.provenance import PACKAGE, versions
+from mistral_prune_lora.provenance import PACKAGE, other_files_sha256, versions
 from mistral_prune_lora.storage.json_file import read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files, read_record
-from mistral_prune_lora.storage.safetensors_file import TensorSpec, tensor_bytes, write_file
+from mistral_prune_lora.storage.safetensors_file import FileDigests, TensorSpec, write_file
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.transaction import atomic_directories
 
@@ -118,7 +118,8 @@ def prune_model(
     Raises:
         PipelineError: a directory may not or cannot be written, see `outputs.claim` and `transaction`; no space.
         LayoutError: the layout is for a model of another number of layers.
-        CheckpointError: the model is incomplete, pruned already, or has no tokenizer.
+        CheckpointError: the model is incomplete, pruned already, has no tokenizer, or is not what its record says was
+            written.
     """
     model_dir = Path(os.path.abspath(model_dir))
     dense = _open_dense(model_dir, layout)
@@ -135,14 +136,20 @@ def prune_model(
         atomic_directories([removed / "B", removed / "C", save_dir], check=check) as (fresh_b, fresh_c, fresh),
     ):
         bundles = (("B", layout.b, fresh_b), ("C", layout.c, fresh_c))
+        written: dict[Path, FileDigests] = {}
         digests: dict[str, str] = {}
         for _, layers, bundle in bundles:
             for layer in layers:
-                digests |= _copy_tensors(dense, {layer_prefix(layer): ""}, bundle / layer_file_name(layer), bar)
+                file = bundle / layer_file_name(layer)
+                written[file], passed = _copy_tensors(dense, {layer_prefix(layer): ""}, file, bar)
+                digests |= passed
         kept = {layer_prefix(layer): layer_prefix(layer) for layer in layout.kept}
-        written = _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
+        written[fresh / SINGLE_FILE], passed = _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
+        digests |= passed
         # Known once every tensor has passed; so what the parts say about themselves comes after all weights.
-        identity = _identity(dense, layout, digests | written)
+        read = {entry: digests[name] for name, entry in dense.entries.items()}
+        dense.check_tensors(read, read.__getitem__)
+        identity = _identity(dense, layout, digests)
         manifest = make_manifest(
             layout,
             base_model=base_model,
@@ -154,13 +161,13 @@ def prune_model(
         facts = dense_facts(dense.config, layout, manifest)
         for part, layers, bundle in bundles:
             write_json(bundle / BUNDLE_META, bundle_meta(part, layers, facts, identity))
-            _write_record(part, bundle, identity)
+            _write_record(part, bundle, identity, written)
         write_json(fresh / MANIFEST, manifest)
-        write_json(fresh / LAYERS_MAP, layers_map(layout.num_layers, {name: name for name in written}))
+        write_json(fresh / LAYERS_MAP, layers_map(layout.num_layers, {name: name for name in passed}))
         for name in {PRUNE_LOG, log_name}:
             write_json(fresh / name, _prune_log(dense, base_model, layout, selection, log))
         _copy_settings(model_dir, fresh)
-        _write_record("A", fresh, identity)
+        _write_record("A", fresh, identity, written)
 
 
 def prune_outputs(save_dir: str | Path, save_removed_dir: str | Path) -> list[Output]:
@@ -188,9 +195,17 @@ def _record_of(part: str) -> Record:
     return Record(RECORD_FILE, f"pruning {part}", names)
 
 
-def _write_record(part: str, fresh: Path, identity: str) -> None:
-    files = [*listed_files(fresh), RECORD_FILE]
-    record = {"command": "prune", "part": part, KEY: identity, "files": files, "versions": versions(PACKAGE)}
+def _write_record(part: str, fresh: Path, identity: str, written: Mapping[Path, FileDigests]) -> None:
+    weights = {file.name: digests for file, digests in written.items() if file.parent == fresh}
+    record = {
+        "command": "prune",
+        "part": part,
+        KEY: identity,
+        "files": [*listed_files(fresh), RECORD_FILE],
+        "outputs": {name: own.sha256 for name, own in weights.items()} | other_files_sha256(fresh, weights),
+        WEIGHTS: weights_entry(weights),
+        "versions": versions(PACKAGE),
+    }
     write_json(fresh / RECORD_FILE, record)
 
 
@@ -237,12 +252,12 @@ def _identity(dense: Checkpoint, layout: Layout, digests: Mapping[str, str]) -> 
 
 def _copy_tensors(
     dense: Checkpoint, prefixes: Mapping[str, str], file: Path, bar, others: bool = False
-) -> dict[str, str]:
+) -> tuple[FileDigests, dict[str, str]]:
     """Write the tensors under some prefixes, renamed, and with `others` all that belong to no layer, to one file.
 
-    Returns the sha256 of their bytes, by the names that they have in the dense model.
+    Returns the file's digests, and those of its tensors by the names that they have in the dense model.
     """
-    sources, names, digests = {}, {}, {}
+    sources, names = {}, {}
     for name, entry in dense.entries.items():
         match = LAYER_PREFIX.match(name)
         if match and match[0] in prefixes:
@@ -255,12 +270,10 @@ def _copy_tensors(
 
     def produce(written):
         bar.update(sources[written].nbytes)
-        tensor = sources[written].read()
-        digests[names[written]] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        return tensor
+        return sources[written].read()
 
-    write_file(file, [TensorSpec(name, e.dtype, e.shape) for name, e in sources.items()], produce)
-    return {name: digests[name] for name in names.values()}
+    digests = write_file(file, [TensorSpec(name, e.dtype, e.shape) for name, e in sources.items()], produce)
+    return digests, {name: digests.tensors[written] for written, name in names.items()}
 
 
 def _prune_log(dense: Checkpoint, model: str, layout: Layout, selection: Mapping, log: Mapping | None) -> dict:

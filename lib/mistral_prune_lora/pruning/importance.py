@@ -42,12 +42,13 @@ def last_token_states(
         float32, shape (layers + 1, windows, hidden), on the CPU; before the final norm.
 
     Raises:
-        CheckpointError: weights are missing or do not fit.
+        CheckpointError: weights are missing, do not fit, or are not what their record says was written.
         DataError: an id that the model has no embedding for.
         PipelineError: memory or disk space does not suffice; the model overflows.
     """
     model = open_checkpoint(model_dir)
     check_ids(model, ids)
+    model.check_tensors(model.entries.values())
     config, embedding = model_config(model), Embedding(model, compute.dtype)
     layers = [LayerSource(index, model) for index in range(config.num_hidden_layers)]
     seen = _LastTokens(torch.empty(len(layers) + 1, len(ids), config.hidden_size), compute.batch_size)

@@ -7,10 +7,12 @@ whose tensors are all in memory, which a 10 GB merge must not need; hence the wr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,24 +205,48 @@ def plan_file(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = 
     return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw, ordered
 
 
-def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str], torch.Tensor]) -> None:
+@dataclass(frozen=True)
+class FileDigests:
+    """The sha256 of a safetensors file and of what it is made of.
+
+    Attributes:
+        sha256: of the whole file.
+        header: of what stands before the tensors.
+        tensors: of each tensor's bytes, by its name in the file.
+    """
+
+    sha256: str
+    header: str
+    tensors: dict[str, str]
+
+
+def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str], torch.Tensor]) -> FileDigests:
     """Write a safetensors file one tensor at a time, fsynced.
 
     Args:
         path: the file; the caller makes the result atomic (see transaction.py).
         specs: the tensors to write, in any order.
         produce: gives the tensor of a name, with the dtype and shape of its spec; called once a name, in file order.
+
+    Returns:
+        The digests of what was sent to the disk.
     """
     head, ordered = plan_file(specs)
-    with open(path, "wb") as file:
+    whole, tensors = hashlib.sha256(head), {}
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as beside:
         file.write(head)
         for spec in ordered:
             tensor = produce(spec.name)
             if DTYPE_NAMES[tensor.dtype] != spec.dtype or tuple(tensor.shape) != spec.shape:
                 raise ValueError(f"{spec.name}: {tensor.dtype} {tuple(tensor.shape)} does not fit {spec}")
-            file.write(tensor_bytes(tensor))
+            data = tensor_bytes(tensor)
+            digested = beside.submit(whole.update, data)
+            tensors[spec.name] = hashlib.sha256(data).hexdigest()
+            file.write(data)
+            digested.result()
         file.flush()
         os.fsync(file.fileno())
+    return FileDigests(whole.hexdigest(), hashlib.sha256(head).hexdigest(), tensors)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import os
@@ -19,12 +18,12 @@ from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.models.config import head_name
 from mistral_prune_lora.models.ends import outside_entries
 from mistral_prune_lora.provenance import record_sha256, versions
+from mistral_prune_lora.storage.digests import tensor_digest
 from mistral_prune_lora.storage.dtypes import COMPUTE_NAMES
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.text.windows import Windows
 
-_CHUNK_BYTES = 1 << 22
 _HASHING_THREADS = min(8, os.cpu_count() or 1)
 _AGAIN = "Run its segment again"
 # Only names and paths; two configurations that differ in nothing else compute the same.
@@ -49,7 +48,7 @@ class RunRecord:
         layers: original indices, in the order that they were run in.
         parameters: of all that was run, the embedding excepted until the head is counted.
         weights: sha256 over the tensors of the embedding, of each layer, and of norm and head, by name. A layer's is
-            over its tensors' names, dtypes, shapes and bytes: equal layers are equal whatever file they lie in.
+            over its tensors' names, dtypes, shapes and digests: equal layers are equal whatever file they lie in.
         steps: what decides how the same arithmetic is rounded, for consecutive layers that one machine ran.
         dense: identifies the dense model's answers that the scores were compared with; None without them.
     """
@@ -67,7 +66,7 @@ class RunRecord:
 
     @classmethod
     def start(cls, model: Checkpoint, windows: Windows, dtype: torch.dtype) -> RunRecord:
-        """The record of a run that stands at the token ids, before any layer."""
+        """The record of a run that stands at the token ids, before any layer; errors as for `after`."""
         embedding = outside_entries(model)[EMBEDDING]
         return cls(
             ids_sha256=windows.identity.ids_sha256,
@@ -77,7 +76,7 @@ class RunRecord:
             config_sha256=config_sha256(model),
             layers=[],
             parameters=0,
-            weights={"embed_tokens": tensors_sha256({"weight": embedding})},
+            weights={"embed_tokens": checked_sha256(model, {"weight": embedding})},
             steps=[],
         )
 
@@ -91,13 +90,17 @@ class RunRecord:
         return cls(**{name: content[name] for name in wanted})
 
     def after(self, sources: Sequence[LayerSource], compute: Compute) -> RunRecord:
-        """The record after more layers: their digests, their parameters, and the machine that ran them."""
+        """The record after more layers: their digests, their parameters, and the machine that ran them.
+
+        Raises:
+            CheckpointError: weights are not what the record of whoever wrote them says.
+        """
         if not sources:
             return self
         held = [source.checkpoint.layer(source.index) for source in sources]
         # Hashing and reading let other threads run; beside a GPU's speed, one thread over 14 GB would be felt.
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            digests = list(pool.map(tensors_sha256, held))
+            digests = list(pool.map(checked_sha256, [source.checkpoint for source in sources], held))
         weights = dict(self.weights)
         for source, digest in zip(sources, digests, strict=True):
             weights[f"layers.{source.index:03d}"] = digest
@@ -118,10 +121,10 @@ class RunRecord:
         )
 
     def with_head(self, model: Checkpoint) -> RunRecord:
-        """The record of scores: norm, head and the parameters around the layers are in it too."""
+        """The record of scores: norm, head and the parameters around the layers are in it too; errors as `after`."""
         outside = outside_entries(model)
         named = {"norm": outside[NORM], "lm_head": outside[head_name(model)]}
-        digests = {name: tensors_sha256({"weight": entry}) for name, entry in named.items()}
+        digests = {name: checked_sha256(model, {"weight": entry}) for name, entry in named.items()}
         counted = self.parameters + parameters(outside.values())
         return replace(self, weights=self.weights | digests, parameters=counted)
 
@@ -155,30 +158,21 @@ def parameters(entries: Iterable[TensorEntry]) -> int:
     return sum(math.prod(entry.shape) for entry in entries)
 
 
-def tensors_sha256(entries: Mapping[str, TensorEntry]) -> str:
-    """The sha256 over the names, dtypes, shapes and bytes of some tensors, in the order of their names.
+def checked_sha256(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry]) -> str:
+    """The `tensors_sha256` of some of a checkpoint's tensors, whose bytes are held against its record on the way.
 
-    Remembered within the process for as long as the files stay as they are.
+    Raises:
+        CheckpointError: they are not what the record says was written.
     """
-    known = []
-    for name, entry in sorted(entries.items()):
-        state = entry.file.stat()
-        known.append((name, entry, state.st_mtime_ns, state.st_size))
-    return _digest(tuple(known))
+    checkpoint.check_tensors(entries.values())
+    return tensors_sha256(entries)
 
 
-@functools.cache
-def _digest(known: tuple[tuple[str, TensorEntry, int, int], ...]) -> str:
+def tensors_sha256(entries: Mapping[str, TensorEntry]) -> str:
+    """The sha256 over the names, dtypes, shapes and digests of some tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, entry, _, _ in known:
-        digest.update(f"{name}\0{entry.dtype}\0{list(entry.shape)}\0".encode())
-        with open(entry.file, "rb") as file:
-            file.seek(entry.start)
-            left = entry.nbytes
-            while left:
-                chunk = file.read(min(left, _CHUNK_BYTES))
-                digest.update(chunk)
-                left -= len(chunk) or left
+    for name, entry in sorted(entries.items()):
+        digest.update(f"{name}\0{entry.dtype}\0{list(entry.shape)}\0{tensor_digest(entry)}\0".encode())
     return digest.hexdigest()
 
 
