@@ -125,6 +125,15 @@ def experiment_layout(config: Mapping, experiment: str) -> Layout:
     return Layout(config["models"][settings["model"]]["num_layers"], tuple(layers["B"]), tuple(layers["C"]))
 
 
+def baseline_of(config: Mapping, experiment: str) -> str | None:
+    """The experiment that another one's results are told beside: its own `baseline`, or else the configuration's.
+
+    None without one, and for that experiment itself.
+    """
+    name = config["experiments"][experiment].get("baseline", config.get("baseline"))
+    return None if name == experiment else name
+
+
 def _set_defaults(validate_properties):
     def validate(validator, properties, instance, schema):
         if isinstance(instance, dict):
@@ -186,6 +195,13 @@ def _broken_references(config: Mapping) -> Iterator[str]:
                     yield f"{path}.{key}: {value!r} is not one of {section}: {', '.join(sorted(config[section]))}"
         if experiment["model"] in config["models"]:
             yield from _layer_faults(config, name, path)
+    for path, place in (
+        ("baseline", config),
+        *((f"experiments.{n}.baseline", e) for n, e in config["experiments"].items()),
+    ):
+        if "baseline" in place and place["baseline"] not in config["experiments"]:
+            names = ", ".join(sorted(config["experiments"]))
+            yield f"{path}: {place['baseline']!r} is not one of experiments: {names}"
 
 
 def _model_faults(path: str, folder: str) -> Iterator[str]:
