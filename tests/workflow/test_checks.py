@@ -90,6 +90,16 @@ def test_all_missing_paths_are_told_at_once_with_what_is_there(here):
     assert "or the word train" in told["experiments.tiny.adapters.A"]
 
 
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "a\0b", "", "corpus.txt/below", "\udcff"], ids=lambda path: f"{len(path)}"
+)
+def test_paths_that_no_file_system_takes_are_missing_ones(here, path):
+    here.config["models"]["dense"]["path"] = here.experiment["adapters"]["A"] = path
+    here.config["datasets"]["corpus"]["text_files"] = [path]
+    faults = checked(here).faults
+    assert len(faults) == 3 and all(f"of this path, {here.folder} is there" in line for line in faults)
+
+
 def test_a_fault_that_experiments_share_is_told_once(here):
     here.experiment["adapters"]["C"] = "nowhere"
     here.config["experiments"] |= {f"x{i}": here.experiment for i in range(3)}
@@ -126,11 +136,19 @@ def drop_tensor(folder):
         (drop_tensor, "has no tensor model.norm.weight"),
         (lambda d: change_json(d / "config.json", intermediate_size=120), "and by config.json it is (120, 64)"),
         (lambda d: (d / "tokenizer.json").unlink(), "there is no tokenizer"),
+        (lambda d: change_json(d / "tokenizer_config.json", auto_map={"a": "b"}), "brings code of its own"),
     ],
 )
 def test_a_local_model_that_is_not_whole(here, spoil, told):
     spoil(here.folder / "dense")
     assert fault(here).startswith("models.dense.path: ") and told in fault(here)
+
+
+def test_a_tokenizer_may_lie_in_the_original_config(here):
+    Path("dense/original_config").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("dense", name).rename(f"dense/original_config/{name}")
+    assert checked(here).faults == []
 
 
 def test_a_wrong_number_of_layers(here):

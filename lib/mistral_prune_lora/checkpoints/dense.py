@@ -1,4 +1,4 @@
-"""Whether a directory holds a whole dense model and its tokenizer, told from headers alone. Imports no torch."""
+"""Whether a directory holds a whole dense model, told from headers alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.family_tensors import check_model_tensors
-from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files
-from mistral_prune_lora.errors import CheckpointError, SourceError
+from mistral_prune_lora.errors import CheckpointError
 
 
 def open_dense(path: str | Path) -> Checkpoint:
@@ -16,7 +15,6 @@ def open_dense(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: no such directory; files or tensors missing, left over or of the wrong shape; layers dropped.
         LayoutError: there are no weights, or their index is malformed.
-        SourceError: there is no tokenizer.
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.kind != "model":
@@ -29,6 +27,4 @@ def open_dense(path: str | Path) -> Checkpoint:
         )
     layers = range(checkpoint.config["num_hidden_layers"])
     check_model_tensors(checkpoint.config, checkpoint.shapes, layers, path)
-    if not tokenizer_files(path):
-        raise SourceError("there is no tokenizer", where=path, mend="put the model's tokenizer files there")
     return checkpoint

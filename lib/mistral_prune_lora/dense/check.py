@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.dense import open_dense
+from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files
+from mistral_prune_lora.errors import SourceError
 from mistral_prune_lora.models.config import model_config
 
 
@@ -13,6 +15,9 @@ def check_dense(path: str | Path) -> None:
 
     Raises:
         CheckpointError: as `open_dense`, or transformers takes no such configuration.
-        LayoutError, SourceError: as `open_dense`.
+        LayoutError: as `open_dense`.
+        SourceError: there is no tokenizer.
     """
     model_config(open_dense(path))
+    if not tokenizer_files(path):
+        raise SourceError("there is no tokenizer", where=path, mend="put the model's tokenizer files there")

@@ -19,6 +19,7 @@ from mistral_prune_lora.checkpoints.dense import open_dense
 from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir, is_model_dir
 from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_model_tensors
 from mistral_prune_lora.checkpoints.pruning_identity import identities
+from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, own_tokenizer
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.matching import check_fit, check_same_model, split_updates
@@ -77,7 +78,7 @@ def _check_models(config: Mapping, findings: Findings) -> None:
         folder, path = model.get("path"), f"models.{name}.path"
         if folder is None:
             continue
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             findings.tell(path, missing_text(folder, "give a dense model's directory"), fault=name in used)
         elif not is_model_dir(folder):
             findings.tell(path, f"{folder} holds no config.json", fault=name in used)
@@ -87,6 +88,19 @@ def _check_models(config: Mapping, findings: Findings) -> None:
                 if count != model["num_layers"]:
                     told = f"{model['num_layers']}, and {folder}/config.json counts {count} layers"
                     findings.tell(f"models.{name}.num_layers", told, fault=name in used)
+                _check_tokenizer(folder)
+
+
+def _check_tokenizer(folder: str) -> None:
+    """Raise a PipelineError unless there is a tokenizer where the jobs look for a model's."""
+    try:
+        find_tokenizer(folder)
+    except CheckpointError:
+        if own_tokenizer(folder):
+            raise
+        raise CheckpointError(
+            "there is no tokenizer", where=folder, mend="put the model's tokenizer files there"
+        ) from None
 
 
 def _check_pruned(
@@ -98,7 +112,7 @@ def _check_pruned(
     for part in needed_parts(experiment, layout):
         folder, key = places[part], f"{path}.{'A' if part == 'A' else 'bundles'}"
         is_one, sign = _SIGNS["model" if part == "A" else "bundle"]
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             findings.tell(key, missing_text(folder, f"give the directory that pruning wrote {part} into"))
         elif not is_one(folder):
             findings.tell(key, f"{folder} holds no {sign}")
@@ -146,7 +160,7 @@ def _check_adapter(
     findings: Findings,
 ) -> None:
     source = experiment["adapters"][part]
-    if not Path(source).is_dir():
+    if not os.path.isdir(source):
         findings.tell(path, missing_text(source, "give the directory of a PEFT adapter, or the word train"))
         return
     if not Path(source, CONFIG_FILE).exists() and (below := _adapters_below(Path(source))):

@@ -6,6 +6,7 @@ Snakemake's own `validate` stops at the first mistake and knows nothing of refer
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_
 from mistral_prune_lora.checkpoints.manifest import read_layout
 from mistral_prune_lora.errors import LayoutError, PipelineError, printable, shortened
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
-from mistral_prune_lora.storage.transaction import nearest_directory
 
 _LONGEST_LINE = 500
 
@@ -198,7 +198,7 @@ def _broken_references(config: Mapping) -> Iterator[str]:
 def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     experiment = config["experiments"][name]
     given = experiment.get("pruned")
-    if given and not Path(given["A"]).is_dir():
+    if given and not os.path.isdir(given["A"]):
         yield f"{path}.pruned.A: {missing_text(given['A'], 'give the A directory that pruning wrote')}"
         return
     try:
@@ -218,7 +218,9 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
 
 def missing_text(path: str | Path, mend: str) -> str:
     """What is said of a path that leads nowhere: itself, how far it leads, and what to do."""
-    return f"there is no {path}; of this path, {nearest_directory(Path(path))} is there. {mend[0].upper()}{mend[1:]}."
+    whole = Path(os.path.abspath(path.replace("\0", "") if isinstance(path, str) else path))
+    there = next(folder for folder in (whole, *whole.parents) if os.path.isdir(folder))
+    return f"there is no {path}; of this path, {there} is there. {mend[0].upper()}{mend[1:]}."
 
 
 def dense_dir(config: Mapping, model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -31,6 +32,8 @@ class DenseModels:
 
         One that was fetched may be of other settings than the present ones: it tells sizes, and refuses nothing.
         """
+        if not os.path.isdir(dense_dir(self._config, model)):
+            return None
         if model not in self._opened:
             try:
                 opened = open_checkpoint(dense_dir(self._config, model))
@@ -45,6 +48,8 @@ class DenseModels:
 
     def positions(self, model: str) -> int | None:
         """The positions that a model was made for; None if its config.json is not at hand or does not say."""
+        if not os.path.isdir(dense_dir(self._config, model)):
+            return None
         try:
             limit = read_config(dense_dir(self._config, model)).get("max_position_embeddings")
         except PipelineError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def _model(config: Mapping, name: str) -> str:
     source = model.get("path")
     if source is None:
         told = model["pypi"]["requirement"] if "pypi" in model else model["hub"]["repo_id"]
-        source = f"{told}, {'fetched' if Path(dense_dir(config, name)).is_dir() else 'to be fetched'}"
+        source = f"{told}, {'fetched' if os.path.isdir(dense_dir(config, name)) else 'to be fetched'}"
     return f"{name} ({source}), {model['num_layers']} layers"
 
 

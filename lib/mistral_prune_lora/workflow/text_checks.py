@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from mistral_prune_lora.text.glance import glance_at
 from mistral_prune_lora.text.sources import DATASETS, SPLITS
@@ -63,15 +63,15 @@ def _faults(settings: Mapping) -> Iterator[tuple[str, str]]:
     if settings["split"] not in SPLITS:
         yield "split", f"{settings['split']!r} is not one of {', '.join(SPLITS)}"
     for place, file in enumerate(settings.get("text_files", ())):
-        if not Path(file).exists():
+        if not os.path.exists(file):
             yield f"text_files.{place}", missing_text(file, "give a UTF-8 text file")
-    if settings["mirror"] is not None and not Path(settings["mirror"]).exists():
+    if settings["mirror"] is not None and not os.path.exists(settings["mirror"]):
         yield (
             "mirror",
             missing_text(settings["mirror"], "give a local copy of the dataset's repository, or leave it out"),
         )
     dataset = settings.get("dataset")
-    if dataset is not None and dataset not in DATASETS and not Path(dataset).exists():
+    if dataset is not None and dataset not in DATASETS and not os.path.exists(dataset):
         yield "dataset", missing_text(dataset, _KNOWN)
 
 
@@ -92,7 +92,7 @@ def _meaning(settings: Mapping) -> tuple:
     if "text_files" in settings:
         return tuple(settings["text_files"])
     dataset, split = settings["dataset"], settings["split"]
-    if dataset not in DATASETS and Path(dataset).is_file():
+    if dataset not in DATASETS and os.path.isfile(dataset):
         split = None
     if dataset == "c4" and split == "test":
         split = "validation"
