@@ -108,7 +108,9 @@ def configured(words: list[str]) -> int:
     from snakemake.exceptions import WorkflowError
 
     from mistral_prune_lora.errors import PipelineError
-    from mistral_prune_lora.workflow.configuration import check_config, check_files, experiment_layout
+    from mistral_prune_lora.workflow.checks import check_inputs
+    from mistral_prune_lora.workflow.configuration import ConfigError, check_config, check_files, experiment_layout
+    from mistral_prune_lora.workflow.expansion import expand_experiments
 
     (path,) = words
     try:
@@ -118,8 +120,11 @@ def configured(words: list[str]) -> int:
         return 1
     try:
         check_files([path])
+        config = expand_experiments(config).config
         check_config(config, ROOT / "rules/config.schema.yaml")
         layouts = {name: str(experiment_layout(config, name)) for name in config["experiments"]}
+        if found := check_inputs(config).faults:
+            raise ConfigError(found)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,6 @@
 """What is not taken is refused by every command before any work, in words that name what is."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,7 +9,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-import yaml
 from cut_model import cut, random_windows, save_dense
 from evaluation_jobs import segment_job
 from tiny import save_adapter, save_tokenizer, tiny_config
@@ -28,6 +28,7 @@ from mistral_prune_lora.pruning.importance import last_token_states
 from mistral_prune_lora.pruning.layeronly_drop import main as prune
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
 from mistral_prune_lora.streaming.compute import Compute
+from mistral_prune_lora.workflow.checks import check_inputs
 from mistral_prune_lora.workflow.configuration import ConfigError, check_config
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
@@ -204,18 +205,17 @@ def test_the_configuration_check_refuses_local_models(project):
     config = {
         "models": {"mine": {"path": "dense", "num_layers": 8}},
         "datasets": {"text": {"text_files": ["text.txt"]}},
-        "experiments": {"pruned": {**experiment, "pruned": {"A": "A", "bundles": "bundles"}}},
+        "experiments": {"cut": {**experiment, "layers": {"B": [3], "C": []}}},
     }
-    with pytest.raises(ConfigError) as caught:
-        check_config(yaml.safe_load(yaml.safe_dump(config)), schema)
-    told = str(caught.value)
-    assert "2 mistakes" in told
-    assert "models.mine.path: the model_type 'gemma2' is not one that is supported (in dense/config.json)" in told
-    assert "experiments.pruned.pruned: the model_type 'gemma2'" in told
+    told = check_inputs(check_config(copy.deepcopy(config), schema)).faults
+    assert told[0].startswith("models.mine.path: the model_type 'gemma2' is not one that is supported (in ")
+    config["experiments"]["pruned"] = {**experiment, "pruned": {"A": "A", "bundles": "bundles"}}
+    with pytest.raises(ConfigError, match=r"experiments\.pruned\.pruned: the model_type 'gemma2'"):
+        check_config(config, schema)
 
 
 def test_neither_the_families_nor_the_configuration_import_torch():
-    code = "import sys, mistral_prune_lora.workflow.configuration\n"
+    code = "import sys, mistral_prune_lora.workflow.configuration, mistral_prune_lora.workflow.checks\n"
     code += "from mistral_prune_lora.checkpoints import families; assert families.FAMILIES\n"
     code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from mistral_prune_lora.checkpoints.adapter_config import ELSEWHERE, AdapterConfig
 from mistral_prune_lora.checkpoints.tensor_names import HEAD_MODULE, LAYER_PREFIX, LAYERS, layer_prefix
 from mistral_prune_lora.errors import AdapterError
 from mistral_prune_lora.provenance import file_sha256
-from mistral_prune_lora.storage.dtypes import FLOATS
+from mistral_prune_lora.storage.dtype_names import FLOATS
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
 
@@ -143,6 +141,8 @@ def open_adapter(path: str | Path) -> Adapter:
 
 def check_values(updates: Collection[Update]) -> None:
     """Raise an AdapterError if a tensor of the updates holds NaN or infinity."""
+    import torch
+
     for update in updates:
         for entry in update.entries:
             if not torch.isfinite(entry.read()).all():
@@ -184,6 +184,8 @@ def _place(key: str, path: Path) -> tuple[str, str]:
 
 def _check_alias(first: TensorEntry, second: TensorEntry) -> None:
     """Raise an AdapterError unless two tensors that stand for one are equal, bit for bit."""
+    import torch
+
     same = (first.dtype, first.shape) == (second.dtype, second.shape)
     if not same or not torch.equal(*(entry.read().flatten().view(torch.uint8) for entry in (first, second))):
         raise AdapterError(

@@ -11,12 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from mistral_prune_lora.checkpoints.adapter import WEIGHTS_FILE, Adapter, open_adapter
 from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX, layer_prefix
 from mistral_prune_lora.errors import AdapterError, CheckpointError
-from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.layout.partition import Layout, spans
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
 _PART_IN_NAME = re.compile(r"(?:^|[^a-z])(?:([abc])_?(?:lora|adapter)|stage_?([abc]))(?![a-z])", re.IGNORECASE)
@@ -31,7 +29,7 @@ def from_compact(adapter: Adapter, layout: Layout) -> Adapter:
     beyond = [layer for layer in adapter.layers if layer >= len(layout.kept)]
     if beyond or not adapter.layers:
         raise AdapterError(
-            f"has tensors of layers {_spans(adapter.layers)}, and A keeps {len(layout.kept)} layers: it does not count"
+            f"has tensors of layers {spans(adapter.layers)}, and A keeps {len(layout.kept)} layers: it does not count"
             " them from 0",
             where=adapter.path,
             mend="leave --adapter_indices compact out (adapter_indices in the configuration)",
@@ -58,18 +56,18 @@ def check_for_a(adapter: Adapter, layout: Layout) -> None:
     """
     if is_compact(adapter, layout):
         raise AdapterError(
-            f"has tensors of layers {_spans(adapter.layers)} and of no others, and A keeps layers"
-            f" {_spans(layout.kept)}: it counts the kept layers from 0",
+            f"has tensors of layers {spans(adapter.layers)} and of no others, and A keeps layers"
+            f" {spans(layout.kept)}: it counts the kept layers from 0",
             where=adapter.path,
             mend="say so with --adapter_indices compact (adapter_indices: compact in the configuration)",
         )
     for module, update in adapter.updates.items():
         layer = update.layer
-        if layer is not None and layer in layout.dropped and torch.count_nonzero(update.b.read()):
+        if layer is not None and layer in layout.dropped and update.b.read().count_nonzero():
             raise AdapterError(
                 f"changes {module}, a layer that A runs without: it was trained on other layers than A's",
                 where=adapter.path,
-                mend=f"use an adapter that was trained for layers {_spans(layout.kept)}, under their original indices",
+                mend=f"use an adapter that was trained for layers {spans(layout.kept)}, under their original indices",
             )
 
 
@@ -93,7 +91,7 @@ def part_of_adapter(adapter: Adapter, layout: Layout) -> str:
         if match:
             return (match[1] or match[2]).upper()
     raise AdapterError(
-        f"has weights for layers of several parts ({_spans(adapter.layers)}), and its path does not say which one it is"
+        f"has weights for layers of several parts ({spans(adapter.layers)}), and its path does not say which one it is"
         " for",
         where=adapter.path,
         mend="name its directory A_lora, B_lora or C_lora",
@@ -175,14 +173,3 @@ def merged_before(base: Path) -> dict[str, dict]:
 def _listed(record: Mapping, key: str) -> list[dict]:
     entries = record.get(key)
     return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
-
-
-def _spans(layers: Iterable[int]) -> str:
-    """Layer numbers as people write them: "0-20, 29-31"."""
-    spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from mistral_prune_lora.checkpoints.directories import (
     INDEX_FILE,
@@ -29,6 +28,9 @@ from mistral_prune_lora.storage.digests import file_digest, tensor_digest
 from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
+
+if TYPE_CHECKING:
+    import torch
 
 _STORED_LAYER_PREFIX = re.compile(r"(?:model\.){0,2}layers\.(\d+)\.")
 

@@ -18,7 +18,7 @@ from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.merging.tensor_files import Item, TensorFiles, split_files
 from mistral_prune_lora.models.config import model_config
 from mistral_prune_lora.models.ends import outside_entries
-from mistral_prune_lora.storage.dtypes import FLOATS
+from mistral_prune_lora.storage.dtype_names import FLOATS
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
 from mistral_prune_lora.streaming.record import tensors_sha256
 

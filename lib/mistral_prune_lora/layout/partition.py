@@ -6,7 +6,7 @@ Imports neither torch nor Snakemake, so the Snakefile can ask it for every targe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,3 +116,14 @@ class Layout:
         """The layout after some dropped layers have become layers of A again."""
         parts = (self.b, self.c, self.unassigned)
         return Layout(self.num_layers, *(tuple(i for i in part if i not in restored) for part in parts))
+
+
+def spans(layers: Iterable[int]) -> str:
+    """Layer numbers as people write them: "0-20, 29-31"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +13,13 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from mistral_prune_lora.checkpoints.directories import is_model_dir, layer_file_name
 from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_layers_alike, check_model_tensors
-from mistral_prune_lora.checkpoints.manifest import read_layout
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning, read_identity
-from mistral_prune_lora.checkpoints.tensor_names import HEAD_MODULE, LAYER_PREFIX
+from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.merging.matching import check_fit, check_same_model, layout_of, split_updates
 from mistral_prune_lora.merging.tensor_files import Item, TensorFiles, split_files
-from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES, DTYPE_NAMES, FLOATS
+from mistral_prune_lora.storage.dtype_names import COMPUTE, FLOATS
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
 
 
@@ -110,7 +109,7 @@ def plan_merge(
     if base.kind == "model":
         layout, num_layers = base.layout, base.config["num_hidden_layers"]
     else:
-        layout, num_layers = _layout_of(frame) if frame else (None, None)
+        layout, num_layers = layout_of(frame) if frame else (None, None)
         if (
             layout
             and not settings.skeleton
@@ -124,9 +123,9 @@ def plan_merge(
     _check_tensors(base, scope, beside)
     if settings.adapter_indices == "compact":
         adapters = _from_compact(adapters, base, layout)
-    _refuse_other_model(adapters, layout, num_layers)
-    if base.kind == "model" and layout:
-        for adapter in adapters:
+    for adapter in adapters:
+        check_same_model(adapter, layout, num_layers)
+        if base.kind == "model" and layout:
             check_for_a(adapter, layout)
     updates, out_of_scope = _match(base, adapters, scope, whole=not bundle)
     sources = {name: entry for name, entry in base.entries.items() if _belongs(name, scope, bundle)}
@@ -176,12 +175,6 @@ def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Pat
     return None
 
 
-def _layout_of(model: str | Path) -> tuple[Layout | None, int]:
-    """(the layout by a model directory's manifest, the dense model's layer count); reads no weights."""
-    layout, num_layers = read_layout(model), read_config(model)["num_hidden_layers"]
-    return layout, layout.num_layers if layout else num_layers
-
-
 def _scope(base: Checkpoint, layout: Layout | None, frame: Path | None) -> frozenset[int]:
     """The layers that may be changed: A's kept layers, or the bundle's own."""
     if base.kind == "model":
@@ -217,33 +210,6 @@ def _check_tensors(base: Checkpoint, scope: frozenset[int], frame: Path | None) 
         check_layers_alike(base.shapes, layers, base.path)
 
 
-def _refuse_other_model(adapters: Sequence[Adapter], layout: Layout | None, num_layers: int | None) -> None:
-    """Raise if an adapter has layers that the model has not, or its own base is at hand and was pruned otherwise.
-
-    Of two models of one pruning, one has restored some of what the other drops; that is no contradiction.
-    """
-    for adapter in adapters:
-        beyond = [m[0] for m in map(LAYER_PREFIX.match, adapter.updates) if m and int(m[1]) >= (num_layers or math.inf)]
-        if beyond:
-            raise AdapterError(
-                f"has tensors for {beyond[0].rstrip('.')}, but the model has {num_layers} layers",
-                where=adapter.path,
-                mend="use an adapter that was trained for this model",
-            )
-        named = adapter.base_model
-        if not layout or not named or not is_model_dir(named):
-            continue
-        theirs, count = _layout_of(named)
-        ours = set(layout.dropped)
-        nested = theirs is None or ours <= set(theirs.dropped) or ours >= set(theirs.dropped)
-        if count != layout.num_layers or not nested:
-            raise AdapterError(
-                f"was trained on {named}, which has or drops other layers than this model",
-                where=adapter.path,
-                mend="use the adapter that was trained for this pruning",
-            )
-
-
 def _match(base: Checkpoint, adapters: Sequence[Adapter], scope: frozenset[int], *, whole: bool):
     """(updates by weight name in merge order, tensors out of scope by adapter).
 
@@ -252,70 +218,16 @@ def _match(base: Checkpoint, adapters: Sequence[Adapter], scope: frozenset[int],
     """
     updates: dict[str, list[Update]] = {}
     out_of_scope: dict[str, list[str]] = {}
+    outside = whole and base.kind == "model"
     for adapter in adapters:
-        inside = {}
-        for module, update in adapter.updates.items():
-            match = LAYER_PREFIX.match(module)
-            if int(match[1]) in scope if match else whole and base.kind == "model":
-                inside[f"{module}.weight"] = update
-            else:
-                out_of_scope.setdefault(os.fspath(adapter.path), []).extend(e.stored_name for e in update.entries)
-        _check_inside(base, adapter, inside, scope, whole=whole)
+        inside, left_out = split_updates(adapter, scope, outside=outside)
+        if left_out:
+            out_of_scope.setdefault(os.fspath(adapter.path), []).extend(left_out)
+        check_fit(base, adapter, inside, scope, outside=outside)
         check_values(inside.values())
         for name, update in inside.items():
             updates.setdefault(name, []).append(update)
     return {name: tuple(chain) for name, chain in updates.items()}, out_of_scope
-
-
-def _check_inside(
-    base: Checkpoint, adapter: Adapter, inside: Mapping[str, Update], scope: frozenset[int], *, whole: bool
-) -> None:
-    if not inside:
-        raise AdapterError(
-            f"matches nothing: it has no tensors for layers {sorted(scope)}",
-            where=adapter.path,
-            mend=f"use the adapter that was trained for {base.path}",
-        )
-    for name, update in inside.items():
-        entry, module = base.entries.get(name), update.module
-        if entry is None:
-            raise AdapterError(
-                f"has an update for {module}, which this model does not have",
-                where=adapter.path,
-                mend="use its own adapter",
-            )
-        if not adapter.targets(module):
-            raise AdapterError(
-                f"has tensors for {module}, which its configuration does not target; PEFT would drop them",
-                where=adapter.path,
-                mend="use the adapter_config.json that was saved with these tensors",
-            )
-        if tuple(entry.shape) != update.shape:
-            raise AdapterError(
-                f"{module} is {tuple(entry.shape)} in the model and {update.shape} in the adapter",
-                where=adapter.path,
-                mend="use an adapter that was trained for this model",
-            )
-        if entry.dtype not in FLOATS:
-            raise AdapterError(
-                f"{module} is stored as {entry.dtype}: quantised weights are not merged here",
-                where=entry.file,
-                mend="merge into the unquantised model (float32, bfloat16 or float16)",
-            )
-        if module == HEAD_MODULE and base.config.get("tie_word_embeddings"):
-            raise AdapterError(
-                "adapts lm_head, which is also the embedding of this model", where=adapter.path, mend="untie them first"
-            )
-    for name, entry in base.entries.items():
-        match = LAYER_PREFIX.match(name)
-        module = name.removesuffix(".weight")
-        wanted = (int(match[1]) in scope if match else whole) and len(entry.shape) == 2
-        if wanted and module != name and name not in inside and adapter.targets(module):
-            raise AdapterError(
-                f"targets {module}, but holds no tensors for it; PEFT would merge random ones",
-                where=adapter.path,
-                mend="train or copy the adapter again",
-            )
 
 
 def _belongs(name: str, scope: frozenset[int], bundle: bool) -> bool:
@@ -361,7 +273,7 @@ def _item(name: str, entry: TensorEntry, updates: tuple[Update, ...], output_dty
 def _cast_dtype(entry: TensorEntry, output_dtype: str) -> str:
     """The dtype of a tensor after the cast, as from_pretrained(dtype=) casts: floats become it, other numbers stay."""
     if entry.dtype in ("F64", *FLOATS):
-        return DTYPE_NAMES[COMPUTE_DTYPES[output_dtype]]
+        return COMPUTE[output_dtype]
     if entry.dtype.startswith("F8") or len(entry.shape) > 1:
         raise CheckpointError(
             f"{entry.stored_name} is stored as {entry.dtype}: quantised weights are not cast here",

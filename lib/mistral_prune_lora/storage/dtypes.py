@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# By the names of the safetensors format, in the order of its library's own enumeration, which its writer sorts by.
+from mistral_prune_lora.storage.dtype_names import COMPUTE
+
+# By the names of the safetensors format.
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -24,8 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Those that a model computes and is stored in, by the names on a command line and in a configuration.
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in COMPUTE_DTYPES.values())  # anything else is quantised, or no weight
+COMPUTE_DTYPES = {name: DTYPES[stored] for name, stored in COMPUTE.items()}
 COMPUTE_NAMES = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
 
 

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.storage.dtypes import DTYPE_NAMES, DTYPES
+from mistral_prune_lora.storage.dtype_names import ITEMSIZES
 from mistral_prune_lora.storage.json_file import without_duplicates
 from mistral_prune_lora.storage.plain_file import open_plain
 
-_SORT_RANK = {name: rank for rank, name in enumerate(DTYPES)}
+if TYPE_CHECKING:
+    import torch  # at run time where tensors are read or written: headers are also read while jobs are planned
+
+_SORT_RANK = {name: rank for rank, name in enumerate(ITEMSIZES)}
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 _LONGEST_NAME = 1000  # characters of a tensor's name
@@ -51,7 +53,7 @@ class TensorEntry:
     @property
     def itemsize(self) -> int:
         """Bytes of one number."""
-        return DTYPES[self.dtype].itemsize
+        return ITEMSIZES[self.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -64,12 +66,16 @@ class TensorEntry:
         Raises:
             CheckpointError: the file ends early or cannot be read.
         """
+        import torch
+
+        from mistral_prune_lora.storage.dtypes import DTYPES
+
         shape, start = self.shape, self.start
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
             row_bytes = self.nbytes // shape[0]
             shape, start = (max(0, last - first), *shape[1:]), start + first * row_bytes
-        buffer = torch.empty(math.prod(shape) * DTYPES[self.dtype].itemsize, dtype=torch.uint8)
+        buffer = torch.empty(math.prod(shape) * self.itemsize, dtype=torch.uint8)
         with open(self.file, "rb") as file:
             read_into(file.fileno(), buffer.numpy().data, start, self.file)
         return buffer.view(DTYPES[self.dtype]).view(shape)
@@ -154,7 +160,7 @@ def _entry(path: Path, name: str, claim: Mapping, data_start: int) -> TensorEntr
         raise ValueError(f"a tensor's name has {len(name)} characters, and {_LONGEST_NAME} are the most")
     if claim.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} is described by {sorted(claim)}")
-    if claim["dtype"] not in DTYPES:
+    if claim["dtype"] not in ITEMSIZES:
         raise ValueError(f"tensor {name} has the unknown dtype {claim['dtype']!r}")
     if not isinstance(claim["shape"], list) or not isinstance(claim["data_offsets"], list):
         raise ValueError(f"tensor {name} has a shape or offsets that are no list")
@@ -181,7 +187,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
 
 def plan_file(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[TensorSpec]]:
@@ -231,6 +237,8 @@ def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str],
     Returns:
         The digests of what was sent to the disk.
     """
+    from mistral_prune_lora.storage.dtypes import DTYPE_NAMES
+
     head, ordered = plan_file(specs)
     whole, tensors = hashlib.sha256(head), {}
     with open(path, "wb") as file, ThreadPoolExecutor(1) as beside:
@@ -251,5 +259,7 @@ def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str],
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -28,11 +28,16 @@ def require_space(needed: Mapping[Path, int], *, mend: str = _MEND) -> None:
         folder = nearest_directory(Path(os.path.realpath(path)).parent)
         device = folder.stat().st_dev
         sums[device] = sums.get(device, 0) + nbytes
-        free = shutil.disk_usage(folder).free
+        free = free_space(folder)
         if sums[device] > free:
             raise PipelineError(
                 f"{size_text(sums[device])} are needed and {size_text(free)} are free", where=folder, mend=mend
             )
+
+
+def free_space(path: Path) -> int:
+    """Bytes that are free where a path lies or would lie."""
+    return shutil.disk_usage(nearest_directory(Path(os.path.realpath(path)))).free
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def benchmark_rows(name: str, split: str, mirror: str | Path | None) -> tuple[li
         path = _download(name, benchmark, split)
         origin = f"{benchmark.repo_id}@{benchmark.revision}/{benchmark.folder}"
     else:
-        path = _find_in_mirror(name, benchmark, split, Path(mirror))
+        path = find_in_mirror(name, split, mirror)
         origin = "mirror"
     limit = benchmark.row_limit.get(split)
     if path.name in benchmark.raw_files.values():
@@ -119,7 +119,9 @@ def _raw_rows(name: str, path: Path) -> list[str]:
     return [line if line.strip() else "" for line in lines]
 
 
-def _find_in_mirror(name: str, benchmark: Benchmark, split: str, mirror: Path) -> Path:
+def find_in_mirror(name: str, split: str, mirror: str | Path) -> Path:
+    """The file of one split of a benchmark in a local copy; arguments and errors as for `benchmark_rows`."""
+    benchmark, mirror = BENCHMARKS[name], Path(mirror)
     if mirror.is_file():
         named = split_named(mirror.name) or split_named(mirror.parent.name)
         wanted = split_named(benchmark.files[split])

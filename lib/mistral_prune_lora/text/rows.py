@@ -73,6 +73,57 @@ def read_rows(path: Path, column: str, *, limit: int | None = None) -> list[str]
         raise DataError("the gzip file ends early or is damaged", where=path, mend="fetch it again") from None
 
 
+def check_column(path: Path, column: str) -> None:
+    """Raise a DataError unless a file begins as one with a column of texts, by its header or its first row alone.
+
+    A txt file has none, and a JSON array would have to be read whole: of both, nothing is asked.
+
+    Args:
+        path, column: as for `read_rows`.
+    """
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        _parquet_columns(path, column)
+    elif name.endswith(".csv"):
+        with open_plain(path, DataError) as file:
+            start = file.read(_BLOCK_BYTES).decode("utf-8", "replace").removeprefix("\ufeff")
+        header = next(csv.reader(io.StringIO(start, newline="")), [])
+        if column not in header:
+            raise _missing_column(path, column, header)
+    elif not name.endswith(".txt") and not _is_array(path):
+        read_rows(path, column, limit=1)
+
+
+def _parquet_columns(path: Path, column: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with open_plain(path, DataError) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+            if column not in file.schema_arrow.names:
+                raise _missing_column(path, column, file.schema_arrow.names)
+    except (pyarrow.ArrowException, OSError) as error:  # whatever its readers make of a damaged file
+        raise _no_parquet(path, error) from None
+
+
+def _no_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"is not a parquet file: {error}", where=path, mend="fetch it again")
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a JSON file, plain or gzipped, begins as an array."""
+    if not path.name.lower().endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
+        return False
+    with ExitStack() as opened:
+        file: BinaryIO | gzip.GzipFile = opened.enter_context(open_plain(path, DataError))
+        if path.name.lower().endswith(".gz"):
+            file = opened.enter_context(gzip.open(file, "rb"))
+        try:
+            return file.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        except (OSError, EOFError, zlib.error):
+            return False  # its reader says what is wrong
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text file as it stands, line ends included; a leading byte order mark is left out.
 
@@ -214,7 +265,7 @@ def _parquet_rows(path: Path, column: str, limit: int | None) -> list[object]:
                     break
             return rows
     except (pyarrow.ArrowException, OSError) as error:  # whatever its readers make of a damaged file
-        raise DataError(f"is not a parquet file: {error}", where=path, mend="fetch it again") from None
+        raise _no_parquet(path, error) from None
     except UnicodeDecodeError as error:
         raise DataError(f"column {column} is not UTF-8: byte {error.start} of a row", where=path) from None
 

@@ -32,13 +32,7 @@ def saved_rows(path: Path, split: str, column: str) -> tuple[list[str], str]:
     """
     import datasets
 
-    folder = path
-    if lies_there(path / _SEVERAL):
-        splits = sorted(p.name for p in path.iterdir() if lies_there(p / _SINGLE))
-        if split not in splits:
-            raise missing_split(path, split, splits)
-        folder = path / split
-    _check_files(folder)
+    folder = _split_folder(path, split)
     try:
         table = datasets.load_from_disk(str(folder))
         table.data.validate(full=True)  # else a damaged offset is followed, to wherever it leads
@@ -46,9 +40,7 @@ def saved_rows(path: Path, split: str, column: str) -> tuple[list[str], str]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot be read as a saved dataset: {first}", where=folder, mend="save it again") from None
     if column not in table.column_names:
-        raise DataError(
-            f"there is no column {column!r}, only {', '.join(table.column_names)}", where=path, mend="name one of those"
-        )
+        raise _missing_column(path, column, table.column_names)
     if table.data.nbytes > MAX_TEXT_BYTES:
         raise DataError(
             f"holds more than {MAX_TEXT_BYTES >> 20} MiB, the most that is read here", where=path, mend="save a part"
@@ -58,6 +50,30 @@ def saved_rows(path: Path, split: str, column: str) -> tuple[list[str], str]:
         raise DataError(f"column {column!r} does not hold text", where=path, mend="name a column of strings")
     files = sorted(folder.glob("*.arrow"))
     return rows, ", ".join(f"{file.name} sha256={file_sha256(file)}" for file in files)
+
+
+def check_saved(path: Path, split: str, column: str) -> None:
+    """Raise a DataError for what `saved_rows` would find wrong before it reads a row, by the small files alone."""
+    folder = _split_folder(path, split)
+    features = (read_json_if_there(folder / "dataset_info.json", DataError) or {}).get("features")
+    if isinstance(features, dict) and column not in features:
+        raise _missing_column(path, column, list(features))
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    """The folder of one split, whose files are there."""
+    folder = path
+    if lies_there(path / _SEVERAL):
+        splits = sorted(p.name for p in path.iterdir() if lies_there(p / _SINGLE))
+        if split not in splits:
+            raise missing_split(path, split, splits)
+        folder = path / split
+    _check_files(folder)
+    return folder
+
+
+def _missing_column(path: Path, column: str, there: list[str]) -> DataError:
+    return DataError(f"there is no column {column!r}, only {', '.join(there)}", where=path, mend="name one of those")
 
 
 def _check_files(folder: Path) -> None:

@@ -106,6 +106,33 @@ def load_documents(
     column: str = "text",
 ) -> Documents:
     """The rows of a text before they are joined; arguments and errors as for `load_text`."""
+    check_request(dataset, split=split, mirror=mirror, text_files=text_files)
+    if text_files:
+        paths = [Path(path) for path in text_files]
+        rows = [read_text(path) for path in paths]
+        return Documents("+".join(path.stem for path in paths), rows, _PARAGRAPH, describe_files(paths))
+    name = dataset or ""  # it is given, or would have been refused
+    if name in BENCHMARKS:
+        rows, source = benchmark_rows(name, split, mirror)
+        return Documents(name, rows, BENCHMARKS[name].separator, source)
+    if name == "pydoc":
+        return Documents("pydoc", pydoc_paragraphs(split), _PARAGRAPH, pydoc_source())
+    path = Path(name)
+    if is_saved_dataset(path):
+        rows, source = saved_rows(path, split, column)
+        return Documents(path.name, rows, _PARAGRAPH, source)
+    files = split_files(path, split)
+    rows = [row for file in files for row in read_rows(file, column)]
+    return Documents(path.name.split(".")[0] or path.name, rows, _PARAGRAPH, describe_files(files))
+
+
+def check_request(
+    dataset: str | None, *, split: str, mirror: str | Path | None, text_files: Sequence[str | Path]
+) -> None:
+    """Raise a DataError if what is asked for is no text: an unknown dataset or split, a mirror of nothing.
+
+    Arguments as for `load_text`; no file is opened.
+    """
     if split not in SPLITS:
         raise DataError(f"there is no split {split!r}", where="--split", mend=f"use one of {', '.join(SPLITS)}")
     if mirror is not None and (text_files or dataset not in BENCHMARKS):
@@ -115,26 +142,12 @@ def load_documents(
             mend=f"use it with one of {', '.join(BENCHMARKS)}, or leave it out",
         )
     if text_files:
-        paths = [Path(path) for path in text_files]
-        rows = [read_text(path) for path in paths]
-        return Documents("+".join(path.stem for path in paths), rows, _PARAGRAPH, describe_files(paths))
+        return
     if dataset is None:
         raise DataError("neither a dataset nor a text file is given", mend=f"use one of {', '.join(DATASETS)}")
-    if dataset in BENCHMARKS:
-        rows, source = benchmark_rows(dataset, split, mirror)
-        return Documents(dataset, rows, BENCHMARKS[dataset].separator, source)
-    if dataset == "pydoc":
-        return Documents("pydoc", pydoc_paragraphs(split), _PARAGRAPH, pydoc_source())
-    path = Path(dataset)
-    if not path.exists():
+    if dataset not in DATASETS and not Path(dataset).exists():
         raise DataError(
             f"unknown dataset {dataset!r}, and no file or folder of that name",
             where="--dataset",
             mend=f"use one of {', '.join(DATASETS)}, or the path of a parquet, json, jsonl, csv or txt file",
         )
-    if is_saved_dataset(path):
-        rows, source = saved_rows(path, split, column)
-        return Documents(path.name, rows, _PARAGRAPH, source)
-    files = split_files(path, split)
-    rows = [row for file in files for row in read_rows(file, column)]
-    return Documents(path.name.split(".")[0] or path.name, rows, _PARAGRAPH, describe_files(files))

@@ -7,25 +7,17 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
-from mistral_prune_lora.checkpoints.directories import (
-    bundle_layers,
-    is_bundle_dir,
-    is_model_dir,
-    layer_files,
-    weight_files,
-)
-from mistral_prune_lora.checkpoints.families import read_config
+from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
 from mistral_prune_lora.checkpoints.manifest import read_layout
-from mistral_prune_lora.checkpoints.pruning_identity import identities
-from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files
 from mistral_prune_lora.errors import LayoutError, PipelineError, printable, shortened
-from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 
 _LONGEST_LINE = 500
 
@@ -80,6 +72,8 @@ def _repeated_keys(root: yaml.Node | None) -> Iterator[tuple[str, int]]:
 def check_config(config: dict, schema_path: str | Path) -> dict:
     """Check a configuration against its JSON schema and its own cross references, and fill in the defaults.
 
+    Of files, only what tells the layers of a given pruned model is read; the rest is `checks.check_inputs`'s.
+
     Args:
         config: as read from YAML; defaults are written into it.
         schema_path: a JSON schema in YAML (draft 2020-12).
@@ -124,6 +118,15 @@ def experiment_layout(config: Mapping, experiment: str) -> Layout:
         return layout
     layers = settings["layers"]
     return Layout(config["models"][settings["model"]]["num_layers"], tuple(layers["B"]), tuple(layers["C"]))
+
+
+def baseline_of(config: Mapping, experiment: str) -> str | None:
+    """The experiment that another one's results are told beside: its own `baseline`, or else the configuration's.
+
+    None without one, and for that experiment itself.
+    """
+    name = config["experiments"][experiment].get("baseline", config.get("baseline"))
+    return None if name == experiment else name
 
 
 def _set_defaults(validate_properties):
@@ -171,9 +174,6 @@ def _lines(error: ValidationError) -> Iterator[str]:
 
 def _broken_references(config: Mapping) -> Iterator[str]:
     """A line for every name that refers to nothing and every layer choice that cannot be."""
-    for name, model in config["models"].items():
-        if "path" in model:
-            yield from _model_faults(f"models.{name}.path", model["path"])
     for name, experiment in config["experiments"].items():
         path = f"experiments.{name}"
         for key, section, values in (
@@ -187,29 +187,23 @@ def _broken_references(config: Mapping) -> Iterator[str]:
                     yield f"{path}.{key}: {value!r} is not one of {section}: {', '.join(sorted(config[section]))}"
         if experiment["model"] in config["models"]:
             yield from _layer_faults(config, name, path)
-
-
-def _model_faults(path: str, folder: str) -> Iterator[str]:
-    if not is_model_dir(folder):
-        yield f"{path}: {folder} holds no config.json"
-        return
-    try:
-        read_config(folder)
-        weight_files(folder)
-        tokenizer_files(folder)
-    except PipelineError as error:
-        yield f"{path}: {error}"
+    for path, place in (
+        ("baseline", config),
+        *((f"experiments.{n}.baseline", e) for n, e in config["experiments"].items()),
+    ):
+        if "baseline" in place and place["baseline"] not in config["experiments"]:
+            names = ", ".join(sorted(config["experiments"]))
+            yield f"{path}: {place['baseline']!r} is not one of experiments: {names}"
 
 
 def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     experiment = config["experiments"][name]
     given = experiment.get("pruned")
+    if given and not os.path.isdir(given["A"]):
+        yield f"{path}.pruned.A: {missing_text(given['A'], 'give the A directory that pruning wrote')}"
+        return
     try:
         layout = experiment_layout(config, name)
-        _check_bundles(experiment, layout)
-        if given and is_model_dir(given["A"]):
-            read_config(given["A"])
-            weight_files(given["A"])
     except PipelineError as error:
         yield f"{path}.{'pruned' if given else 'layers'}: {error}"
         return
@@ -223,22 +217,25 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
         yield f"{path}.adapter_indices: A's adapter is trained here, under original indices; compact is for a given one"
 
 
-def _check_bundles(experiment: Mapping, layout: Layout) -> None:
-    """Raise a LayoutError if a given bundle contradicts itself or the layout, or is of another pruning than A or the
-    other one; one that is missing is snakemake's.
-    """
-    for part in "BC" if "pruned" in experiment else "":
-        folder = Path(experiment["pruned"]["bundles"]) / part
-        layer_files(folder)
-        if is_bundle_dir(folder) and (held := bundle_layers(folder)) != layout.layers_of(part):
-            raise LayoutError(
-                f"holds layers {list(held)} where the manifest gives {list(layout.layers_of(part))} to {part}",
-                where=folder,
-                mend="use the bundles that were cut from this model",
-            )
-    if given := experiment.get("pruned"):
-        # Each job that puts parts together says which carry no identity; here it would be said by all of them.
-        identities([given["A"], *(Path(given["bundles"]) / part for part in "BC")])
+def missing_text(path: str | Path, mend: str) -> str:
+    """What is said of a path that leads nowhere: itself, how far it leads, and what to do."""
+    whole = Path(os.path.abspath(path.replace("\0", "") if isinstance(path, str) else path))
+    there = next(folder for folder in (whole, *whole.parents) if os.path.isdir(folder))
+    return f"there is no {path}; of this path, {there} is there. {mend[0].upper()}{mend[1:]}."
+
+
+def dense_dir(config: Mapping, model: str) -> str:
+    """The directory of a dense model: its own if it is local, else where it is fetched to."""
+    return config["models"][model].get("path", f"resources/models/{model}")
+
+
+def needed_parts(experiment: Mapping, layout: Layout) -> list[str]:
+    """The parts with layers that what is measured goes through, or is merged from."""
+    wanted = experiment["perplexity"]
+    if "pruned" not in wanted["variants"] or "merged" in wanted["variants"]:
+        return merged_parts(experiment, layout)
+    largest = max(wanted["stages"], key=STAGES.index)
+    return [part for part in PARTS_OF_STAGE[largest] if layout.layers_of(part)]
 
 
 def merged_parts(experiment: Mapping, layout: Layout) -> list[str]:

@@ -1,0 +1,40 @@
+"""Reading summary.csv again, for what is made of its rows. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.storage.plain_file import check_plain
+
+_MEND = "delete it and run again"
+_WORDS = (
+    "experiment", "dataset", "variant", "stage", "label", "dtype", "device", "ids_sha256", "weights_sha256", "warnings",
+)  # fmt: skip
+
+
+def read_summary(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
+    """The rows of a summary.csv: numbers as float64, NaN where there is none, and words as text.
+
+    Args:
+        path: the file.
+        columns: those that must be there.
+
+    Raises:
+        DataError: it cannot be read, or lacks a column.
+    """
+    check_plain(path, DataError, mend=_MEND)
+    try:
+        # As text first: an experiment called 1 or null has that name.
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        for name in table.columns.difference(list(_WORDS), sort=False):
+            table[name] = pd.to_numeric(table[name].replace("", None)).astype(float)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read as a summary: {error}", where=path, mend=_MEND) from None
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise DataError(f"has no column {missing[0]}", where=path, mend=_MEND)
+    return table

@@ -1,0 +1,157 @@
+"""How many bytes experiments will make, from the headers of what is at hand. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX
+from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.layout.segments import segment_tree, shared_segments
+from mistral_prune_lora.storage.dtype_names import COMPUTE, FLOATS, ITEMSIZES
+from mistral_prune_lora.storage.safetensors_file import TensorEntry
+from mistral_prune_lora.text.benchmarks import BENCHMARKS
+from mistral_prune_lora.workflow.configuration import experiment_layout, merged_parts, needed_parts, trained_parts
+from mistral_prune_lora.workflow.dense_models import DenseModels
+
+KINDS = ("dense model", "pruned parts", "adapters", "merged parts", "teacher's states", "activations")
+_LORA_BYTES = 4  # of a number: adapters are trained and saved in float32
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Something that an experiment makes.
+
+    Attributes:
+        kind: one of KINDS.
+        key: what it follows from; of two experiments with the same key, it is the same thing.
+        nbytes: its size; None if that is not known yet.
+    """
+
+    kind: str
+    key: str
+    nbytes: int | None
+
+
+def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
+    """What one experiment makes at most: as if nothing were there but what was fetched.
+
+    Args:
+        config: checked, with its defaults.
+        name: of the experiment.
+        dense: its models.
+    """
+    experiment, layout = config["experiments"][name], experiment_layout(config, name)
+    model = dense.at_hand(experiment["model"])
+    merged, trained = merged_parts(experiment, layout), trained_parts(experiment, layout)
+    given = experiment.get("pruned")
+    # Roughly: an adapter of A says nothing about the pruned parts, but all that training is told about all adapters.
+    pruning = [experiment["model"], given or [layout.num_layers, layout.b, layout.c]]
+    healing = [pruning, experiment["adapters"], experiment["distill"] if trained else None]
+    merging = [healing, experiment["merge"], experiment["adapter_indices"]]
+    found = []
+    if model is None and not dense.is_local(experiment["model"]):
+        found.append(_amount("dense model", [experiment["model"]], None))
+    weights = {part: _held(part, layout, model, given) for part in "ABC" if layout.layers_of(part)}
+    if not given and needed_parts(experiment, layout):
+        found.append(_amount("pruned parts", pruning, _total(_bytes(weights[part]) for part in weights)))
+    if trained:
+        sizes = [_lora_bytes(experiment["distill"]["lora"], weights[part]) for part in trained]
+        found.append(_amount("adapters", healing, _total(sizes)))
+    if merged:
+        cast = experiment["merge"]["output_dtype"]
+        found.append(_amount("merged parts", merging, _total(_bytes(weights[part], cast) for part in merged)))
+    hidden = model.config.get("hidden_size") if model else None
+    if trained and experiment["distill"]["share_teacher_states"]:
+        found.append(_states("teacher's states", config, experiment, "distill", hidden))
+    return found + list(_activations(config, experiment, layout, pruning, merging, hidden))
+
+
+def _activations(
+    config: Mapping, experiment: Mapping, layout: Layout, pruning: list, merging: list, hidden: int | None
+) -> Iterator[Amount]:
+    wanted = experiment["perplexity"]
+    shared = len(shared_segments(segment_tree(layout, wanted["stages"])))
+    files = {
+        "dense": ([experiment["model"]], int(wanted["compare_with_dense"])),
+        "pruned": (pruning, shared),
+        "merged": (merging, shared),
+    }
+    for variant in wanted["variants"]:
+        key, count = files[variant]
+        for text in wanted["datasets"] if count else ():
+            yield _states("activations", config, experiment, "perplexity", hidden, text, [variant, key, count], count)
+
+
+def _states(
+    kind: str,
+    config: Mapping,
+    experiment: Mapping,
+    section: str,
+    hidden: int | None,
+    text: str | None = None,
+    key: object = None,
+    count: int = 1,
+) -> Amount:
+    """Some files of hidden states of one text."""
+    wanted = experiment[section]
+    settings = config["datasets"][text or wanted["dataset"]]
+    benchmark = BENCHMARKS.get(settings.get("dataset"))
+    limits = [wanted["windows"], benchmark.windows(settings["split"]) if benchmark else None]
+    windows = min((limit for limit in limits if limit is not None), default=None)
+    shape = [windows, wanted["seqlen"], hidden]
+    nbytes = None if None in shape else count * math.prod(shape) * ITEMSIZES[COMPUTE[wanted["dtype"]]]
+    return _amount(kind, [experiment["model"], settings, shape, wanted["dtype"], key], nbytes)
+
+
+def _amount(kind: str, key: object, nbytes: int | None) -> Amount:
+    return Amount(kind, json.dumps(key, sort_keys=True), nbytes)
+
+
+def _held(part: str, layout: Layout, model: Checkpoint | None, given: Mapping | None) -> list[TensorEntry] | None:
+    """The tensors of a part: of a given one, or of the dense model; None if they are not at hand."""
+    if given:
+        try:
+            folder = given["A"] if part == "A" else Path(given["bundles"]) / part
+            return list(open_checkpoint(folder).entries.values())
+        except PipelineError:
+            return None
+    if model is None:
+        return None
+    layers = set(layout.layers_of(part))
+    placed = ((entry, LAYER_PREFIX.match(name)) for name, entry in model.entries.items())
+    return [entry for entry, match in placed if (int(match[1]) in layers if match else part == "A")]
+
+
+def _bytes(entries: list[TensorEntry] | None, cast: str | None = None) -> int | None:
+    """The bytes of some tensors, floats cast to a dtype of a configuration."""
+    if entries is None:
+        return None
+    itemsize = ITEMSIZES[COMPUTE[cast]] if cast else 0
+    floats = ("F64", *FLOATS)
+    return sum(math.prod(e.shape) * itemsize if cast and e.dtype in floats else e.nbytes for e in entries)
+
+
+def _lora_bytes(lora: Mapping, entries: list[TensorEntry] | None) -> int | None:
+    """The bytes of an adapter for some weights."""
+    if entries is None:
+        return None
+    names = tuple(f".{module}.weight" for module in lora["target_modules"])
+    shapes = [entry.shape for entry in entries if entry.stored_name.endswith(names) and len(entry.shape) == 2]
+    numbers = (lora["rank"] * (out + inside) + out * lora["use_dora"] for out, inside in shapes)
+    return _LORA_BYTES * sum(numbers)
+
+
+def _total(sizes: Iterable[int | None]) -> int | None:
+    """Their sum; None if one is not known."""
+    total = 0
+    for size in sizes:
+        if size is None:
+            return None
+        total += size
+    return total

@@ -1,0 +1,99 @@
+"""The texts of a configuration before they are read, and what experiments do with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from mistral_prune_lora.text.glance import glance_at
+from mistral_prune_lora.text.sources import DATASETS, SPLITS
+from mistral_prune_lora.workflow.configuration import experiment_layout, missing_text, trained_parts
+from mistral_prune_lora.workflow.dense_models import DenseModels
+from mistral_prune_lora.workflow.findings import Findings
+
+_KNOWN = f"use one of {', '.join(DATASETS)}, or the path of a parquet, json, csv or txt file, or of a folder of such"
+
+
+def check_texts(config: Mapping, dense: DenseModels, findings: Findings) -> None:
+    """Tell what is wrong or doubtful about all texts; of those that no experiment uses, as a doubt only."""
+    uses = {name: list(_uses(config, name)) for name in config["experiments"]}
+    used = {text for experiment in uses.values() for _, text, _ in experiment}
+    lengths = {
+        name: _length(f"datasets.{name}", settings, findings, fault=name in used)
+        for name, settings in config["datasets"].items()
+    }
+    for name, experiment in config["experiments"].items():
+        limit = dense.positions(experiment["model"])
+        for key, text, seqlen in uses[name]:
+            path, length = f"experiments.{name}.{key}.seqlen", lengths[text]
+            if limit is not None and seqlen > limit:
+                told = f"{seqlen} tokens are more than the {limit} positions that {experiment['model']} was made for"
+                findings.tell(path, told, fault=False)
+            if length is not None and length < seqlen:
+                told = f"the text {text} has {length} bytes, which hardly make one window of {seqlen} tokens"
+                findings.tell(path, told, fault=False)
+        _warn_of_one_text(config, name, findings)
+
+
+def _uses(config: Mapping, name: str) -> Iterator[tuple[str, str, int]]:
+    """(section, text, seqlen) for each text that an experiment reads."""
+    experiment = config["experiments"][name]
+    for text in experiment["perplexity"]["datasets"]:
+        yield "perplexity", text, experiment["perplexity"]["seqlen"]
+    if trained_parts(experiment, experiment_layout(config, name)):
+        yield "distill", experiment["distill"]["dataset"], experiment["distill"]["seqlen"]
+    if (ranked := experiment["importance"])["dataset"] is not None:
+        yield "importance", ranked["dataset"], ranked["seqlen"]
+
+
+def _length(path: str, settings: Mapping, findings: Findings, *, fault: bool) -> int | None:
+    """A text's bytes if it is small and sound; tells what is wrong with it otherwise."""
+    wrong = list(_faults(settings))
+    for key, told in wrong:
+        findings.tell(f"{path}.{key}", told, fault=fault)
+    if wrong:
+        return None
+    with findings.asking(path, fault=fault):
+        return glance_at(**settings)
+    return None
+
+
+def _faults(settings: Mapping) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for each path of a text that leads nowhere, and for a split that is none."""
+    if settings["split"] not in SPLITS:
+        yield "split", f"{settings['split']!r} is not one of {', '.join(SPLITS)}"
+    for place, file in enumerate(settings.get("text_files", ())):
+        if not os.path.exists(file):
+            yield f"text_files.{place}", missing_text(file, "give a UTF-8 text file")
+    if settings["mirror"] is not None and not os.path.exists(settings["mirror"]):
+        yield (
+            "mirror",
+            missing_text(settings["mirror"], "give a local copy of the dataset's repository, or leave it out"),
+        )
+    dataset = settings.get("dataset")
+    if dataset is not None and dataset not in DATASETS and not os.path.exists(dataset):
+        yield "dataset", missing_text(dataset, _KNOWN)
+
+
+def _warn_of_one_text(config: Mapping, name: str, findings: Findings) -> None:
+    """Warn of an experiment that is measured on what it was trained on."""
+    experiment, texts = config["experiments"][name], config["datasets"]
+    trained = experiment["distill"]["dataset"]
+    if not trained_parts(experiment, experiment_layout(config, name)):
+        return
+    for measured in experiment["perplexity"]["datasets"]:
+        if _meaning(texts[measured]) == _meaning(texts[trained]):
+            told = f"{measured} is the text of distill.dataset, {trained}: what is measured there was learnt by heart"
+            findings.tell(f"experiments.{name}.perplexity.datasets", told, fault=False)
+
+
+def _meaning(settings: Mapping) -> tuple:
+    """What decides which text settings stand for: a file of one's own has no split, and C4 has two."""
+    if "text_files" in settings:
+        return tuple(settings["text_files"])
+    dataset, split = settings["dataset"], settings["split"]
+    if dataset not in DATASETS and os.path.isfile(dataset):
+        split = None
+    if dataset == "c4" and split == "test":
+        split = "validation"
+    return dataset, split, settings["mirror"], None if dataset in DATASETS else settings["column"]
