@@ -14,7 +14,7 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	touch $@
 
 run: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores 1
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all
 
 # A process a core; the tests of one file stay together, since they share what is expensive to make.
 test: setup

@@ -33,5 +33,11 @@ rule all:
         f"results/summary{OF_CONFIG}.csv",
         f"results/comparisons{OF_CONFIG}.csv",
         f"results/plots/perplexity{OF_CONFIG}.svg",
+        [f"results/seeds{OF_CONFIG}.csv", f"results/baseline{OF_CONFIG}.csv"] if SWEEPS or BASELINES else [],
         PLAN.files,
         [experiment.files for experiment in EXPERIMENTS.values()],
+
+
+onsuccess:
+    if Path(f"results/summary{OF_CONFIG}.csv").is_file():
+        print(summary_table(f"results/summary{OF_CONFIG}.csv"))

@@ -8,25 +8,58 @@ from pathlib import Path
 from snakemake.exceptions import IncompleteCheckpointException
 from snakemake.io import checkpoint_target
 
-from mistral_prune_lora.workflow.configuration import check_config, check_files
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.workflow.fingerprint import script_digest
-from mistral_prune_lora.workflow.artefacts import MODEL_FILES, SHARED, bundle_files, spans
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
+from mistral_prune_lora.results.show import summary_table
+from mistral_prune_lora.workflow import needs
+from mistral_prune_lora.workflow.artefacts import MODEL_FILES, SHARED, bundle_files, spans
+from mistral_prune_lora.workflow.checks import check_inputs
+from mistral_prune_lora.workflow.configuration import ConfigError, baseline_of, check_config, check_files
 from mistral_prune_lora.workflow.content import Content
+from mistral_prune_lora.workflow.expansion import expand_experiments
+from mistral_prune_lora.workflow.fingerprint import script_digest
+from mistral_prune_lora.workflow.given import dense_model
 from mistral_prune_lora.workflow.plan import Plan
+from mistral_prune_lora.workflow.preview import preview
+from mistral_prune_lora.workflow.resources import scaled
 
 # Of this file, wherever the workflow is used as a module of another one.
 RULES = Path(str(workflow.current_basedir.get_path_or_uri(secret_free=False)))
 # Jobs inherit it. Threads that wait by spinning take the cores of everybody else on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTENT = Content(".snakemake/mistral_prune_lora/content.json")
+# What --cores gives on one machine. On a cluster nothing is given, and a job asks for as much as a node can spare.
+COMPUTE_THREADS = workflow.resource_settings.cores or 8
+
+
+def checked_config():
+    """The configuration with whole experiments and all defaults, and what its sweeps were.
+
+    What it names on disk is looked at by the process that plans, and not by every job again.
+    """
+    check_files([*workflow.configfiles, *workflow.config_settings.configfiles])
+    expansion = expand_experiments(config)
+    whole = check_config(expansion.config, RULES / "config.schema.yaml")
+    if workflow.is_main_process:
+        found = check_inputs(whole)
+        if found.faults:
+            if "check" in workflow.dag_settings.targets:
+                print(preview(whole, found))
+            raise ConfigError(found.faults)
+        for warning in found.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    return whole, expansion.sweeps
+
 
 # A user's mistake ends with its own words. To those of an exception Snakemake adds where in these rules it was met.
 try:
-    check_files([*workflow.configfiles, *workflow.config_settings.configfiles])
-    check_config(config, RULES / "config.schema.yaml")
-    PLAN = Plan.of(config, CONTENT)
+    CONFIG, SWEEPS = checked_config()
+    PLAN = Plan.of(CONFIG, CONTENT)
+    MODELS = {
+        name: (dense_model(name, model, CONTENT), model["num_layers"])
+        for name, model in CONFIG["models"].items()
+        if "path" not in model
+    }
 except PipelineError as error:
     sys.exit(f"error: {error}")
 CONTENT.keep()
@@ -43,9 +76,9 @@ OF_CONFIG = of_config()
 
 
 wildcard_constraints:
-    model="|".join(map(re.escape, config["models"])),
+    model="|".join(map(re.escape, CONFIG["models"])),
     experiment="|".join(map(re.escape, EXPERIMENTS)),
-    dataset="|".join(map(re.escape, config["datasets"])),
+    dataset="|".join(map(re.escape, CONFIG["datasets"])),
     part="[ABC]",
     stage="A|AB|FULL",
     variant="dense|pruned|merged",
@@ -89,6 +122,15 @@ def given_files(files):
     return [local(ancient(file)) for file in files]
 
 
+def granted(needed):
+    """The resources of a rule: what a job needs by the sizes of its model, more of it with each attempt."""
+    return {
+        "mem_mb": lambda wildcards, attempt: scaled(needed(wildcards).mem_mb, attempt),
+        "runtime": lambda wildcards, attempt: scaled(needed(wildcards).runtime, attempt),
+        "gpu": lambda wildcards: needed(wildcards).gpu,
+    }
+
+
 def names(artefacts):
     """A wildcard constraint: the names of some artefacts; matches nothing if there are none."""
     return "|".join(re.escape(name) for name in sorted(artefacts)) or "(?!)"
@@ -104,14 +146,14 @@ def by_rule(artefacts):
 
 def activations_output(path):
     """Boundary activations, deleted after their last use unless the configuration keeps them for later adapters."""
-    return path if config["keep_activations"] else temp(path)
+    return path if CONFIG["keep_activations"] else temp(path)
 
 
 def models_from(source):
     """A wildcard constraint: the models that come from `pypi` or `hub`; matches nothing if there are none."""
-    return "|".join(re.escape(name) for name, model in config["models"].items() if source in model) or "(?!)"
+    return "|".join(re.escape(name) for name, model in CONFIG["models"].items() if source in model) or "(?!)"
 
 
 def model_source(wildcards):
     """Where a dense model comes from, without what does not change what is fetched."""
-    return {key: value for key, value in config["models"][wildcards.model].items() if key != "num_layers"}
+    return {key: value for key, value in CONFIG["models"][wildcards.model].items() if key != "num_layers"}

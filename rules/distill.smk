@@ -15,6 +15,9 @@ rule teacher_states:
         "benchmarks/teacher_states/{made}.tsv"
     conda:
         "../envs/torch.yaml"
+    threads: COMPUTE_THREADS
+    resources:
+        **granted(lambda wildcards: needs.of_teacher(PLAN.teachers[wildcards.made])),
     params:
         dtype=lambda wildcards: PLAN.teachers[wildcards.made].dtype,
         code=code_of("teacher_states"),
@@ -46,6 +49,9 @@ checkpoint train_adapter:
         "benchmarks/train_adapter/{made}.tsv"
     conda:
         "../envs/torch.yaml"
+    threads: COMPUTE_THREADS
+    resources:
+        **granted(lambda wildcards: needs.of_training(PLAN.trainings[wildcards.made])),
     params:
         part=lambda wildcards: PLAN.trainings[wildcards.made].part,
         settings=lambda wildcards: PLAN.trainings[wildcards.made].settings,

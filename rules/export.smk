@@ -27,6 +27,9 @@ rule export_stage:
         variant="pruned|merged",
     conda:
         "../envs/torch.yaml"
+    threads: 4
+    resources:
+        **granted(lambda wildcards: needs.of_export(EXPERIMENTS[wildcards.experiment], wildcards.stage)),
     params:
         stage=lambda wildcards: wildcards.stage,
         bundles=lambda wildcards: list(stage_bundles(wildcards)),

@@ -25,6 +25,9 @@ for rule_name, merges in by_rule(PLAN.merges):
             made=names(merge.name for merge in merges),
         conda:
             "../envs/torch.yaml"
+        threads: 4
+        resources:
+            **granted(lambda wildcards: needs.of_merge(PLAN.merges[wildcards.made])),
         params:
             adapter_indices=lambda wildcards: PLAN.merges[wildcards.made].indices,
             output_dtype=lambda wildcards: PLAN.merges[wildcards.made].output_dtype,

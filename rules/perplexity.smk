@@ -29,6 +29,9 @@ rule segment:
         made=names(PLAN.segments),
     conda:
         "../envs/torch.yaml"
+    threads: COMPUTE_THREADS
+    resources:
+        **granted(lambda wildcards: needs.of_segment(PLAN.segments[wildcards.made])),
     params:
         layers=lambda wildcards: PLAN.segments[wildcards.made].layers,
         batch_size=lambda wildcards: PLAN.segments[wildcards.made].batch_size,
@@ -56,6 +59,9 @@ rule dense_perplexity:
         made=names(name for name, score in PLAN.scores.items() if score.keeps),
     conda:
         "../envs/torch.yaml"
+    threads: COMPUTE_THREADS
+    resources:
+        **granted(lambda wildcards: needs.of_score(PLAN.scores[wildcards.made])),
     params:
         stage="FULL",
         layers=lambda wildcards: PLAN.scores[wildcards.made].layers,
@@ -103,6 +109,9 @@ rule perplexity:
         made=names(name for name, score in PLAN.scores.items() if not score.keeps),
     conda:
         "../envs/torch.yaml"
+    threads: COMPUTE_THREADS
+    resources:
+        **granted(lambda wildcards: needs.of_score(PLAN.scores[wildcards.made])),
     params:
         stage=lambda wildcards: PLAN.scores[wildcards.made].label,
         layers=lambda wildcards: PLAN.scores[wildcards.made].layers,

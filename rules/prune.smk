@@ -24,6 +24,8 @@ for rule_name, prunings in by_rule(PLAN.prunings):
             made=names(pruning.name for pruning in prunings),
         conda:
             "../envs/torch.yaml"
+        resources:
+            **granted(lambda wildcards: needs.of_pruning(PLAN.prunings[wildcards.made])),
         params:
             num_layers=layout.num_layers,
             b_layers=layout.b,
@@ -60,6 +62,9 @@ rule importance:
         "benchmarks/importance/{experiment}.tsv"
     conda:
         "../envs/torch.yaml"
+    threads: COMPUTE_THREADS
+    resources:
+        **granted(lambda wildcards: needs.of_importance(EXPERIMENTS[wildcards.experiment])),
     params:
         model=lambda wildcards: EXPERIMENTS[wildcards.experiment].model.identity,
         drop=importance_setting("drop"),

@@ -7,6 +7,7 @@
 localrules:
     summary,
     plot_perplexity,
+    beside,
 
 
 SCORES = [(name, *which, score) for name, e in EXPERIMENTS.items() for which, score in e.scores().items()]
@@ -47,6 +48,30 @@ rule summary:
         "../workflow_scripts/summary.py"
 
 
+BASELINES = {name: other for name in EXPERIMENTS if (other := baseline_of(CONFIG, name))}
+
+
+# Of sweeps over seeds, means and standard deviations; of experiments with a baseline, the differences to it.
+rule beside:
+    input:
+        summary=f"results/summary{OF_CONFIG}.csv",
+        windows=[file.replace(".json", ".parquet") for file in RESULTS],
+    output:
+        seeds=f"results/seeds{OF_CONFIG}.csv",
+        baseline=f"results/baseline{OF_CONFIG}.csv",
+    log:
+        f"logs/beside{OF_CONFIG}.log",
+    conda:
+        "../envs/report.yaml"
+    params:
+        results=[[*named, RESULTS[score.result]] for *named, score in SCORES],
+        sweeps={name: [member.base, dict(member.values)] for name, member in SWEEPS.items()},
+        baselines=BASELINES,
+        code=code_of("beside"),
+    script:
+        "../workflow_scripts/beside.py"
+
+
 rule plot_perplexity:
     input:
         f"results/summary{OF_CONFIG}.csv",
@@ -62,6 +87,32 @@ rule plot_perplexity:
         code=code_of("plot_perplexity"),
     script:
         "../workflow_scripts/plot_perplexity.py"
+
+
+# On request, without running anything: what there would be, how large, and what is wrong.
+rule check:
+    log:
+        f"logs/check{OF_CONFIG}.log",
+    localrule: True
+    conda:
+        "../envs/report.yaml"
+    params:
+        schema=RULES / "config.schema.yaml",
+    script:
+        "../workflow_scripts/check.py"
+
+
+# On request: the table that a run ends with.
+rule show:
+    input:
+        f"results/summary{OF_CONFIG}.csv",
+    log:
+        f"logs/show{OF_CONFIG}.log",
+    localrule: True
+    conda:
+        "../envs/report.yaml"
+    script:
+        "../workflow_scripts/show.py"
 
 
 # On request: what `keep_activations` keeps can take many gigabytes. Results stay; a later adapter runs more layers.

@@ -16,6 +16,8 @@ checkpoint windows:
         "benchmarks/windows/{made}.tsv"
     conda:
         "../envs/torch.yaml"
+    resources:
+        **granted(lambda wildcards: needs.of_windows()),
     params:
         dataset=lambda wildcards, input: PLAN.windows[wildcards.made].dataset,
         seqlen=lambda wildcards: PLAN.windows[wildcards.made].seqlen,

@@ -10,12 +10,29 @@ import pandas as pd
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.results.statistics import paired_difference
+from mistral_prune_lora.results.summary_file import read_summary
 from mistral_prune_lora.storage.plain_file import check_plain
+from mistral_prune_lora.storage.transaction import atomic_file
 
 COLUMNS = ("experiment", "baseline", "dataset", "first", "second", "difference", "low", "high", "ppl_ratio")
+_READ = ("experiment", "dataset", "variant", "stage", "ids_sha256", "weights_sha256", "mean_nll")
 _MEND = "delete it and run again"
 
 Result = tuple[str, str, str, str]  # experiment, dataset, variant, stage
+
+
+def write_baseline(
+    summary_csv: str | Path, windows: Mapping[Result, str | Path], baselines: Mapping[str, str], out_csv: str | Path
+) -> list[str]:
+    """Write `baseline_differences` of a summary.csv; arguments and errors as there.
+
+    Returns:
+        A line for each result that could not be compared.
+    """
+    table, left_out = baseline_differences(read_summary(summary_csv, _READ), windows, baselines)
+    with atomic_file(out_csv) as fresh:
+        table.to_csv(fresh, index=False)
+    return left_out
 
 
 def baseline_differences(

@@ -175,6 +175,9 @@ class Training:
         model: the dense model.
         windows: what it is trained on.
         teacher: the dense model's states where they are shared.
+        num_layers: of the dense model.
+        active: how many layers the student runs.
+        adapted: how many of them get an adapter.
         settings: as the configuration has them: dtype, seed, lora, loss, optimiser, gradient_checkpointing.
     """
 
@@ -184,6 +187,9 @@ class Training:
     model: Source
     windows: Windows
     teacher: TeacherStates | None
+    num_layers: int
+    active: int
+    adapted: int
     settings: Mapping = field(hash=False)
 
     @cached_property
@@ -228,6 +234,8 @@ class Merge:
         skeleton: for a bundle, the A model it belongs to.
         indices: how the adapter counts layers.
         output_dtype: of the weights; None keeps their own.
+        dense: the dense model, whose sizes tell what the merge needs.
+        num_layers: of the dense model.
     """
 
     part: str
@@ -237,6 +245,8 @@ class Merge:
     skeleton: Source | None
     indices: str
     output_dtype: str | None
+    dense: Source
+    num_layers: int
 
     @cached_property
     def name(self) -> str:
@@ -289,6 +299,8 @@ class Run:
         source: the segment it starts from; None starts from the token ids.
         windows: what it runs on.
         batch_size, dtype: how.
+        origin: the dense model that the parts are of, whose sizes tell what the run needs.
+        num_layers: of the dense model.
         parts: every part that the stage has, for a score.
         dense: the dense model's score whose hidden states this one is compared with.
         keeps: whether a score keeps its final hidden states for others.
@@ -302,6 +314,8 @@ class Run:
     windows: Windows
     batch_size: int
     dtype: str
+    origin: Source
+    num_layers: int
     parts: tuple[Source, ...] = ()
     dense: Run | None = None
     keeps: bool = False

@@ -1,4 +1,4 @@
-"""One experiment of the configuration: what is made for it, and what from. Frozen; asks the disk about given files only.
+"""One experiment of the configuration: what is made for it, and what from. The disk is asked about given files only.
 
 Nothing here knows of Snakemake: rules look up what a job reads and writes, and tests can do the same.
 """
@@ -85,12 +85,6 @@ class Experiment:
         """The merged parts whose adapters are trained."""
         return trained_parts(self.settings, self.layout)
 
-    @cached_property
-    def _given(self) -> dict[str, Source]:
-        """The parts of a given pruned model."""
-        parts = [part for part in "ABC" if self.layout.layers_of(part)]
-        return {part: given_part(self.settings["pruned"], part, self.layout, self.content) for part in parts}
-
     @_once
     def windows(self, purpose: str, dataset: str) -> Windows:
         """The windows of a text for "perplexity", "distill" or "importance"."""
@@ -105,7 +99,9 @@ class Experiment:
             return self.model
         if variant == "merged":
             return self.merge(part).source
-        return self.pruning.source(part) if self.pruning else self._given[part]
+        if self.pruning:
+            return self.pruning.source(part)
+        return given_part(self.settings["pruned"], part, self.layout, self.content)
 
     @_once
     def parts(self, variant: str, parts: str) -> tuple[Source, ...]:
@@ -130,7 +126,10 @@ class Experiment:
         settings = {key: wanted[key] for key in ("dtype", "seed", "gradient_checkpointing", "lora", "loss")}
         settings["optimiser"] = wanted["parts"][part]
         windows = self.windows("distill", wanted["dataset"])
-        return Training(part, student, bundles, self.model, windows, self.teacher, settings)
+        count = self.layout.num_layers
+        active = sum(len(self.layout.layers_of(each)) for each in "ABC"[: "ABC".index(part) + 1])
+        adapted = len(self.layout.layers_of(part))
+        return Training(part, student, bundles, self.model, windows, self.teacher, count, active, adapted, settings)
 
     def adapter(self, part: str) -> Source:
         """A part's adapter: the given one, or the one that is trained."""
@@ -143,7 +142,8 @@ class Experiment:
         base, skeleton = self.part("pruned", part), None if part == "A" else self.part("pruned", "A")
         indices = self.settings["adapter_indices"] if part == "A" else "original"
         dtype = self.settings["merge"]["output_dtype"]
-        return Merge(part, self.layout.layers_of(part), base, self.adapter(part), skeleton, indices, dtype)
+        layers, adapter, count = self.layout.layers_of(part), self.adapter(part), self.layout.num_layers
+        return Merge(part, layers, base, adapter, skeleton, indices, dtype, self.model, count)
 
     @_once
     def tree(self, variant: str) -> list[Segment]:
@@ -202,7 +202,7 @@ class Experiment:
     def _run(self, label, variant, dataset, part, layers, source, *, parts=(), dense=None, keeps=False) -> Run:
         wanted = self.settings["perplexity"]
         model, weights, windows = self.part(variant, "A"), self.part(variant, part), self.windows("perplexity", dataset)
-        how = (wanted["batch_size"], wanted["dtype"])
+        how = (wanted["batch_size"], wanted["dtype"], self.model, self.layout.num_layers)
         return Run(label, model, weights, tuple(layers), source, windows, *how, parts, dense, keeps)
 
     @cached_property

@@ -1,0 +1,5 @@
+from mistral_prune_lora.console import job
+from mistral_prune_lora.results.show import summary_table
+
+with job(snakemake.log[0]):
+    print(summary_table(snakemake.input[0]))
