@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -14,11 +16,11 @@ import yaml
 ROOT = Path(__file__).parents[2]
 # Jobs by rule: all that the tiny project's own configuration asks for.
 EVERYTHING = {
-    "prune": 1,
+    "prune_B3to4_C5to6": 1,
     "merge_A": 1,
-    "merge_B": 1,
-    "merge_C": 1,
-    "eval_windows": 1,
+    "merge_B_3to4": 1,
+    "merge_C_5to6": 1,
+    "windows": 1,
     "segment": 6,
     "dense_perplexity": 1,
     "perplexity": 6,
@@ -50,18 +52,20 @@ class Project:
         return run.stdout
 
     def jobs(self, *arguments: str) -> dict[str, int]:
-        """Run snakemake and return how many jobs of each rule it ran, `all` left out; {} if nothing was to be done."""
-        printed = self.snakemake(*arguments)
+        """Run snakemake and return how many jobs of each rule it ran; {} if nothing was to be done.
+
+        Left out are `all` and what puts links into an experiment's folder.
+        """
+        return _told(re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", self.snakemake(*arguments)))
+
+    def planned(self, *arguments: str) -> dict[str, int]:
+        """How many jobs of each rule snakemake would run, as `jobs`; those that hang on what is made before may not."""
+        printed = self.snakemake("--dry-run", *arguments)
         table = re.search(r"Job stats:\njob\s+count\n[-\s]+\n(.*?)\ntotal", printed, re.DOTALL)
         if table is None:
             assert "Nothing to be done" in printed
             return {}
-        counts = dict(line.split() for line in table[1].splitlines())
-        return {rule: int(count) for rule, count in counts.items() if rule != "all"}
-
-    def planned(self, *arguments: str) -> dict[str, int]:
-        """How many jobs of each rule snakemake would run."""
-        return self.jobs("--dry-run", *arguments)
+        return _told(rule for line in table[1].splitlines() for rule in [line.split()[0]] * int(line.split()[1]))
 
     def replace_adapter(self, part: str, by: str) -> None:
         """Put another adapter's files in place of a part's."""
@@ -70,6 +74,10 @@ class Project:
 
     def path(self, name: str) -> Path:
         return self.folder / "results" / "tiny" / name
+
+
+def _told(rules: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(rule for rule in rules if rule != "all" and not rule.startswith("place_")))
 
 
 def result(project: Project, variant: str, stage: str) -> dict:

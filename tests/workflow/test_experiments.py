@@ -35,10 +35,9 @@ def test_adapters_are_trained_on_what_stands_before_them(project):
         "lora": {"rank": 2},
         "parts": {part: optimiser for part in "ABC"},
     }
-    trained = {"train_windows": 1, "teacher_states": 1, "train_adapter": 3}
+    trained = {"windows": 2, "teacher_states": 1, "train_adapter": 3}
     measured = {"segment": 3, "perplexity": 3}
     everything = EVERYTHING | trained | measured
-    del everything["dense_perplexity"]
     assert project.jobs() == everything
     for part, held in (("A", {0, 1, 2, 7}), ("B", {3, 4}), ("C", {5, 6})):
         with safe_open(project.path(f"adapters/{part}_lora/adapter_model.safetensors"), "pt") as adapter:
@@ -46,12 +45,12 @@ def test_adapters_are_trained_on_what_stands_before_them(project):
 
     # Another C adapter of one's own: nothing is trained again.
     experiment["adapters"]["C"] = "adapters/C"
-    assert project.planned() == {"merge_C": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
+    assert project.planned() == {"merge_C_5to6": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
     # Other training of B: what is trained on B runs again too.
     experiment["adapters"]["C"] = "train"
     experiment["distill"]["parts"] = {**experiment["distill"]["parts"], "B": {**optimiser, "learning_rate": 0.01}}
     assert project.planned() == {
-        "train_adapter": 2, "merge_B": 1, "merge_C": 1, "segment": 2, "perplexity": 2, "summary": 1,
+        "train_adapter": 2, "merge_B_3to4": 1, "merge_C_5to6": 1, "segment": 2, "perplexity": 2, "summary": 1,
         "plot_perplexity": 1,
     }  # fmt: skip
 
@@ -60,7 +59,7 @@ def test_the_ranking_of_blocks_is_made_on_request(project):
     project.config["experiments"]["tiny"]["importance"] = {
         "dataset": "corpus", "drop": 3, "seqlen": 32, "windows": 4, "dtype": "fp32",
     }  # fmt: skip
-    assert project.jobs("results/tiny/importance.csv") == {"importance": 1}
+    assert project.jobs("results/tiny/importance.csv") == {"windows": 1, "importance": 1}
     table = pd.read_csv(project.path("importance.csv"))
     assert table.start.tolist() == [0, 1, 2, 3, 4] and table.recommended.sum() == 1
     assert "svg" in project.path("importance.svg").read_text()[:200]
@@ -70,9 +69,9 @@ def test_parts_without_layers_and_variants_that_nobody_wants_are_left_out(projec
     experiment = project.config["experiments"]["tiny"]
     experiment["layers"]["C"] = []
     everything = project.planned()
-    assert everything["merge_B"] == 1 and "merge_C" not in everything
-    assert project.jobs("results/tiny/ppl/corpus/merged.FULL.json")["merge_B"] == 1
+    assert everything["merge_B_3to4"] == 1 and not any(rule.startswith("merge_C") for rule in everything)
+    assert project.jobs("results/tiny/ppl/corpus/merged.FULL.json")["merge_B_3to4"] == 1
     assert result(project, "merged", "FULL")["active_layers"] == 8
     experiment["perplexity"]["variants"] = ["pruned"]
     del experiment["adapters"]  # nothing is merged, so nothing need be trained
-    assert not {"merge_A", "merge_B", "train_adapter"} & set(project.planned())
+    assert not {"merge_A", "merge_B_3to4", "train_adapter"} & set(project.planned())

@@ -24,11 +24,11 @@ def test_a_stage_is_exported_on_request_and_again_when_a_part_of_it_changes(fini
 
     finished.replace_adapter("C", by="other_C")
     assert finished.planned(ab) == {}
-    assert finished.jobs(full) == {"merge_C": 1, "export_stage": 1}
+    assert finished.jobs(full) == {"merge_C_5to6": 1, "export_stage": 1}
 
 
 def test_a_part_without_layers_is_no_part_of_an_export(project):
     project.config["experiments"]["tiny"]["layers"]["C"] = []
-    assert project.jobs("results/tiny/exported/pruned.FULL/export.json") == {"prune": 1, "export_stage": 1}
+    assert project.jobs("results/tiny/exported/pruned.FULL/export.json") == {"prune_B3to4_Cnone": 1, "export_stage": 1}
     record = json.loads(project.path("exported/pruned.FULL/export.json").read_text())
     assert record["parts"] == {"A": [0, 1, 2, 5, 6, 7], "B": [3, 4], "C": []}
