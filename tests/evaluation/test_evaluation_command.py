@@ -187,9 +187,9 @@ def test_the_module_is_a_command(folder):
     assert done.returncode == 0, done.stderr
     assert labels(done.stdout) == ["A_merged[A]"]
     assert "stage A" in done.stderr and "tok/s" in done.stderr, "a bar with a rate on stderr"
-    refused = subprocess.run([*command, "--device", "cuda:7"], cwd=folder, capture_output=True, text=True)
-    who, error = refused.stderr.splitlines()
-    assert refused.returncode == 1 and who == package_line() and error.startswith("error: cuda:7 is not there")
+    refused = evaluate(folder, "--model_path", A, *SMALL, "--device", "cuda:7")
+    who, error = refused.err.splitlines()
+    assert refused.code == 1 and who == package_line() and error.startswith("error: cuda:7 is not there")
 
 
 @pytest.mark.parametrize(
