@@ -104,7 +104,7 @@ Device:      cpu (bf16)
 
   ✓ PassLayer installed: [3, 4, 5, 6] (4 layers)
   ✓ mistral | 8 layers (4 active + 4 PassLayer) | 0.2M params | cpu
-  ✓ 4 of 4 windows
+  ✓ 2 of 2 windows
 {space}
   [A] Evaluating PPL...
 {framed("A_merged[A]", numbers[0])}

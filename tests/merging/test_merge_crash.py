@@ -21,7 +21,7 @@ from mistral_prune_lora.merging import merge as merge_module
 from mistral_prune_lora.merging.merge import merge_adapters
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 
-TRIALS = 50
+TRIALS = 30
 
 # Imports once; then each trial is a fork that merges, and is killed after a random time. Writes a line a trial: what
 # stands under the name afterwards, and whether the merge had ended before the kill.
