@@ -104,7 +104,7 @@ Device:      cpu (bf16)
 
   ✓ PassLayer installed: [3, 4, 5, 6] (4 layers)
   ✓ mistral | 8 layers (4 active + 4 PassLayer) | 0.2M params | cpu
-  ✓ 4 of 4 windows
+  ✓ 2 of 2 windows
 {space}
   [A] Evaluating PPL...
 {framed("A_merged[A]", numbers[0])}
@@ -187,9 +187,9 @@ def test_the_module_is_a_command(folder):
     assert done.returncode == 0, done.stderr
     assert labels(done.stdout) == ["A_merged[A]"]
     assert "stage A" in done.stderr and "tok/s" in done.stderr, "a bar with a rate on stderr"
-    refused = subprocess.run([*command, "--device", "cuda:7"], cwd=folder, capture_output=True, text=True)
-    who, error = refused.stderr.splitlines()
-    assert refused.returncode == 1 and who == package_line() and error.startswith("error: cuda:7 is not there")
+    refused = evaluate(folder, "--model_path", A, *SMALL, "--device", "cuda:7")
+    who, error = refused.err.splitlines()
+    assert refused.code == 1 and who == package_line() and error.startswith("error: cuda:7 is not there")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 import zlib
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
 from evaluation_project import LAYOUT
+from forked import Forked
 from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 
@@ -23,27 +22,11 @@ from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
+from mistral_prune_lora.models.pass_layer import PassLayer
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.streaming.backbone import Backbone
 from mistral_prune_lora.streaming.compute import Compute
 
-# Runs the command, notes the layers and windows of every forward pass in a file, and takes its time over each.
-SLOW_COMMAND = """
-import sys, time
-from mistral_prune_lora.streaming import backbone
-from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
-from mistral_prune_lora.pruning.identity import PassLayer
-forward = backbone.Backbone.__call__
-def noted(self, hidden, watch=None):
-    result = forward(self, hidden, watch)
-    resident = [i for i, layer in enumerate(self._model.layers) if not isinstance(layer, PassLayer)]
-    with open("passes.txt", "a") as file:
-        file.write(f"{resident} {hidden.sum().item()!r}\\n")
-    time.sleep(float(sys.argv[1]))
-    return result
-backbone.Backbone.__call__ = noted
-sys.exit(main(sys.argv[2:]))
-"""
 BATCHES = 8
 PASSES_IN_ALL = 5 * BATCHES  # three tails; layers 0-2 and 3-4 once
 
@@ -58,11 +41,28 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(folder, seconds: float, name: str) -> subprocess.Popen:
-    arguments = ["--model_path", "A", "--bundles_dir", "bundles", "--text_file", "text.txt", "--seqlen", "32"]
-    arguments += ["--batch_size", "3", "--max_batches", str(BATCHES), "--device", "cpu", "--dtype", "fp32"]
-    command = [sys.executable, "-c", SLOW_COMMAND, str(seconds), *arguments, "--json", f"{name}.json"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def slow_command(folder, seconds: float, words: list[str]) -> int:
+    """Run the command, note layers and windows of every forward pass in a file, and take its time over each."""
+    os.chdir(folder)
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    forward = Backbone.__call__
+
+    def noted(self, hidden, watch=None):
+        result = forward(self, hidden, watch)
+        resident = [i for i, layer in enumerate(self._model.layers) if not isinstance(layer, PassLayer)]
+        with open("passes.txt", "a") as file:
+            file.write(f"{resident} {hidden.sum().item()!r}\n")
+        time.sleep(seconds)
+        return result
+
+    Backbone.__call__ = noted
+    return main(words)
+
+
+def start(folder, seconds: float, name: str) -> Forked:
+    words = ["--model_path", "A", "--bundles_dir", "bundles", "--text_file", "text.txt", "--seqlen", "32"]
+    words += ["--batch_size", "3", "--max_batches", str(BATCHES), "--device", "cpu", "--dtype", "fp32"]
+    return Forked(slow_command, folder, seconds, [*words, "--json", f"{name}.json"])
 
 
 def passes(folder) -> list[str]:
@@ -71,9 +71,8 @@ def passes(folder) -> list[str]:
 
 
 def finish(folder, name: str) -> dict:
-    command = start(folder, 0, name)
-    _, err = command.communicate(timeout=120)
-    assert command.returncode == 0, err
+    ended = start(folder, 0, name).wait()
+    assert ended.code == 0, ended.err
     return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -82,10 +81,10 @@ def kill_after(folder, count: int, journalled: str) -> None:
     command = start(folder, 0.1, "killed")
     deadline = time.monotonic() + 120
     while len(passes(folder)) < count or not entries(folder, journalled):
-        assert command.poll() is None and time.monotonic() < deadline, command.stderr.read()
+        assert command.process.is_alive() and time.monotonic() < deadline, command.wait().err
         time.sleep(0.005)
-    command.send_signal(signal.SIGKILL)
-    command.communicate()
+    command.process.kill()
+    assert command.wait().code == -signal.SIGKILL
     assert not (folder / "killed.json").exists()
 
 

@@ -6,18 +6,19 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked, run_limited
 from merge_oracle import edit_json, edit_tensors
 from test_export import LAYOUT, parts
 
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.export_stage import main
+from mistral_prune_lora.exporting import export
 from mistral_prune_lora.exporting.export import export_stage
 from mistral_prune_lora.storage import space, transaction
 
@@ -163,42 +164,21 @@ def test_a_disk_that_is_too_small_is_seen_before(given, tmp_path, monkeypatch):
     assert not (tmp_path / "deep").exists()
 
 
-LIMITED = """
-import resource, sys
-import mistral_prune_lora.exporting.export, mistral_prune_lora.evaluation.inputs
-from mistral_prune_lora.export_stage import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_a_full_disk_leaves_the_former_result(given, tmp_path):
     out = tmp_path / "results/out"
     export_stage(given[0], out, stage="A")
     before = state(tmp_path)
     words = ["--model_path", given[0], "--stage", "A", "--output_dir", out]
-    done = subprocess.run([sys.executable, "-c", LIMITED, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"error: .*File too large.*what was there before is untouched", done.stderr)
+    done = Forked(run_limited, 100_000, main, [*map(str, words)]).wait()
+    assert done.code == 1 and "Traceback" not in done.err
+    assert re.search(r"error: .*File too large.*what was there before is untouched", done.err)
     assert state(tmp_path) == before
 
 
-# Imports once; each fork ends without a word, once in the middle of an export and once before its last step.
-DYING = """
-import os, sys
-from mistral_prune_lora.exporting import export
-from mistral_prune_lora.storage import transaction
-
-def die(*args):
-    os._exit(9)
-
-for room, name in ((export, "copy_settings"), (transaction, "_sync_tree")):
-    if (pid := os.fork()) == 0:
-        setattr(room, name, die)
-        export.export_stage(sys.argv[1], sys.argv[2], stage="A")
-        os._exit(0)
-    print(os.WEXITSTATUS(os.waitpid(pid, 0)[1]))
-"""
+def export_and_die(room: str, name: str, a: Path, out: Path) -> None:
+    """Export, and end without a word where something is called."""
+    setattr(import_module(room), name, lambda *_: os._exit(9))
+    export_stage(a, out, stage="A")
 
 
 def test_killed_in_between_leaves_the_former_result(given, tmp_path):
@@ -206,8 +186,10 @@ def test_killed_in_between_leaves_the_former_result(given, tmp_path):
     out = tmp_path / "results/out"
     export_stage(a, out, stage="AB", bundles={"B": bundles["B"]})
     before = state(out)
-    done = subprocess.run([sys.executable, "-c", DYING, a, out], capture_output=True, text=True)
-    assert done.stdout.split() == ["9", "9"], done.stderr
+    # In the middle of an export, and before its last step.
+    for room, name in ((export, "copy_settings"), (transaction, "_sync_tree")):
+        done = Forked(export_and_die, room.__name__, name, a, out).wait()
+        assert done.code == 9, done.err
     assert state(out) == before and len(os.listdir(out.parent)) > 1
     export_stage(a, out, stage="AB", bundles={"B": bundles["B"]})  # the next one tidies up
     assert state(out) == before and os.listdir(out.parent) == ["out"]

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked, run_limited
 from merge_oracle import LAYOUT, PROJECTIONS, random_adapter, save_base
 
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.merging import merge as merge_module
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.pruning.mistral_merge_adapter import main
 
-TRIALS = 50
+TRIALS = 30
 
 # Imports once; then each trial is a fork that merges, and is killed after a random time. Writes a line a trial: what
 # stands under the name afterwards, and whether the merge had ended before the kill.
@@ -102,15 +104,6 @@ def test_killed_at_any_moment(renames, inputs, tmp_path):
     assert os.listdir(out.parent) == ["A_merged"]
 
 
-LIMITED = """
-import resource, sys
-import mistral_prune_lora.merging.merge
-from mistral_prune_lora.pruning.mistral_merge_adapter import main
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("limit", [0, 20_000, 170_000])
 @pytest.mark.parametrize("former", [True, False])
 def test_a_full_disk(limit, former, inputs, tmp_path):
@@ -121,13 +114,12 @@ def test_a_full_disk(limit, former, inputs, tmp_path):
         merge_adapters(base, [first], out)
     before = state(out)
     words = ["--base_model", base, "--adapter_path", second, "--output_dir", out, "--device", "cpu"]
-    script = LIMITED.format(limit=limit)
-    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    done = Forked(run_limited, limit, main, [*map(str, words)]).wait()
+    assert done.code == 1
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "the result cannot be written: File too large" in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.err
     assert state(out) == before
     assert os.listdir(tmp_path) == (["out"] if former else [])
 

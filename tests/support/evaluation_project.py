@@ -22,7 +22,7 @@ from mistral_prune_lora.mistral_eval_ppl_mergedmodel import main
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 PRUNED, MERGED = "25_mistral_results/pruning", "merged_models_mistral_7b"
-WIKITEXT = [f" Row {i} of a wiki says {i * i} . \n" if i % 3 else "" for i in range(400)]
+WIKITEXT = [f" Row {i} of a wiki says {i * i} . \n" if i % 3 else "" for i in range(220)]
 
 
 def write_project(folder: Path) -> None:

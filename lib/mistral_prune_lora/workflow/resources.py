@@ -1,7 +1,7 @@
 """What a job needs, from the geometry of its model: memory, time and whether a GPU is of use. Imports no torch.
 
 Memory is the host's, in megabytes of 10^6 bytes, and holds on the CPU as well: a job that asks for a GPU runs there if
-the machine has none. Jobs that stream layers use what they are granted (`device.granted_memory`), so they are given what
+the machine has none. Jobs that stream layers use what they are granted (`device.granted_memory`), so they get what
 they use well rather than the least that they run with.
 """
 
