@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.storage.dtypes import DTYPE_NAMES, DTYPES
@@ -212,7 +213,7 @@ class FileDigests:
     Attributes:
         sha256: of the whole file.
         header: of what stands before the tensors.
-        tensors: of each tensor's bytes, by its name in the file.
+        tensors: the XXH3-128 of each tensor's bytes, by its name in the file.
     """
 
     sha256: str
@@ -241,7 +242,7 @@ def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str],
                 raise ValueError(f"{spec.name}: {tensor.dtype} {tuple(tensor.shape)} does not fit {spec}")
             data = tensor_bytes(tensor)
             digested = beside.submit(whole.update, data)
-            tensors[spec.name] = hashlib.sha256(data).hexdigest()
+            tensors[spec.name] = xxhash.xxh3_128(data).hexdigest()
             file.write(data)
             digested.result()
         file.flush()
