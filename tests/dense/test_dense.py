@@ -19,6 +19,7 @@ from tiny import save_tokenizer, tiny_config
 from tiny_gguf import TOKENS, llama, write_gguf, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.dense.__main__ import main
 from mistral_prune_lora.dense.check import check_dense
 from mistral_prune_lora.dense.fetch import fetch_dense
@@ -99,6 +100,8 @@ def test_wheel_to_model_directory(tmp_path: Path, wheelhouse, tied: bool):
     assert record["versions"]["transformers"] == transformers.__version__
     for name, digest in record["files"].items():
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == digest
+    assert record["weights"].keys() == {"model.safetensors"}
+    assert open_checkpoint(output).written.files == record["files"]
     modes = {stat.S_IMODE(p.stat().st_mode) for p in output.iterdir()}
     assert len(modes) == 1, "no file is readable by fewer users than the others"
     assert load_model(output, dtype=torch.float32).lm_head.weight.shape == (len(TOKENS), 64)

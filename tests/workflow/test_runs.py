@@ -1,7 +1,6 @@
 """What runs, and what does not run again: snakemake on a tiny project, for real."""
 
 import json
-import os
 
 import pandas as pd
 from safetensors import safe_open

@@ -24,7 +24,7 @@ from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX, layer_pref
 from mistral_prune_lora.checkpoints.written import Written, read_written
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.storage.digests import file_digest, tensor_digest
+from mistral_prune_lora.storage.digests import file_digest, tensor_checksum
 from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
@@ -84,11 +84,11 @@ class Checkpoint:
         return found
 
     def check_tensors(
-        self, entries: Iterable[TensorEntry], digest: Callable[[TensorEntry], str] = tensor_digest
+        self, entries: Iterable[TensorEntry], checksum: Callable[[TensorEntry], str] = tensor_checksum
     ) -> None:
         """Raise a CheckpointError if tensors are not what the record says; see `written.Written.check_tensors`."""
         if self.written:
-            self.written.check_tensors(entries, digest)
+            self.written.check_tensors(entries, checksum)
 
     def check_files(self, files: Iterable[Path] | None = None, digest: Callable[[Path], str] = file_digest) -> None:
         """Raise a CheckpointError if weight files, all if none are named, are not what the record says."""

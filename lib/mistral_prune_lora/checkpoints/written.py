@@ -14,11 +14,11 @@ from typing import Any
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.provenance import PACKAGE
-from mistral_prune_lora.storage.digests import file_digest, header_digest, tensor_digest
+from mistral_prune_lora.storage.digests import file_digest, header_digest, tensor_checksum
 from mistral_prune_lora.storage.json_file import read_json_if_there
 from mistral_prune_lora.storage.safetensors_file import FileDigests, TensorEntry
 
-WEIGHTS = "weights"  # the key of all four records under which the digests of headers and tensors stand
+WEIGHTS = "weights"  # the key of all four records under which the digests of headers and checksums of tensors stand
 # Each record, the key under which it has the digests of whole files, and what writes it.
 _RECORDS = (
     ("merge.json", "outputs", "merge"),
@@ -51,22 +51,22 @@ class Written:
             raise self._other("its header", file)
 
     def check_tensors(
-        self, entries: Iterable[TensorEntry], digest: Callable[[TensorEntry], str] = tensor_digest
+        self, entries: Iterable[TensorEntry], checksum: Callable[[TensorEntry], str] = tensor_checksum
     ) -> None:
         """Raise a CheckpointError if tensors are not those that were written.
 
-        Where a record has no digests of tensors, whole files are read for it, each once.
+        Where a record has no checksums of tensors, whole files are read for it, each once.
 
         Args:
             entries: the tensors.
-            digest: gives the sha256 of a tensor's bytes.
+            checksum: gives a tensor's, see `digests.tensor_checksum`.
         """
         whole: dict[Path, None] = {}
         for entry in entries:
             told = self._told(entry.file)
             if told is None:
                 whole[entry.file] = None
-            elif told["tensors"].get(entry.stored_name) != digest(entry):
+            elif told["tensors"].get(entry.stored_name) != checksum(entry):
                 raise self._other(f"tensor {entry.stored_name}", entry.file)
         self.check_files(whole)
 

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
+import xxhash
 
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.merging.arithmetic import Factors, cast_in, merge_rows
@@ -140,7 +141,7 @@ class _Stream:
         self._read: SimpleQueue[_Block | None] = SimpleQueue()
         self._merged: SimpleQueue[_Block | None] = SimpleQueue()
         self._failures: list[BaseException] = []
-        self._tensors = {item.spec.name: hashlib.sha256() for item in sequence}
+        self._tensors = {item.spec.name: xxhash.xxh3_128() for item in sequence}
         sizes = (_buffer_bytes(item, last - first) for item in sequence for first, last in blocks_of(item))
         size = max(sizes, default=0)
         for _ in range(_BUFFERS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.provenance import PACKAGE, other_files_sha256, versions
 from mistral_prune_lora.storage.json_file import read_json_if_there, write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files, read_record
-from mistral_prune_lora.storage.safetensors_file import FileDigests, TensorSpec, write_file
+from mistral_prune_lora.storage.safetensors_file import FileDigests, TensorSpec, tensor_bytes, write_file
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.storage.transaction import atomic_directories
 
@@ -147,8 +148,6 @@ def prune_model(
         written[fresh / SINGLE_FILE], passed = _copy_tensors(dense, kept, fresh / SINGLE_FILE, bar, others=True)
         digests |= passed
         # Known once every tensor has passed; so what the parts say about themselves comes after all weights.
-        read = {entry: digests[name] for name, entry in dense.entries.items()}
-        dense.check_tensors(read, read.__getitem__)
         identity = _identity(dense, layout, digests)
         manifest = make_manifest(
             layout,
@@ -255,9 +254,12 @@ def _copy_tensors(
 ) -> tuple[FileDigests, dict[str, str]]:
     """Write the tensors under some prefixes, renamed, and with `others` all that belong to no layer, to one file.
 
-    Returns the file's digests, and those of its tensors by the names that they have in the dense model.
+    Returns the file's digests, and the sha256 of its tensors' bytes by the names that they have in the dense model.
+
+    Raises:
+        CheckpointError: tensors are not what the dense model's record says was written.
     """
-    sources, names = {}, {}
+    sources, names, digests = {}, {}, {}
     for name, entry in dense.entries.items():
         match = LAYER_PREFIX.match(name)
         if match and match[0] in prefixes:
@@ -270,10 +272,14 @@ def _copy_tensors(
 
     def produce(written):
         bar.update(sources[written].nbytes)
-        return sources[written].read()
+        tensor = sources[written].read()
+        digests[names[written]] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        return tensor
 
-    digests = write_file(file, [TensorSpec(name, e.dtype, e.shape) for name, e in sources.items()], produce)
-    return digests, {name: digests.tensors[written] for written, name in names.items()}
+    whole = write_file(file, [TensorSpec(name, e.dtype, e.shape) for name, e in sources.items()], produce)
+    checksums = {entry: whole.tensors[written] for written, entry in sources.items()}
+    dense.check_tensors(checksums, checksums.__getitem__)
+    return whole, {name: digests[name] for name in names.values()}
 
 
 def _prune_log(dense: Checkpoint, model: str, layout: Layout, selection: Mapping, log: Mapping | None) -> dict:

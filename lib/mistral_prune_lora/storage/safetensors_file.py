@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.storage.dtype_names import ITEMSIZES
 from mistral_prune_lora.storage.json_file import without_duplicates
@@ -218,7 +220,7 @@ class FileDigests:
     Attributes:
         sha256: of the whole file.
         header: of what stands before the tensors.
-        tensors: of each tensor's bytes, by its name in the file.
+        tensors: the XXH3-128 of each tensor's bytes, by its name in the file.
     """
 
     sha256: str
@@ -249,7 +251,7 @@ def write_file(path: Path, specs: Iterable[TensorSpec], produce: Callable[[str],
                 raise ValueError(f"{spec.name}: {tensor.dtype} {tuple(tensor.shape)} does not fit {spec}")
             data = tensor_bytes(tensor)
             digested = beside.submit(whole.update, data)
-            tensors[spec.name] = hashlib.sha256(data).hexdigest()
+            tensors[spec.name] = xxhash.xxh3_128(data).hexdigest()
             file.write(data)
             digested.result()
         file.flush()

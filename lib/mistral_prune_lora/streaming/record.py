@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.models.config import head_name
 from mistral_prune_lora.models.ends import outside_entries
 from mistral_prune_lora.provenance import record_sha256, versions
-from mistral_prune_lora.storage.digests import tensor_digest
+from mistral_prune_lora.storage.digests import tensors_digests
 from mistral_prune_lora.storage.dtypes import COMPUTE_NAMES
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
@@ -48,7 +47,7 @@ class RunRecord:
         layers: original indices, in the order that they were run in.
         parameters: of all that was run, the embedding excepted until the head is counted.
         weights: sha256 over the tensors of the embedding, of each layer, and of norm and head, by name. A layer's is
-            over its tensors' names, dtypes, shapes and digests: equal layers are equal whatever file they lie in.
+            over its tensors' names, dtypes, shapes and bytes: equal layers are equal whatever file they lie in.
         steps: what decides how the same arithmetic is rounded, for consecutive layers that one machine ran.
         dense: identifies the dense model's answers that the scores were compared with; None without them.
     """
@@ -164,16 +163,17 @@ def checked_sha256(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry]) -
     Raises:
         CheckpointError: they are not what the record says was written.
     """
-    checkpoint.check_tensors(entries.values())
-    return tensors_sha256(entries)
+    digest, checksums = tensors_digests(entries)
+    checkpoint.check_tensors(checksums, checksums.__getitem__)
+    return digest
 
 
 def tensors_sha256(entries: Mapping[str, TensorEntry]) -> str:
-    """The sha256 over the names, dtypes, shapes and digests of some tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, entry in sorted(entries.items()):
-        digest.update(f"{name}\0{entry.dtype}\0{list(entry.shape)}\0{tensor_digest(entry)}\0".encode())
-    return digest.hexdigest()
+    """The sha256 over the names, dtypes, shapes and bytes of some tensors, in the order of their names.
+
+    Remembered within the process for as long as the files stay as they are.
+    """
+    return tensors_digests(entries)[0]
 
 
 def _machine(compute: Compute) -> dict:
