@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,13 +33,13 @@ EVERYTHING = {
 class Project:
     """A working directory with a configuration, and snakemake to run in it."""
 
-    def __init__(self, folder: Path, config: dict) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: dict, root: Path = ROOT) -> None:
+        self.folder, self.config, self.root = folder, config, root
 
     def snakemake(self, *arguments: str, succeeds: bool = True) -> str:
         """Run `snakemake --cores 2` and return everything it printed."""
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config))
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(self.root / "Snakefile"), "--cores", "2"]
         run = subprocess.run(
             # The configuration last: --configfile takes every word that follows it for a file.
             [*command, *arguments, "--configfile", "config.yaml"],
@@ -47,6 +48,7 @@ class Project:
             stderr=subprocess.STDOUT,
             text=True,
             timeout=600,
+            env=os.environ | {"PYTHONPATH": str(self.root / "lib")},
         )
         assert (run.returncode == 0) == succeeds, run.stdout[-8000:]
         return run.stdout
@@ -73,6 +75,7 @@ class Project:
             shutil.copyfile(file, self.folder / "adapters" / part / file.name)
 
     def path(self, name: str) -> Path:
+        """Something in the experiment's folder."""
         return self.folder / "results" / "tiny" / name
 
 

@@ -1,0 +1,135 @@
+"""What an experiment is made of, without Snakemake: names follow from content and settings, equal work has one name."""
+
+import copy
+import shutil
+
+import pytest
+import yaml
+from workflow_project import ROOT
+
+from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.workflow.artefacts import spans
+from mistral_prune_lora.workflow.configuration import check_config
+from mistral_prune_lora.workflow.content import Content, one_path, short_key
+from mistral_prune_lora.workflow.plan import Plan
+
+
+@pytest.fixture
+def planned(project, monkeypatch):
+    """Plans the project's configuration as it is at the moment."""
+    monkeypatch.chdir(project.folder)
+    memory = project.folder / "digests.json"
+
+    def plan() -> Plan:
+        config = check_config(copy.deepcopy(project.config), ROOT / "rules/config.schema.yaml")
+        content = Content(memory)
+        made = Plan.of(config, content)
+        content.keep()
+        return made
+
+    return plan
+
+
+def names(plan: Plan) -> dict[str, set[str]]:
+    return {
+        kind: set(getattr(plan, kind)) for kind in ("prunings", "windows", "trainings", "merges", "segments", "scores")
+    }
+
+
+def test_an_equal_experiment_adds_nothing_and_another_layout_its_own(project, planned):
+    before = names(planned())
+    experiments = project.config["experiments"]
+    experiments["again"] = copy.deepcopy(experiments["tiny"])
+    assert names(planned()) == before
+    experiments["again"]["layers"] = {"B": [3], "C": [4]}
+    after = names(planned())
+    assert all(before[kind] <= after[kind] for kind in before)
+    assert len(after["prunings"]) == 2 and len(after["merges"]) == 6
+    dense = [name for name in after["scores"] if name.startswith("dense")]
+    assert after["windows"] == before["windows"] and len(dense) == 1
+
+
+def test_a_seed_is_another_training_of_the_same_windows_and_teacher(project, planned):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["adapters"] = {}
+    experiment["distill"] = {"dataset": "corpus", "seqlen": 16, "share_teacher_states": True}
+    other = project.config["experiments"]["other"] = copy.deepcopy(experiment)
+    other["distill"]["seed"] = 1
+    plan = planned()
+    assert len(plan.trainings) == 6 and len(plan.teachers) == 1 and len(plan.windows) == 2
+
+
+def test_what_a_name_follows_from(project, planned):
+    """One bit of an adapter changes the names of its merge and of what is measured on it, and of nothing before it."""
+    before = planned()
+    weights = project.folder / "adapters/B/adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    after = planned()
+    tiny = [plan.experiments["tiny"] for plan in (before, after)]
+    assert {part: tiny[0].merge(part).name == tiny[1].merge(part).name for part in "ABC"} == {
+        "A": True, "B": False, "C": True,
+    }  # fmt: skip
+    scores = [experiment.scores() for experiment in tiny]
+    changed = {which[1:] for which in scores[0] if scores[0][which].name != scores[1][which].name}
+    assert changed == {("merged", "AB"), ("merged", "FULL")}
+
+
+def test_every_file_of_a_run_is_in_the_plan(first_run, monkeypatch):
+    """So that each is a target; what is not is hidden, of the tokenizer, or activations, which may be deleted."""
+    project = first_run[0]
+    monkeypatch.chdir(project.folder)
+    config = check_config(
+        yaml.safe_load((project.folder / "config.yaml").read_text()), ROOT / "rules/config.schema.yaml"
+    )
+    plan = Plan.of(config, Content(project.folder.parent / "digests.json"))
+    listed = {*plan.files, *plan.experiments["tiny"].files}
+    weights = {str(file.relative_to(project.folder)) for file in project.folder.glob("results/**/*.safetensors")}
+    assert {file for file in weights if "/activations/" not in file} <= listed
+    assert all((project.folder / file).is_file() for file in listed)
+
+
+def test_content_is_known_by_its_file_and_read_again_when_that_changes(tmp_path, monkeypatch):
+    file, memory = tmp_path / "a", tmp_path / "memory/digests.json"
+    file.write_text("one")
+    content = Content(memory)
+    first = content.sha256(file)
+    content.keep()
+    reads = []
+    monkeypatch.setattr("mistral_prune_lora.workflow.content.file_sha256", lambda path: reads.append(path) or "new")
+    again = Content(memory)
+    assert again.sha256(file) == first and not reads
+    (tmp_path / "link").symlink_to(file)
+    assert again.sha256(tmp_path / "link") == first and not reads
+    file.touch()
+    assert again.sha256(file) == "new" and len(reads) == 1
+    memory.write_text("{ no JSON")
+    assert Content(memory).sha256(file) == "new"
+    with pytest.raises(DataError, match="cannot be read"):
+        again.sha256(tmp_path / "nothing")
+
+
+def test_what_was_forgotten_is_not_kept(tmp_path):
+    memory = tmp_path / "digests.json"
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+        content = Content(memory)
+        content.sha256(tmp_path / name)
+        content.keep()
+    shutil.move(tmp_path / "a", tmp_path / "c")
+    content = Content(memory)
+    content.sha256(tmp_path / "c")
+    content.keep()
+    assert {key.rsplit("/", 1)[1] for key in Content(memory)._known} == {"b", "c"}
+
+
+def test_one_path_has_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {one_path(path) for path in ("./dense", "dense/", "x/../dense", tmp_path / "dense")} == {"dense"}
+    assert one_path("../elsewhere") == str(tmp_path.parent / "elsewhere")
+
+
+def test_keys_and_spans():
+    assert short_key({"a": 1, "b": (1, 2)}) == short_key({"b": [1, 2], "a": 1}) != short_key({"a": 2, "b": [1, 2]})
+    assert [spans(layers) for layers in ((), (3,), (3, 4, 5, 9))] == ["none", "3", "3to5_9"]
