@@ -13,6 +13,7 @@ report: "report/workflow.rst"
 
 
 include: "rules/common.smk"
+include: "rules/inputs.smk"
 include: "rules/dense.smk"
 include: "rules/windows.smk"
 include: "rules/prune.smk"

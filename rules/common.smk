@@ -12,7 +12,7 @@ from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.results.show import summary_table
 from mistral_prune_lora.workflow import needs
-from mistral_prune_lora.workflow.artefacts import MODEL_FILES, SHARED, bundle_files, spans
+from mistral_prune_lora.workflow.artefacts import MODEL_FILES, bundle_files
 from mistral_prune_lora.workflow.checks import check_inputs
 from mistral_prune_lora.workflow.configuration import ConfigError, baseline_of, check_config, check_files
 from mistral_prune_lora.workflow.content import Content
@@ -100,7 +100,8 @@ def wait_for(source):
     """
     maker = getattr(checkpoints, source.maker)
     if source not in OUTPUTS:
-        OUTPUTS[source] = frozenset(maker.rule.expand_output({"made": source.made})[0])
+        expanded, _ = maker.rule.expand_output(dict(made=source.made))
+        OUTPUTS[source] = frozenset(expanded)
     if not OUTPUTS[source] <= checkpoints.created_output:
         raise IncompleteCheckpointException(maker.rule, checkpoint_target(min(OUTPUTS[source])))
 
@@ -123,7 +124,7 @@ def given_files(files):
 
 
 def granted(needed):
-    """The resources of a rule: what a job needs by the sizes of its model, more of it with each attempt."""
+    """What a job is granted: what it needs by the sizes of its model, more of it with each attempt."""
     return {
         "mem_mb": lambda wildcards, attempt: scaled(needed(wildcards).mem_mb, attempt),
         "runtime": lambda wildcards, attempt: scaled(needed(wildcards).runtime, attempt),
@@ -137,7 +138,7 @@ def names(artefacts):
 
 
 def by_rule(artefacts):
-    """Artefacts by the rule that makes them: files of other names need a rule of their own."""
+    """Artefacts by what makes them, since files of other names need rules of their own."""
     rules = {}
     for artefact in artefacts.values():
         rules.setdefault(artefact.rule, []).append(artefact)

@@ -25,12 +25,6 @@ rule teacher_states:
         "../workflow_scripts/teacher_states.py"
 
 
-def teacher_states_file(wildcards):
-    """The teacher's final hidden states where the configuration shares them, else nothing: the teacher runs along."""
-    teacher = PLAN.trainings[wildcards.made].teacher
-    return teacher.file if teacher else []
-
-
 checkpoint train_adapter:
     input:
         student=lambda wildcards: depends(PLAN.trainings[wildcards.made].student),

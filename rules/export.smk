@@ -4,13 +4,6 @@
 #        e.g. `snakemake results/smollm2/exported/merged.FULL/model.safetensors --cores 1`
 
 
-def stage_bundles(wildcards):
-    """The bundles of a stage that hold layers, by part."""
-    experiment = EXPERIMENTS[wildcards.experiment]
-    bundles = [p for p in PARTS_OF_STAGE[wildcards.stage] if p != "A" and experiment.layout.layers_of(p)]
-    return {part: experiment.part(wildcards.variant, part) for part in bundles}
-
-
 rule export_stage:
     input:
         model=lambda wildcards: depends(EXPERIMENTS[wildcards.experiment].part(wildcards.variant, "A")),

@@ -7,11 +7,6 @@
 # own inputs.
 
 
-def segment_source(wildcards):
-    source = PLAN.segments[wildcards.made].source
-    return source.activations if source else []
-
-
 rule segment:
     input:
         source=segment_source,
@@ -70,23 +65,6 @@ rule dense_perplexity:
         code=code_of("perplexity"),
     script:
         "../workflow_scripts/perplexity.py"
-
-
-def stage_source(wildcards):
-    source = PLAN.scores[wildcards.made].source
-    return source.activations if source else []
-
-
-def compared_with(wildcards):
-    """The dense model's final hidden states where the stage is compared with it."""
-    dense = PLAN.scores[wildcards.made].dense
-    return dense.activations if dense else []
-
-
-def compared_model(wildcards):
-    """What those hidden states are made from."""
-    dense = PLAN.scores[wildcards.made].dense
-    return depends(dense.model) if dense else []
 
 
 rule perplexity:

@@ -2,17 +2,6 @@
 #   in:  results/shared/...
 #   out: results/{experiment}/pruning/, adapters/{part}_lora/, merged/{part}_merged/, ppl/{dataset}/{variant}.{stage}.*
 # Each directory's made_from.json names what it is linked to.
-PLACE = f"{shlex.quote(sys.executable)} -m mistral_prune_lora.workflow.place"
-
-
-def experiments_by(key):
-    """Experiments by something about them, None left out, in an order that theirs does not change."""
-    groups = {}
-    for experiment in EXPERIMENTS.values():
-        groups.setdefault(key(experiment), []).append(experiment.name)
-    return sorted((value, sorted(members)) for value, members in groups.items() if value is not None)
-
-
 for pruned_by, members in experiments_by(lambda e: e.pruning and e.pruning.rule):
     pruned_layout = EXPERIMENTS[members[0]].layout
 
@@ -37,10 +26,11 @@ for pruned_by, members in experiments_by(lambda e: e.pruning and e.pruning.rule)
         conda:
             "../envs/report.yaml"
         params:
+            place=place,
             source=lambda wildcards, input: Path(input[0]).parents[1],
             target=lambda wildcards, output: Path(output[0]).parents[1],
         shell:
-            "{PLACE} {params.source:q} {params.target:q} 2>{log:q}"
+            "{params.place} {params.source:q} {params.target:q} 2>{log:q}"
 
 
 rule place_adapter:
@@ -57,10 +47,11 @@ rule place_adapter:
     conda:
         "../envs/report.yaml"
     params:
+        place=place,
         source=lambda wildcards, input: Path(input[0]).parent,
         target=lambda wildcards, output: Path(output[0]).parent,
     shell:
-        "{PLACE} {params.source:q} {params.target:q} 2>{log:q}"
+        "{params.place} {params.source:q} {params.target:q} 2>{log:q}"
 
 
 for merged_part in "ABC":
@@ -87,10 +78,11 @@ for merged_part in "ABC":
             conda:
                 "../envs/report.yaml"
             params:
+                place=place,
                 source=lambda wildcards, input: Path(input[0]).parent,
                 target=lambda wildcards, output: Path(output[0]).parent,
             shell:
-                "{PLACE} {params.source:q} {params.target:q} 2>{log:q}"
+                "{params.place} {params.source:q} {params.target:q} 2>{log:q}"
 
 
 rule place_result:
@@ -109,5 +101,7 @@ rule place_result:
     localrule: True
     conda:
         "../envs/report.yaml"
+    params:
+        place=place,
     shell:
-        "{PLACE} {input.result:q} {output.result:q} 2>{log:q} && {PLACE} {input.windows:q} {output.windows:q} 2>>{log:q}"
+        "{params.place} {input.result:q} {output.result:q} 2>{log:q} && {params.place} {input.windows:q} {output.windows:q} 2>>{log:q}"

@@ -35,18 +35,6 @@ for rule_name, prunings in by_rule(PLAN.prunings):
             "../workflow_scripts/prune.py"
 
 
-def importance_windows(wildcards):
-    dataset = EXPERIMENTS[wildcards.experiment].settings["importance"]["dataset"]
-    if dataset is None:
-        raise WorkflowError(f"experiments.{wildcards.experiment}.importance.dataset: needed to rank the blocks")
-    return EXPERIMENTS[wildcards.experiment].windows("importance", dataset)
-
-
-def importance_setting(key):
-    """An input function that gives one value of the experiment's ranking, so that a param tracks that value."""
-    return lambda wildcards: EXPERIMENTS[wildcards.experiment].settings["importance"][key]
-
-
 rule importance:
     input:
         dense=lambda wildcards: depends(EXPERIMENTS[wildcards.experiment].model),

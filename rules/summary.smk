@@ -14,14 +14,6 @@ SCORES = [(name, *which, score) for name, e in EXPERIMENTS.items() for which, sc
 MERGES = [(name, part, e.merge(part).source) for name, e in EXPERIMENTS.items() for part in e.merged_parts]
 
 
-def once(things):
-    """Things that several experiments may share, and how to find each again: its number among them."""
-    numbers = {}
-    for thing in things:
-        numbers.setdefault(thing, len(numbers))
-    return numbers
-
-
 RESULTS = once(score.result for *_, score in SCORES)
 RECORDS = once(merge for *_, merge in MERGES)
 

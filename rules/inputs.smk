@@ -1,0 +1,69 @@
+# Input and param functions: what a job of given wildcards reads, and what it is told.
+
+
+def importance_windows(wildcards):
+    dataset = EXPERIMENTS[wildcards.experiment].settings["importance"]["dataset"]
+    if dataset is None:
+        raise WorkflowError(f"experiments.{wildcards.experiment}.importance.dataset: needed to rank the blocks")
+    return EXPERIMENTS[wildcards.experiment].windows("importance", dataset)
+
+
+def importance_setting(key):
+    """An input function that gives one value of the experiment's ranking, so that a param tracks that value."""
+    return lambda wildcards: EXPERIMENTS[wildcards.experiment].settings["importance"][key]
+
+
+def teacher_states_file(wildcards):
+    """The teacher's final hidden states where the configuration shares them, else nothing: the teacher runs along."""
+    teacher = PLAN.trainings[wildcards.made].teacher
+    return teacher.file if teacher else []
+
+
+def segment_source(wildcards):
+    source = PLAN.segments[wildcards.made].source
+    return source.activations if source else []
+
+
+def stage_source(wildcards):
+    source = PLAN.scores[wildcards.made].source
+    return source.activations if source else []
+
+
+def compared_with(wildcards):
+    """The dense model's final hidden states where the stage is compared with it."""
+    dense = PLAN.scores[wildcards.made].dense
+    return dense.activations if dense else []
+
+
+def compared_model(wildcards):
+    """What those hidden states are made from."""
+    dense = PLAN.scores[wildcards.made].dense
+    return depends(dense.model) if dense else []
+
+
+def stage_bundles(wildcards):
+    """The bundles of a stage that hold layers, by part."""
+    experiment = EXPERIMENTS[wildcards.experiment]
+    bundles = [p for p in PARTS_OF_STAGE[wildcards.stage] if p != "A" and experiment.layout.layers_of(p)]
+    return {part: experiment.part(wildcards.variant, part) for part in bundles}
+
+
+def place(wildcards, input):
+    """The command that links. It is asked with the inputs at hand, so that another Python is no reason to run again."""
+    return f"{shlex.quote(sys.executable)} -m mistral_prune_lora.workflow.place"
+
+
+def experiments_by(key):
+    """Experiments by something about them, None left out, in an order that theirs does not change."""
+    groups = {}
+    for experiment in EXPERIMENTS.values():
+        groups.setdefault(key(experiment), []).append(experiment.name)
+    return sorted((value, sorted(members)) for value, members in groups.items() if value is not None)
+
+
+def once(things):
+    """Things that several experiments may share, and how to find each again: its number among them."""
+    numbers = {}
+    for thing in things:
+        numbers.setdefault(thing, len(numbers))
+    return numbers
