@@ -14,7 +14,7 @@ from transformers import MistralForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.family_tensors import family_tensors
-from mistral_prune_lora.device import granted_memory
+from mistral_prune_lora.device import granted
 from mistral_prune_lora.distillation import loss
 from mistral_prune_lora.distillation.settings import LoraSettings
 from mistral_prune_lora.distillation.student import with_adapter
@@ -86,7 +86,7 @@ def groups(model: Checkpoint, run: Pass, needs, layers: int, beside: int | str) 
     Beside them are so many heads, or "states": of the last tokens, as `importance.last_token_states` keeps them.
     """
     dtype = COMPUTE_DTYPES[run.dtype]
-    compute = Compute(torch.device("cpu"), dtype, run.batch_size, granted_memory(needs.mem_mb, "cpu"))
+    compute = Compute(torch.device("cpu"), dtype, run.batch_size, granted(1, 0, needs.mem_mb).memory_bytes)
     config, reserved = model_config(model), embedding_bytes(model, compute)
     if beside == "states":
         reserved += torch.empty(layers + 1, run.windows, config.hidden_size, device="meta").nbytes

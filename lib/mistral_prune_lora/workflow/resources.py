@@ -1,7 +1,7 @@
 """What a job needs, from the geometry of its model: memory, time and whether a GPU is of use. Imports no torch.
 
 Memory is the host's, in megabytes of 10^6 bytes, and holds on the CPU as well: a job that asks for a GPU runs there if
-the machine has none. Jobs that stream layers use what they are granted (`device.granted_memory`), so they get what
+the machine has none. Jobs that stream layers use what they are granted (`device.granted`), so they get what
 they use well rather than the least that they run with.
 """
 
@@ -12,7 +12,7 @@ from math import ceil
 
 from mistral_prune_lora.workflow.geometry import ITEMSIZE, Geometry
 
-_PROCESS = 800_000_000  # what `device.granted_memory` leaves to Python, torch and their buffers
+_PROCESS = 800_000_000  # what `device.granted` leaves to Python, torch and their buffers
 _CUDA = (
     2_000_000_000  # host memory of CUDA's libraries and of pinned copies; by experience with torch, not measured here
 )
