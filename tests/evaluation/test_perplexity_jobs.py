@@ -52,7 +52,6 @@ def jobs(tmp_path):
                 source=file(start),
                 result_json=folder / f"{stage}.json",
                 window_parquet=folder / f"{stage}.parquet",
-                names={"experiment": "tiny", "variant": "pruned"},
                 **teacher,
                 **given,
             )
@@ -71,8 +70,7 @@ def test_jobs_give_the_bits_of_one_process(tmp_path, jobs):
         found = results[stage]
         for column in ("nll", "correct", "kl", "agree"):
             np.testing.assert_array_equal(getattr(found.scores, column), getattr(expected.scores, column))
-        names = {"experiment": "tiny", "variant": "pruned"}
-        assert found.record == {**names, **expected.record}
+        assert found.record == expected.record
         assert json.loads((tmp_path / f"jobs/{stage}.json").read_text()) == found.record
         table = pd.read_parquet(tmp_path / f"jobs/{stage}.parquet")
         assert list(table.columns) == ["window", "tokens", "nll", "correct", "kl", "agree"]

@@ -9,7 +9,7 @@ import pytest
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.results.statistics import WindowScores, summarise
-from mistral_prune_lora.results.summary import COLUMNS, write_summary
+from mistral_prune_lora.results.summary import COLUMNS, Named, write_summary
 
 
 def result(folder, variant, stage, nll, *, experiment="one", dataset="text", ids="1" * 64):
@@ -18,7 +18,7 @@ def result(folder, variant, stage, nll, *, experiment="one", dataset="text", ids
     path.parent.mkdir(parents=True, exist_ok=True)
     scores = WindowScores(np.array(nll), np.array([3.0, 4.0]))
     record = {
-        "experiment": experiment, "dataset": dataset, "variant": variant, "stage": stage, "label": f"x[{stage}]",
+        "stage": stage, "label": f"x[{stage}]",
         "active_layers": 4, "parameters": 10, **summarise(scores, predicted_per_window=10, tokens_per_byte=0.25),
         "seqlen": 11, "dtype": "fp32", "ids_sha256": ids, "text": {"dataset": dataset},
     }  # fmt: skip
@@ -27,8 +27,14 @@ def result(folder, variant, stage, nll, *, experiment="one", dataset="text", ids
     return path
 
 
+def named(path):
+    """A result under the names that its place tells."""
+    variant, stage = path.stem.split(".")
+    return Named(path.parents[2].name, path.parent.name, variant, stage, path)
+
+
 def summarised(folder, paths):
-    write_summary(paths, folder / "summary.csv", folder / "comparisons.csv")
+    write_summary([named(path) for path in paths], folder / "summary.csv", folder / "comparisons.csv")
     return pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "comparisons.csv")
 
 
@@ -91,8 +97,8 @@ def test_warnings_stand_in_the_table(tmp_path):
         ({"ppl": 23.5}, r"has the PPL 23\.5, and its windows have 23\.3"),
         ({"windows": 3}, "speaks of 3 windows of 11 tokens"),
         ({"seqlen": 12}, "speaks of 2 windows of 12 tokens"),
-        ({"variant": "mergd"}, "is of variant 'mergd'"),
-        ({"stage": ["A"]}, r"is of variant 'pruned', stage \['A'\]"),
+        ({"stage": ["A"]}, r"is of stage \['A'\]"),
+        ({"stage": "AB"}, "is of stage AB, not A"),
         ({"mean_nll": "3.15"}, "cannot be read as a result"),
         ({"warnings": 7}, "cannot be read as a result"),
     ],
@@ -139,9 +145,10 @@ def test_what_the_merges_left_out_is_counted_at_every_stage_that_has_the_part(tm
     for part, left_out in {"A": [[], ["x"]], "B": [["y", "z"]], "C": [["u", "v", "w"]]}.items():
         merges[part] = tmp_path / f"{part}.json"
         merges[part].write_text(json.dumps({"adapters": [{"out_of_scope": names} for names in left_out]}))
-    write_summary(paths, tmp_path / "summary.csv", tmp_path / "comparisons.csv", {"one": merges})
+    results, told = [named(path) for path in paths], {("one", part): path for part, path in merges.items()}
+    write_summary(results, tmp_path / "summary.csv", tmp_path / "comparisons.csv", told)
     table = pd.read_csv(tmp_path / "summary.csv").set_index(["variant", "stage"])["adapter_tensors_out_of_scope"]
     assert table["merged"].to_dict() == {"A": 1, "AB": 3, "FULL": 6} and table["pruned"].isna().all()
     merges["B"].write_text("{}")
     with pytest.raises(DataError, match=r"no record of a merge .*B\.json"):
-        write_summary(paths, tmp_path / "summary.csv", tmp_path / "comparisons.csv", {"one": merges})
+        write_summary(results, tmp_path / "summary.csv", tmp_path / "comparisons.csv", told)

@@ -8,13 +8,14 @@ is linked to is one file: to change a weight in place would change it for all; r
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.errors import PipelineError, reports_errors
 from mistral_prune_lora.storage.json_file import read_json_if_there, write_json
 
 NOTE = "made_from.json"
@@ -75,5 +76,24 @@ def _link(source: Path, target: Path) -> None:
     beside.replace(target)
 
 
+@reports_errors
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; see --help."""
+    p = argparse.ArgumentParser(
+        prog="python -m mistral_prune_lora.workflow.place", description="Link what was made into a folder."
+    )
+    p.add_argument("source", type=Path, help="what was made: a directory or a file")
+    p.add_argument("target", type=Path, help="where it is to be found too; what was placed there before is replaced")
+    given = p.parse_args(argv)
+    try:
+        place(given.source, given.target)
+    except OSError as error:
+        raise PipelineError(
+            f"cannot be linked or copied to {given.target}: {error.strerror}",
+            where=given.source,
+            mend="free the place, and run again",
+        ) from None
+
+
 if __name__ == "__main__":
-    place(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main())
