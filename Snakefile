@@ -40,5 +40,7 @@ rule all:
 
 
 onsuccess:
+    from mistral_prune_lora.results.show import summary_table  # pandas, which no job has to wait for
+
     if Path(f"results/summary{OF_CONFIG}.csv").is_file():
         print(summary_table(f"results/summary{OF_CONFIG}.csv"))

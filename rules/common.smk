@@ -10,7 +10,6 @@ from snakemake.io import checkpoint_target
 
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
-from mistral_prune_lora.results.show import summary_table
 from mistral_prune_lora.workflow import needs
 from mistral_prune_lora.workflow.artefacts import MODEL_FILES, bundle_files
 from mistral_prune_lora.workflow.checks import check_inputs

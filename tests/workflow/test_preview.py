@@ -48,7 +48,7 @@ def test_the_sizes_are_those_of_what_a_run_makes(finished, monkeypatch):
     found = sizes(finished)
     assert found["pruned parts"] == tensor_bytes(finished.path("pruning"))
     assert found["merged parts"] == tensor_bytes(finished.path("merged"))
-    activations = tensor_bytes(finished.path("activations"))
+    activations = tensor_bytes(finished.folder / "results/shared/activations")
     # A checksum of each of the six windows stands in each of the seven files.
     assert activations - 7 * 6 * 4 == found["activations"]
     assert set(found) == {"pruned parts", "merged parts", "activations"}

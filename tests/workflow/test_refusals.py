@@ -1,9 +1,18 @@
 """Mistakes of a user, as snakemake reports them; and failures, which must not be forgotten."""
 
+import copy
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from workflow_project import ROOT
+
+from mistral_prune_lora.workflow.configuration import check_config
+from mistral_prune_lora.workflow.content import Content
+from mistral_prune_lora.workflow.plan import Plan
 
 
 def test_every_mistake_in_the_configuration_is_named_before_anything_runs(project):
@@ -38,16 +47,17 @@ def test_a_model_that_cannot_be_read_ends_with_the_one_message(project, file, pu
 
 def test_a_failed_merge_leaves_nothing_behind_and_is_not_forgotten(finished):
     weights = finished.folder / "adapters/C/adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-7])
+    tensors = load_file(weights)
+    tensors[min(tensors)][0, 0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
     printed = finished.snakemake(succeeds=False)
-    assert "error: " in printed and "adapter_model.safetensors" in printed
-    assert not finished.path("merged/C_merged/merge.json").exists()
+    assert "holds NaN or infinity" in printed and "adapter_model.safetensors" in printed
+    assert len(list(finished.folder.glob("results/shared/merged/C-*/C_merged/merge.json"))) == 1  # the former one
     # Still failed, though everything that is left is older than the summary.
     finished.snakemake(succeeds=False)
-    weights.write_bytes(whole)
-    assert finished.jobs()["merge_C"] == 1
-    assert finished.path("merged/C_merged/merge.json").exists()
+    finished.replace_adapter("C", by="other_C")
+    assert finished.jobs()["merge_C_5to6"] == 1
+    assert len(list(finished.folder.glob("results/shared/merged/C-*/C_merged/merge.json"))) == 2
 
 
 def test_layers_that_the_model_does_not_have(project):
@@ -55,24 +65,27 @@ def test_layers_that_the_model_does_not_have(project):
     assert "layers [8] do not exist in a model of 8 layers" in project.snakemake(succeeds=False)
 
 
-def test_a_wrong_number_of_layers_is_found_when_the_model_is_cut(project):
+def test_a_wrong_number_of_layers_is_found_before_anything_runs(project):
     project.config["models"]["dense"]["num_layers"] = 9
     printed = project.snakemake("results/tiny/pruning/A/config.json", succeeds=False)
-    assert "the model has 8 layers, the layout is for 9" in printed
+    assert "models.dense.num_layers" in printed and "8" in printed and not (project.folder / "results").exists()
 
 
 def test_windows_that_could_not_be_made_are_asked_for_again(finished):
     finished.config["experiments"]["tiny"]["perplexity"]["seqlen"] = 100_000
     assert "less than one window" in finished.snakemake(succeeds=False)
     planned = finished.planned()
-    assert planned["eval_windows"] == 1 and planned["perplexity"] == 6
+    assert planned["windows"] == 1 and planned["perplexity"] == 6
 
 
-def test_a_segment_that_failed_is_not_passed_over(finished):
-    """The new C was merged, its segment failed: the old result is older than what it should have been made from."""
+def test_a_segment_that_failed_is_not_passed_over(finished, monkeypatch):
+    """The new C was merged, its segment failed: the summary is older than what it should have been made from."""
     finished.replace_adapter("C", by="other_C")
-    folder = finished.path("activations/corpus/merged")
-    with open(folder / ".C005-006_FULL.safetensors.journal", "a") as journal:
+    monkeypatch.chdir(finished.folder)
+    config = check_config(copy.deepcopy(finished.config), ROOT / "rules/config.schema.yaml")
+    experiment = Plan.of(config, Content(finished.folder / "digests.json")).experiments["tiny"]
+    file = Path(experiment.segment("merged", "corpus", "C005-006_FULL").activations)
+    with open(file.with_name(f".{file.name}.journal"), "a") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finished.snakemake(succeeds=False)
     assert finished.planned() == {"segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}

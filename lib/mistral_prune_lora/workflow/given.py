@@ -34,7 +34,7 @@ def dense_model(name: str, settings: Mapping, content: Content) -> Source:
     if "path" in settings:
         folder = one_path(settings["path"])
         names = ["config.json", *_weight_names(folder)]
-        files = (*(f"{folder}/{name}" for name in names), *(os.fspath(file) for file in tokenizer_files(folder)))
+        files = (*(f"{folder}/{name}" for name in names), *(one_path(file) for file in tokenizer_files(folder)))
         return Source(folder, files, content.identity(files, folder), given=True)
     folder = f"resources/models/{name}"
     fetched = ("config.json", "source.json", *((SINGLE_FILE,) if "pypi" in settings else ()))
