@@ -27,8 +27,9 @@ RULES = Path(str(workflow.current_basedir.get_path_or_uri(secret_free=False)))
 # Jobs inherit it. Threads that wait by spinning take the cores of everybody else on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTENT = Content(".snakemake/mistral_prune_lora/content.json")
-# What --cores gives on one machine. On a cluster nothing is given, and a job asks for as much as a node can spare.
-COMPUTE_THREADS = workflow.resource_settings.cores or 8
+# What --cores gives on one machine. On a cluster nothing is given; a job that has a GPU needs few, and every node has two.
+COMPUTE_THREADS = workflow.resource_settings.cores or 2
+STREAM_THREADS = min(4, COMPUTE_THREADS)
 
 
 def checked_config():
@@ -42,7 +43,7 @@ def checked_config():
     if workflow.is_main_process:
         found = check_inputs(whole)
         if found.faults:
-            if "check" in workflow.dag_settings.targets:
+            if "check" in sys.argv:
                 print(preview(whole, found))
             raise ConfigError(found.faults)
         for warning in found.warnings:

@@ -20,7 +20,7 @@ rule export_stage:
         variant="pruned|merged",
     conda:
         "../envs/torch.yaml"
-    threads: 4
+    threads: STREAM_THREADS
     resources:
         **granted(lambda wildcards: needs.of_export(EXPERIMENTS[wildcards.experiment], wildcards.stage)),
     params:

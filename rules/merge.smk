@@ -25,7 +25,7 @@ for rule_name, merges in by_rule(PLAN.merges):
             made=names(merge.name for merge in merges),
         conda:
             "../envs/torch.yaml"
-        threads: 4
+        threads: STREAM_THREADS
         resources:
             **granted(lambda wildcards: needs.of_merge(PLAN.merges[wildcards.made])),
         params:
