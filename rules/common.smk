@@ -13,7 +13,13 @@ from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.workflow import needs
 from mistral_prune_lora.workflow.artefacts import MODEL_FILES, bundle_files
 from mistral_prune_lora.workflow.checks import check_inputs
-from mistral_prune_lora.workflow.configuration import ConfigError, baseline_of, check_config, check_files
+from mistral_prune_lora.workflow.configuration import (
+    ConfigError,
+    baseline_of,
+    check_config,
+    check_files,
+    with_yaml_values,
+)
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.expansion import expand_experiments
 from mistral_prune_lora.workflow.fingerprint import script_digest
@@ -38,7 +44,7 @@ def checked_config():
     What it names on disk is looked at by the process that plans, and not by every job again.
     """
     check_files([*workflow.configfiles, *workflow.config_settings.configfiles])
-    expansion = expand_experiments(config)
+    expansion = expand_experiments(with_yaml_values(config, workflow.config_settings.config or {}))
     whole = check_config(expansion.config, RULES / "config.schema.yaml")
     if workflow.is_main_process:
         found = check_inputs(whole)

@@ -89,7 +89,7 @@ rule check:
     conda:
         "../envs/report.yaml"
     params:
-        schema=RULES / "config.schema.yaml",
+        whole=CONFIG,
     script:
         "../workflow_scripts/check.py"
 

@@ -7,7 +7,13 @@ import yaml
 
 from mistral_prune_lora.distillation.settings import TrainingSettings
 from mistral_prune_lora.layout.partition import Layout
-from mistral_prune_lora.workflow.configuration import ConfigError, check_config, experiment_layout, trained_parts
+from mistral_prune_lora.workflow.configuration import (
+    ConfigError,
+    check_config,
+    experiment_layout,
+    trained_parts,
+    with_yaml_values,
+)
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "rules" / "config.schema.yaml"
@@ -149,3 +155,10 @@ def test_the_schema_s_defaults_of_training_are_the_library_s():
         assert found == {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.items()}
     assert properties["seed"]["default"] == own.seed
     assert properties["gradient_checkpointing"]["default"] == own.gradient_checkpointing
+
+
+def test_values_from_the_command_line_are_what_yaml_makes_of_them():
+    config = {"keep_activations": "false", "models": {}, "baseline": "no"}
+    assert with_yaml_values(config, {"keep_activations": "false", "baseline": "yes", "other": "1"}) == {
+        "keep_activations": False, "models": {}, "baseline": "no",
+    }  # fmt: skip

@@ -50,6 +50,19 @@ def check_files(paths: Iterable[str | Path]) -> None:
         raise ConfigError(faults)
 
 
+def with_yaml_values(config: Mapping, overrides: Mapping) -> dict:
+    """A configuration whose top-level values from the command line are what YAML would make of them.
+
+    Snakemake hands on `--config keep_activations=false` as the word "false".
+
+    Args:
+        config: it is not changed.
+        overrides: what `--config` gave; where a configuration holds another value, that one stays.
+    """
+    words = {key: value for key, value in overrides.items() if isinstance(value, str) and config.get(key) == value}
+    return {**config, **{key: yaml.safe_load(value) for key, value in words.items()}}
+
+
 def _repeated_keys(root: yaml.Node | None) -> Iterator[tuple[str, int]]:
     """The keys that stand twice, with the line of the second; an anchor's content is looked at once."""
     left, seen = [root], set()
