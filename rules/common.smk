@@ -112,16 +112,22 @@ def wait_for(source):
         raise IncompleteCheckpointException(maker.rule, checkpoint_target(min(OUTPUTS[source])))
 
 
+def reads(*sources):
+    """As `depends`, for outputs whose names say nothing of what they are made from: they are made again with it."""
+    files = []
+    for source in dict.fromkeys(sources):
+        files += [local(ancient(file)) for file in source.depends] if source.given else source.depends
+    return files
+
+
 def depends(*sources):
     """What a job depends on of models, parts and adapters: given files by their content, which is in the job's name,
     so that their times say nothing; of what is made here the record, once that is made: where it is made again with
     the same content, nothing that depends on it runs again."""
-    files = []
-    for source in dict.fromkeys(sources):
+    for source in sources:
         if source.maker:
             wait_for(source)
-        files += [local(ancient(file)) for file in source.depends] if source.given else source.depends
-    return files
+    return reads(*sources)
 
 
 def given_files(files):

@@ -6,8 +6,8 @@
 
 rule export_stage:
     input:
-        model=lambda wildcards: depends(EXPERIMENTS[wildcards.experiment].part(wildcards.variant, "A")),
-        bundles=lambda wildcards: depends(*stage_bundles(wildcards).values()),
+        model=lambda wildcards: reads(EXPERIMENTS[wildcards.experiment].part(wildcards.variant, "A")),
+        bundles=lambda wildcards: reads(*stage_bundles(wildcards).values()),
     output:
         config="results/{experiment}/exported/{variant}.{stage}/config.json",
         weights="results/{experiment}/exported/{variant}.{stage}/model.safetensors",

@@ -37,8 +37,8 @@ for rule_name, prunings in by_rule(PLAN.prunings):
 
 rule importance:
     input:
-        dense=lambda wildcards: depends(EXPERIMENTS[wildcards.experiment].model),
-        windows=lambda wildcards: depends(importance_windows(wildcards).source),
+        dense=lambda wildcards: reads(EXPERIMENTS[wildcards.experiment].model),
+        windows=lambda wildcards: reads(importance_windows(wildcards).source),
     output:
         table="results/{experiment}/importance.csv",
         plot=report(
