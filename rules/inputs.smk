@@ -48,9 +48,7 @@ def stage_bundles(wildcards):
     return {part: experiment.part(wildcards.variant, part) for part in bundles}
 
 
-def place(wildcards, input):
-    """The command that links. It is asked with the inputs at hand, so that another Python is no reason to run again."""
-    return f"{shlex.quote(sys.executable)} -m mistral_prune_lora.workflow.place"
+PLACE = f"{shlex.quote(sys.executable)} -m mistral_prune_lora.workflow.place"
 
 
 def experiments_by(key):

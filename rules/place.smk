@@ -26,11 +26,9 @@ for pruned_by, members in experiments_by(lambda e: e.pruning and e.pruning.rule)
         conda:
             "../envs/report.yaml"
         params:
-            place=place,
-            source=lambda wildcards, input: Path(input[0]).parents[1],
-            target=lambda wildcards, output: Path(output[0]).parents[1],
+            place=PLACE,
         shell:
-            "{params.place} {params.source:q} {params.target:q} 2>{log:q}"
+            "{params.place} --made {input:q} --at {output:q} 2>{log:q}"
 
 
 rule place_adapter:
@@ -47,11 +45,9 @@ rule place_adapter:
     conda:
         "../envs/report.yaml"
     params:
-        place=place,
-        source=lambda wildcards, input: Path(input[0]).parent,
-        target=lambda wildcards, output: Path(output[0]).parent,
+        place=PLACE,
     shell:
-        "{params.place} {params.source:q} {params.target:q} 2>{log:q}"
+        "{params.place} --made {input:q} --at {output:q} 2>{log:q}"
 
 
 for merged_part in "ABC":
@@ -78,11 +74,9 @@ for merged_part in "ABC":
             conda:
                 "../envs/report.yaml"
             params:
-                place=place,
-                source=lambda wildcards, input: Path(input[0]).parent,
-                target=lambda wildcards, output: Path(output[0]).parent,
+                place=PLACE,
             shell:
-                "{params.place} {params.source:q} {params.target:q} 2>{log:q}"
+                "{params.place} --made {input:q} --at {output:q} 2>{log:q}"
 
 
 rule place_result:
@@ -102,6 +96,7 @@ rule place_result:
     conda:
         "../envs/report.yaml"
     params:
-        place=place,
+        place=PLACE,
     shell:
-        "{params.place} {input.result:q} {output.result:q} 2>{log:q} && {params.place} {input.windows:q} {output.windows:q} 2>>{log:q}"
+        "{params.place} --made {input.result:q} --at {output.result:q} 2>{log:q} && "
+        "{params.place} --made {input.windows:q} --at {output.windows:q} 2>>{log:q}"

@@ -20,6 +20,8 @@ from mistral_prune_lora.errors import LayoutError, PipelineError, printable, sho
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 
 _LONGEST_LINE = 500
+# In C where libyaml was there when PyYAML was built: a hundred experiments take a second less.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class ConfigError(PipelineError):
@@ -42,7 +44,7 @@ def check_files(paths: Iterable[str | Path]) -> None:
     faults = []
     for path in dict.fromkeys(map(str, paths)):
         try:
-            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_LOADER)
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             continue
         faults += [f"{path}: line {line}: the key {key!r} stands twice" for key, line in _repeated_keys(root)]

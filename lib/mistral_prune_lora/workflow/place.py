@@ -1,6 +1,7 @@
-"""What was made once, in the folder of each experiment that it belongs to: as hard links, which take no space.
+r"""What was made once, in the folder of each experiment that it belongs to: as hard links, which take no space.
 
-  python -m mistral_prune_lora.workflow.place results/shared/merged/A-0123456789ab results/smollm2/merged/A_merged
+  python -m mistral_prune_lora.workflow.place --made results/shared/ppl/A-0123456789ab.json \
+    --at results/smollm2/ppl/pydoc/merged.A.json
 
 A link holds its file whatever becomes of the other name, so an experiment's folder can be copied, packed or moved. What
 is linked to is one file: to change a weight in place would change it for all; replace the file instead.
@@ -82,15 +83,17 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(
         prog="python -m mistral_prune_lora.workflow.place", description="Link what was made into a folder."
     )
-    p.add_argument("source", type=Path, help="what was made: a directory or a file")
-    p.add_argument("target", type=Path, help="where it is to be found too; what was placed there before is replaced")
+    told = "a file, or all files of a directory, which is then linked with everything in it"
+    p.add_argument("--made", nargs="+", required=True, metavar="FILE", help=f"what was made: {told}")
+    p.add_argument("--at", nargs="+", required=True, metavar="FILE", help="the same under the names that it gets")
     given = p.parse_args(argv)
+    source, target = (Path(os.path.commonpath(files)) for files in (given.made, given.at))
     try:
-        place(given.source, given.target)
+        place(source, target)
     except OSError as error:
         raise PipelineError(
-            f"cannot be linked or copied to {given.target}: {error.strerror}",
-            where=given.source,
+            f"cannot be linked to {target}: {error.strerror}",
+            where=source,
             mend="free the place, and run again",
         ) from None
 
