@@ -19,20 +19,9 @@ def teacher_states_file(wildcards):
     return teacher.file if teacher else []
 
 
-def segment_source(wildcards):
-    source = PLAN.segments[wildcards.made].source
-    return source.activations if source else []
-
-
-def stage_source(wildcards):
-    source = PLAN.scores[wildcards.made].source
-    return source.activations if source else []
-
-
-def compared_with(wildcards):
-    """The dense model's final hidden states where the stage is compared with it."""
-    dense = PLAN.scores[wildcards.made].dense
-    return dense.activations if dense else []
+def activations_of(run):
+    """The hidden states at the end of a run; none where there is no such run."""
+    return run.activations if run else []
 
 
 def compared_model(wildcards):

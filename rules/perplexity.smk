@@ -9,7 +9,7 @@
 
 rule segment:
     input:
-        source=segment_source,
+        source=lambda wildcards: activations_of(PLAN.segments[wildcards.made].source),
         windows=lambda wildcards: depends(PLAN.segments[wildcards.made].windows.source),
         model=lambda wildcards: depends(PLAN.segments[wildcards.made].model),
         weights=lambda wildcards: depends(PLAN.segments[wildcards.made].weights),
@@ -69,12 +69,12 @@ rule dense_perplexity:
 
 rule perplexity:
     input:
-        source=stage_source,
+        source=lambda wildcards: activations_of(PLAN.scores[wildcards.made].source),
         windows=lambda wildcards: depends(PLAN.scores[wildcards.made].windows.source),
         model=lambda wildcards: depends(PLAN.scores[wildcards.made].model),
         weights=lambda wildcards: depends(PLAN.scores[wildcards.made].weights),
         parts=lambda wildcards: depends(*PLAN.scores[wildcards.made].read),
-        teacher=compared_with,
+        teacher=lambda wildcards: activations_of(PLAN.scores[wildcards.made].dense),
         dense=compared_model,
     output:
         result="results/shared/ppl/{made}.json",

@@ -15,13 +15,14 @@ MERGES = [(name, part, e.merge(part).source) for name, e in EXPERIMENTS.items() 
 
 
 RESULTS = once(score.result for *_, score in SCORES)
+WINDOW_SCORES = {score.result: score.window_scores for *_, score in SCORES}
 RECORDS = once(merge for *_, merge in MERGES)
 
 
 rule summary:
     input:
         results=list(RESULTS),
-        windows=[file.replace(".json", ".parquet") for file in RESULTS],
+        windows=[WINDOW_SCORES[file] for file in RESULTS],
         merges=lambda wildcards: depends(*RECORDS),
     output:
         summary=f"results/summary{OF_CONFIG}.csv",
@@ -47,7 +48,7 @@ BASELINES = {name: other for name in EXPERIMENTS if (other := baseline_of(CONFIG
 rule beside:
     input:
         summary=f"results/summary{OF_CONFIG}.csv",
-        windows=[file.replace(".json", ".parquet") for file in RESULTS],
+        windows=[WINDOW_SCORES[file] for file in RESULTS],
     output:
         seeds=f"results/seeds{OF_CONFIG}.csv",
         baseline=f"results/baseline{OF_CONFIG}.csv",

@@ -72,6 +72,15 @@ def test_what_is_doubtful_and_where_the_files_are(tmp_path):
     assert f"{tmp_path}/comparisons.csv" in text and f"{tmp_path}/plots/perplexity.svg" in text
 
 
+def test_beside_another_configuration_s_summary_are_its_own_files(tmp_path):
+    shown(tmp_path, ONE)
+    (tmp_path / "summary.csv").rename(tmp_path / "summary.other.more.csv")
+    for name in ("comparisons.csv", "comparisons.other.more.csv", "baseline.other.more.csv"):
+        (tmp_path / name).touch()
+    text = summary_table(tmp_path / "summary.other.more.csv")
+    assert "comparisons.other.more.csv" in text and "baseline.other.more.csv" in text and "comparisons.csv" not in text
+
+
 def test_what_is_no_summary_is_refused(tmp_path):
     (tmp_path / "summary.csv").write_text("experiment,dataset\n")
     with pytest.raises(DataError, match=r"has no column stage .*summary\.csv"):

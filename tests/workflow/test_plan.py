@@ -8,7 +8,7 @@ import yaml
 from workflow_project import ROOT
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.workflow.artefacts import spans
+from mistral_prune_lora.workflow.artefacts import in_a_name
 from mistral_prune_lora.workflow.configuration import check_config
 from mistral_prune_lora.workflow.content import Content, one_path, short_key
 from mistral_prune_lora.workflow.plan import Plan
@@ -132,4 +132,4 @@ def test_one_path_has_one_spelling(tmp_path, monkeypatch):
 
 def test_keys_and_spans():
     assert short_key({"a": 1, "b": (1, 2)}) == short_key({"b": [1, 2], "a": 1}) != short_key({"a": 2, "b": [1, 2]})
-    assert [spans(layers) for layers in ((), (3,), (3, 4, 5, 9))] == ["none", "3", "3to5_9"]
+    assert [in_a_name(layers) for layers in ((), (3,), (3, 4, 5, 9))] == ["none", "3", "3to5_9"]

@@ -118,12 +118,12 @@ class Layout:
         return Layout(self.num_layers, *(tuple(i for i in part if i not in restored) for part in parts))
 
 
-def spans(layers: Iterable[int]) -> str:
-    """Layer numbers as people write them: "0-20, 29-31"."""
+def spans(layers: Iterable[int], *, to: str = "-", then: str = ", ") -> str:
+    """Layer numbers as people write them: "0-20, 29-31"; or with other signs between them."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][1] + 1:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return then.join(str(a) if a == b else f"{a}{to}{b}" for a, b in runs)

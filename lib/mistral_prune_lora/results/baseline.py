@@ -10,13 +10,12 @@ import pandas as pd
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.results.statistics import paired_difference
-from mistral_prune_lora.results.summary_file import read_summary
+from mistral_prune_lora.results.summary_file import AGAIN, read_summary
 from mistral_prune_lora.storage.plain_file import check_plain
 from mistral_prune_lora.storage.transaction import atomic_file
 
 COLUMNS = ("experiment", "baseline", "dataset", "first", "second", "difference", "low", "high", "ppl_ratio")
 _READ = ("experiment", "dataset", "variant", "stage", "ids_sha256", "weights_sha256", "mean_nll")
-_MEND = "delete it and run again"
 
 Result = tuple[str, str, str, str]  # experiment, dataset, variant, stage
 
@@ -85,12 +84,12 @@ def _is_one_model(first: Mapping, second: Mapping) -> bool:
 
 
 def _nll_per_token(path: Path) -> np.ndarray:
-    check_plain(path, DataError, mend=_MEND)
+    check_plain(path, DataError, mend=AGAIN)
     try:
         table = pd.read_parquet(path, columns=["nll", "tokens"])
         nll = (table.nll / table.tokens).to_numpy(dtype=float)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"cannot be read as the windows of a result: {error}", where=path, mend=_MEND) from None
+        raise DataError(f"cannot be read as the windows of a result: {error}", where=path, mend=AGAIN) from None
     if not np.isfinite(nll).all():
-        raise DataError("the NLL of a window is NaN or infinity", where=path, mend=_MEND)
+        raise DataError("the NLL of a window is NaN or infinity", where=path, mend=AGAIN)
     return nll

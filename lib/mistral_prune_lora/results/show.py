@@ -9,17 +9,17 @@ from pathlib import Path
 import pandas as pd
 
 from mistral_prune_lora.errors import printable, shortened
-from mistral_prune_lora.results.summary_file import read_summary
+from mistral_prune_lora.layout.partition import STAGES
+from mistral_prune_lora.results.summary_file import VARIANTS, read_summary
 
 WIDTH = 100
 _NAMES = ("experiment", "dataset", "stage")
-_STAGES = ("A", "AB", "FULL")
-_VARIANTS = ("dense", "pruned", "merged")
 _GAP = "  "
 _BESIDE = {
-    "comparisons.csv": "differences between results, with intervals",
-    "seeds.csv": "means and standard deviations over seeds",
-    "plots/perplexity.svg": "the figure",
+    "comparisons{}.csv": "differences between results, with intervals",
+    "seeds{}.csv": "means and standard deviations over seeds",
+    "baseline{}.csv": "differences to the baseline",
+    "plots/perplexity{}.svg": "the figure",
 }
 
 
@@ -49,14 +49,16 @@ def summary_table(summary_csv: str | Path) -> str:
     if doubtful:
         lines += ["", f"{doubtful} of {len(table)} results are doubtful: see the column warnings"]
     lines += ["", f"{path}  every number"]
-    lines += [f"{path.parent / name}  {what}" for name, what in _BESIDE.items() if (path.parent / name).is_file()]
+    # Of another configuration than config.yaml, all bear its name: summary.mistral-7b.csv.
+    beside = {path.parent / name.format(path.stem.removeprefix("summary")): what for name, what in _BESIDE.items()}
+    lines += [f"{file}  {what}" for file, what in beside.items() if file.is_file()]
     return "\n".join(lines) + "\n"
 
 
 def _columns(table: pd.DataFrame) -> list[tuple[str, str]]:
     """(variant, what is shown of it); KL only where there is one."""
     found = []
-    for variant in _VARIANTS:
+    for variant in VARIANTS:
         rows = table[table.variant == variant]
         if len(rows):
             found.append((variant, "ppl"))
@@ -68,7 +70,7 @@ def _columns(table: pd.DataFrame) -> list[tuple[str, str]]:
 def _order(rows: Sequence[Mapping]):
     """A sort key: experiments and datasets as they come, then the stages."""
     places = {(row["experiment"], row["dataset"]): place for place, row in reversed(list(enumerate(rows)))}
-    return lambda key: (places[key[:2]], _STAGES.index(key[2]) if key[2] in _STAGES else len(_STAGES))
+    return lambda key: (places[key[:2]], STAGES.index(key[2]) if key[2] in STAGES else len(STAGES))
 
 
 def _cell(row: Mapping | None, what: str) -> str:

@@ -13,12 +13,11 @@ import pandas as pd
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
 from mistral_prune_lora.results.statistics import compare_stages
+from mistral_prune_lora.results.summary_file import AGAIN, VARIANTS
 from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import check_plain
 from mistral_prune_lora.storage.transaction import atomic_file
 
-_AGAIN = "delete it and run again"
-VARIANTS = ("dense", "pruned", "merged")
 COLUMNS = (
     "experiment", "dataset", "variant", "stage", "label", "active_layers", "parameters", "ppl", "mean_nll", "tokens",
     "windows", "seqlen", "dtype", "ppl_se", "mean_nll_se", "bits_per_byte", "top1_accuracy", "kl_dense", "kl_dense_se",
@@ -72,7 +71,7 @@ def write_summary(
             read[named.path] = _read(Path(named.path))
         record = dict(read[named.path])
         if record["stage"] != named.stage:
-            raise DataError(f"is of stage {record['stage']}, not {named.stage}", where=named.path, mend=_AGAIN)
+            raise DataError(f"is of stage {record['stage']}, not {named.stage}", where=named.path, mend=AGAIN)
         record |= {"experiment": named.experiment, "dataset": named.dataset, "variant": named.variant}
         if named.variant == "merged":
             record["adapter_tensors_out_of_scope"] = _out_of_scope(merges or {}, record)
@@ -130,8 +129,8 @@ def _name(record: Mapping) -> str:
 
 def _read(path: Path) -> dict:
     """A result with its warnings as one text, and `nll_per_token`, the mean NLL of each of its windows."""
-    record = read_json(path, DataError, mend=_AGAIN)
-    check_plain(path.with_suffix(".parquet"), DataError, mend=_AGAIN)
+    record = read_json(path, DataError, mend=AGAIN)
+    check_plain(path.with_suffix(".parquet"), DataError, mend=AGAIN)
     try:
         table = pd.read_parquet(path.with_suffix(".parquet"))
         fault = _fault(record, table)
@@ -141,9 +140,9 @@ def _read(path: Path) -> dict:
             "nll_per_token": (table.nll / table.tokens).to_numpy(),
         }
     except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-        raise DataError(f"cannot be read as a result: {error}", where=path, mend=_AGAIN) from None
+        raise DataError(f"cannot be read as a result: {error}", where=path, mend=AGAIN) from None
     if fault:
-        raise DataError(fault, where=path, mend=_AGAIN)
+        raise DataError(fault, where=path, mend=AGAIN)
     return read
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.storage.plain_file import check_plain
 
-_MEND = "delete it and run again"
+AGAIN = "delete it and run again"  # what mends a file of results
+VARIANTS = ("dense", "pruned", "merged")
 _WORDS = (
     "experiment", "dataset", "variant", "stage", "label", "dtype", "device", "ids_sha256", "weights_sha256", "warnings",
 )  # fmt: skip
@@ -26,15 +27,15 @@ def read_summary(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
     Raises:
         DataError: it cannot be read, or lacks a column.
     """
-    check_plain(path, DataError, mend=_MEND)
+    check_plain(path, DataError, mend=AGAIN)
     try:
         # As text first: an experiment called 1 or null has that name.
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         for name in table.columns.difference(list(_WORDS), sort=False):
             table[name] = pd.to_numeric(table[name].replace("", None)).astype(float)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read as a summary: {error}", where=path, mend=_MEND) from None
+        raise DataError(f"cannot be read as a summary: {error}", where=path, mend=AGAIN) from None
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise DataError(f"has no column {missing[0]}", where=path, mend=_MEND)
+        raise DataError(f"has no column {missing[0]}", where=path, mend=AGAIN)
     return table

