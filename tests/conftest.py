@@ -136,6 +136,6 @@ def first_run(assets: Path, tmp_path_factory) -> tuple[Project, dict[str, int]]:
 @pytest.fixture
 def finished(first_run, tmp_path: Path) -> Project:
     """A copy of a project after its first run; files keep their times, so snakemake finds nothing to do."""
-    # With its hard links, which shutil.copytree would make files of their own.
+    # With its links, which shutil.copytree would make files of their own.
     subprocess.run(["cp", "-a", first_run[0].folder, tmp_path / "project"], check=True)
     return Project(tmp_path / "project", configuration())

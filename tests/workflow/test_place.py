@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -34,10 +35,26 @@ def test_a_directory_is_linked_and_follows_its_source(made, tmp_path):
     assert (target / "notes of mine").read_text() == "mine" and (made / "below/template").exists()
 
 
-def test_without_hard_links_there_are_symbolic_ones(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("none here")))
-    place(made / "model", tmp_path / "results/x/model")
-    assert (tmp_path / "results/x/model").is_symlink() and (tmp_path / "results/x/model").read_text() == "one"
+def test_a_link_gets_a_time_of_its_own(made, tmp_path):
+    """Snakemake touches every output after a job, and must not touch the input with it."""
+    placed = tmp_path / "results/x/model"
+    os.utime(made / "model", (1e9, 1e9))
+    place(made / "model", placed)
+    os.utime(placed, follow_symlinks=False)
+    assert (made / "model").stat().st_mtime == 1e9 < placed.lstat().st_mtime and placed.read_text() == "one"
+    shutil.move(tmp_path / "results", tmp_path / "moved")
+    assert (tmp_path / "moved/x/model").read_text() == "one"
+
+
+def test_what_lay_there_is_replaced_and_what_it_was_linked_to_is_not(made, tmp_path):
+    placed = tmp_path / "results/x/model"
+    place(made / "model", placed)
+    place(made / "below/template", placed)
+    assert placed.read_text() == "two" and (made / "model").read_text() == "one"
+    placed.unlink()
+    os.link(made / "model", placed)
+    place(made / "model", placed)
+    assert placed.is_symlink() and not (made / "model").is_symlink()
 
 
 def test_a_note_cannot_lead_out_of_the_directory(made, tmp_path):

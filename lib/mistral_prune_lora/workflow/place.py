@@ -1,10 +1,12 @@
-r"""What was made once, in the folder of each experiment that it belongs to: as hard links, which take no space.
+r"""What was made once, in the folder of each experiment that it belongs to: as symbolic links.
 
   python -m mistral_prune_lora.workflow.place --made results/shared/ppl/A-0123456789ab.json \
     --at results/smollm2/ppl/pydoc/merged.A.json
 
-A link holds its file whatever becomes of the other name, so an experiment's folder can be copied, packed or moved. What
-is linked to is one file: to change a weight in place would change it for all; replace the file instead.
+Relative ones, so that `results` can be moved as a whole; who takes an experiment's folder elsewhere has links followed
+(`cp -rL`, `rsync -L`, `tar -h`). Never hard links: Snakemake gives each output of a job a new time, which would be that
+of the job's input too, and input that is newer than output is an error to it. What is linked to is one file: to change
+a weight in place would change it for all; replace the file instead.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def place(source: Path, target: Path) -> None:
         target: where it is to be found; a directory gets NOTE, which names the source and what was placed.
 
     Raises:
-        OSError: a file cannot be linked or copied.
+        OSError: a file cannot be linked.
     """
     if source.is_file():
         _link(source, target)
@@ -63,17 +65,11 @@ def _placed(note: Path) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Put a file under another name; a symbolic link where the file system has no hard ones."""
+    """Let a name lead to a file; whatever had it before is replaced in one step."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        if target.samefile(source):
-            return
     beside = target.with_name(f".{target.name}.placing")
     beside.unlink(missing_ok=True)
-    try:
-        os.link(source, beside)
-    except OSError:
-        beside.symlink_to(os.path.relpath(source, target.parent))
+    beside.symlink_to(os.path.relpath(source, target.parent))
     beside.replace(target)
 
 
