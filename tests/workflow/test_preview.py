@@ -1,8 +1,8 @@
 """What is said before anything runs: sizes that come true, equal work once, what is wrong at the end."""
 
 import copy
-import shutil
 import re
+import shutil
 from pathlib import Path
 
 import pytest
