@@ -84,8 +84,9 @@ class Scoring:
 
         Raises:
             PipelineError: another process holds the journal, or a file cannot be written.
-            DataError, CheckpointError: the dense model's answers are not to these windows.
+            DataError, CheckpointError: the dense model's answers are not to these windows; these are no running text.
         """
+        passage.windows.check_running_text("perplexity")
         self.place, self.words, self._passage, self._dense = place, words, passage, dense
         self.record = run.with_head(passage.model)
         self._taught = None
