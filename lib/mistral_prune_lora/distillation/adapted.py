@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -57,7 +58,7 @@ class AdaptedStudent:
         torch.manual_seed(settings.seed)
         self.model: PeftModel = with_adapter(model, layers, settings.lora)
         if settings.gradient_checkpointing:
-            # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
+            # Reentrant checkpointing would need inputs that require gradients: a backward pass below the adapter.
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._whole, watched = model, settings.loss.hidden
@@ -126,6 +127,6 @@ def _matching(patterns: Sequence[str], known: Sequence[str], where: str) -> list
     return list(found)
 
 
-def _spread(values: dict | object, known: Sequence[str], where: str) -> dict:
+def _spread(values: Mapping[str, Any], known: Sequence[str], where: str) -> dict[str, Any]:
     """Values by pattern as values by module; of two patterns for one module the later one counts."""
-    return {name: value for pattern, value in dict(values).items() for name in _matching([pattern], known, where)}  # type: ignore[call-overload]
+    return {name: value for pattern, value in values.items() for name in _matching([pattern], known, where)}

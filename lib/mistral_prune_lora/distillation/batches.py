@@ -1,8 +1,8 @@
-"""Batches of training windows, with all that a step needs of them on the device; the next one comes while one computes."""
+"""Batches of training windows with all that a step needs of them; the next one comes while one computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -80,9 +80,9 @@ class Shelf:
             *(self._states(file, rows) for file in (self.entering, self.taught, self.taught_layer)),
         )
 
-    def ahead(self, batches: Iterator[Sequence[int]] | Sequence[Sequence[int]]) -> Iterator[Batch]:
+    def ahead(self, batches: Iterable[Sequence[int]]) -> Generator[Batch, None, None]:
         """Batches one after the other; the next one is read while the caller computes."""
-        return read_ahead(self.read, batches)
+        return _read_ahead(self.read, batches)
 
     def _states(self, file: ActivationReader | None, rows: list[int]) -> torch.Tensor | None:
         return None if file is None else self._moved(torch.cat([file.read(row, row + 1) for row in rows]))
@@ -94,7 +94,9 @@ class Shelf:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-def read_ahead(read: Callable[[Sequence[int]], Batch], batches) -> Iterator[Batch]:
+def _read_ahead(
+    read: Callable[[Sequence[int]], Batch], batches: Iterable[Sequence[int]]
+) -> Generator[Batch, None, None]:
     """What `read` makes of each of some batches, one ahead of the caller."""
     with ThreadPoolExecutor(1) as reader:
         waiting = None

@@ -18,8 +18,8 @@ tags:
 
 # LoRA adapter of part {part}
 
-Trained by {package} {version} for layers {layers} (original indices) of a model that was cut into a fast-starting part A
-and the restorable bundles B and C.
+Trained by {package} {version} for layers {layers} (original indices) of a model that was cut into a fast-starting
+part A and the restorable bundles B and C.
 
 """
 
@@ -35,7 +35,11 @@ def model_card(about: Mapping, held_out: Sequence[Mapping] = ()) -> str:
     versions = dict(about["versions"])
     package, version = next(iter(versions.items()))
     text = _HEADER.format(
-        base=about["student"]["dir"], part=about["stage"], package=package, version=version, layers=spans(about["layers"])
+        base=about["student"]["dir"],
+        part=about["stage"],
+        package=package,
+        version=version,
+        layers=spans(about["layers"]),
     )
     windows = about["windows"]
     batch = f"{optimiser['batch_size']} x {optimiser['gradient_accumulation']}"
@@ -73,7 +77,9 @@ def loss_words(loss: Mapping, taught: bool) -> str:
         "forward_kl": "KL(teacher || student)", "reverse_kl": "KL(student || teacher)", "js": "JS(teacher, student)",
     }  # fmt: skip
     alpha, t = loss["kd_alpha"], loss["temperature"]
-    pieces = [f"{'' if alpha == 1 else f'{alpha:g} '}{'' if t == 1 else 'T^2 '}{words[loss['kd_loss']]}"] if alpha else []
+    pieces = (
+        [f"{'' if alpha == 1 else f'{alpha:g} '}{'' if t == 1 else 'T^2 '}{words[loss['kd_loss']]}"] if alpha else []
+    )
     pieces += [f"{1 - alpha:g} cross-entropy"] if alpha < 1 else []
     if loss["hidden"]:
         hidden = loss["hidden"]

@@ -31,17 +31,25 @@ class Logger(Protocol):
 class Table:
     """Rows of numbers that are in a file as soon as they are known, as CSV."""
 
-    def __init__(self, path: Path, columns: Sequence[str], rows: torch.Tensor | None = None) -> None:
-        """Begin the file, with the rows of a run that is gone on with, if any: float64, shape (rows, columns)."""
+    def __init__(self, path: Path | None, columns: Sequence[str], rows: torch.Tensor | None = None) -> None:
+        """Begin the file.
+
+        Args:
+            path: the file; None keeps the rows in memory alone.
+            columns: their names.
+            rows: those of a run that is gone on with, float64, shape (rows, columns).
+        """
         self.path, self.columns = path, tuple(columns)
         self.rows: list[tuple[float, ...]] = [] if rows is None else [tuple(row) for row in rows.tolist()]
-        path.write_text(self.text(), encoding="utf-8")
+        if path:
+            path.write_text(self.text(), encoding="utf-8")
 
     def add(self, row: Sequence[float]) -> None:
         """Append a row."""
         self.rows.append(tuple(row))
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(self._shown(row)))
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line(self._shown(row)))
 
     def text(self) -> str:
         """The whole table as CSV. What is not known, such as a divergence without a teacher, is an empty cell."""

@@ -1,7 +1,7 @@
 """The training loop: updates one after the other, each a function of the state before it and of its number.
 
-So a run that was killed and goes on from a saved state ends with the bytes of one that was not: the windows of an update
-follow from the seed and its number, dropout is seeded anew for each, and everything else is in the state.
+So a run that was killed and goes on from a saved state ends with the bytes of one that was not: the windows of an
+update follow from the seed and its number, dropout is seeded anew for each, and everything else is in the state.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from mistral_prune_lora.errors import NumberError
 from mistral_prune_lora.storage.finite import all_finite
 
 _CALMER = (
-    "use a smaller learning rate or more warm-up, bf16 or fp32 instead of fp16, or skip_spikes; nothing was written, and"
-    " the last saved state is kept"
+    "use a smaller learning rate or more warm-up, bf16 or fp32 instead of fp16, or skip_spikes; nothing was written,"
+    " and the last saved state is kept"
 )
 _SPIKE_HISTORY = 20  # updates that a loss is held against
 
@@ -133,7 +133,10 @@ class Loop:
         mine, chosen = itertools.tee(itertools.islice(updates, self.step, total))
         batches = self._shelf.ahead(batch for update in mine for batch in self._ranks.share(update))
         self._student.model.train()
-        with progress(total=total, description="train", unit="step", initial=self.step) as bar, _asked_to_end() as asked:
+        with (
+            progress(total=total, description="train", unit="step", initial=self.step) as bar,
+            _asked_to_end() as asked,
+        ):
             if self.step == 0:
                 self._look()
             for update in chosen:
@@ -146,7 +149,7 @@ class Loop:
                     _end(asked, self.step)
                 if last:
                     break
-                if self.step % self._watch.save_steps == 0:
+                if self._watch.save_steps and self.step % self._watch.save_steps == 0:
                     self._save()
             batches.close()
         self._finish()
@@ -188,7 +191,9 @@ class Loop:
         roots, gradients = [final], [gradient.div_(total)]
         if watched is not None and taught_layer is not None and self._settings.loss.hidden:
             weight = self._settings.loss.hidden.weight
-            near = functional.cosine_similarity(batch.scored(watched).float(), batch.scored(taught_layer).float(), dim=-1)
+            near = functional.cosine_similarity(
+                batch.scored(watched).float(), batch.scored(taught_layer).float(), dim=-1
+            )
             away = (1 - near).sum()
             sums[0] += weight * away.detach()
             roots.append(away)
@@ -283,8 +288,10 @@ class Loop:
             for name, value in self._updater.state[parameter].items():
                 tensors[f"{name}.{number}"] = value
         tensors |= {f"best.{number}": weight for number, weight in enumerate(self._best.weights)}
-        facts = {"best_step": self._best.step, "stale": self._best.stale, "skipped": self.outcome.skipped}
-        facts["best_rank"] = None if math.isinf(self._best.rank) else self._best.rank
+        best = None if math.isinf(self._best.rank) else self._best.rank
+        facts = {
+            "best_rank": best, "best_step": self._best.step, "stale": self._best.stale, "skipped": self.outcome.skipped,
+        }  # fmt: skip
         return State(self.step, tensors, facts)
 
     def restore(self, state: State) -> None:
@@ -298,7 +305,9 @@ class Loop:
                 if f"exp_avg.{number}" in state.tensors:
                     moments = {name: state.tensors[f"{name}.{number}"].to(place) for name, place in kept.items()}
                     self._updater.state[parameter] = moments
-        weights = [state.tensors[f"best.{n}"] for n in range(len(self._student.trained)) if f"best.{n}" in state.tensors]
+        weights = [
+            state.tensors[f"best.{n}"] for n in range(len(self._student.trained)) if f"best.{n}" in state.tensors
+        ]
         rank = math.inf if facts["best_rank"] is None else facts["best_rank"]
         self._best = _Best(rank, facts["best_step"], facts["stale"], weights)
         self.outcome.skipped = facts["skipped"]
@@ -329,5 +338,8 @@ def _asked_to_end() -> Iterator[list[int]]:
 
 def _end(asked: list[int], step: int) -> None:
     number = asked[0] if asked else int(signal.SIGTERM)
-    print(f"ended by {signal.Signals(number).name} after step {step}: the same command goes on from there", file=sys.stderr)
+    print(
+        f"ended by {signal.Signals(number).name} after step {step}: the same command goes on from there",
+        file=sys.stderr,
+    )
     raise SystemExit(128 + number)

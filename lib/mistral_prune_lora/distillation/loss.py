@@ -139,9 +139,9 @@ def _rows_loss(
     return torch.cat([loss, divergence, ce], dim=1).double().sum(0)
 
 
-# Each takes the student's logits z less their maximum, the teacher's q, the student's s = softmax(z / T) and the logarithm
-# of its normaliser, T, and a buffer. It returns the divergence, shape (rows, 1), and leaves in q the gradient of
-# T^2 divergence by z. In a sum over the vocabulary a probability that has underflowed to 0 counts as 0.
+# Each takes the student's logits z less their maximum, the teacher's q, the student's s = softmax(z / T) and the
+# logarithm of its normaliser, T, and a buffer. It returns the divergence, shape (rows, 1), and leaves in q the gradient
+# of T^2 divergence by z. In a sum over the vocabulary a probability that has underflowed to 0 counts as 0.
 
 
 def _forward_kl(z, q, s, log_normaliser, t, p) -> torch.Tensor:

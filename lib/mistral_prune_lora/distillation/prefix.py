@@ -1,8 +1,8 @@
 """The frozen prefix: what enters the first adapted layer, computed once for all passes over the windows.
 
-Layers below the first adapted one give the same hidden states for a window at every pass: nothing in them is trained, and
-dropout is in adapters alone. So they run once, streamed, and their boundary activations are kept. What enters C's first
-layer is what enters B's, run on through the layers between.
+Layers below the first adapted one give the same hidden states for a window at every pass: nothing in them is trained,
+and dropout is in adapters alone. So they run once, streamed, and their boundary activations are kept. What enters C's
+first layer is what enters B's, run on through the layers between.
 """
 
 from __future__ import annotations

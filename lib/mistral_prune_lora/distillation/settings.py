@@ -177,6 +177,8 @@ class TrainingSettings:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         skip_spikes: leave an update out whose loss is above so many times the median of the last 20; None never does.
 
+        teacher_4bit: quantise the teacher, which runs along on a GPU, to four bits.
+
     Raises:
         PipelineError: a value that cannot be; names the field.
     """
@@ -189,6 +191,7 @@ class TrainingSettings:
     seed: int = 0
     gradient_checkpointing: bool = False
     skip_spikes: float | None = None
+    teacher_4bit: bool = False
 
     def __post_init__(self) -> None:
         if self.adapt_layers is not None:
@@ -198,12 +201,35 @@ class TrainingSettings:
             _number("skip_spikes", self.skip_spikes, above=1)
 
 
+def training_settings(given: Mapping) -> TrainingSettings:
+    """Settings out of plain mappings, such as a configuration's; what is left out takes its default.
+
+    Raises:
+        PipelineError: a value that cannot be; names the field.
+    """
+    plain = ("adapt_layers", "seed", "gradient_checkpointing", "skip_spikes", "teacher_4bit")
+    known = {name: given[name] for name in plain if name in given}
+    if known.get("adapt_layers") is not None:
+        known["adapt_layers"] = tuple(known["adapt_layers"])
+    loss = dict(given.get("loss", {}))
+    if loss.get("hidden") is not None:
+        loss["hidden"] = HiddenLoss(**loss["hidden"])
+    lora = dict(given.get("lora", {}))
+    if "target_modules" in lora:
+        lora["target_modules"] = tuple(lora["target_modules"])
+    optimiser, held_out = given.get("optimiser", {}), given.get("held_out") or {}
+    return TrainingSettings(
+        LoraSettings(**lora), LossSettings(**loss), OptimiserSettings(**optimiser), HeldOutSettings(**held_out), **known
+    )
+
+
 @dataclass(frozen=True)
 class Running:
     """How a training runs; nothing of what comes out depends on it.
 
     Attributes:
-        save_steps: updates between two saved states, from which a killed run goes on.
+        save_steps: updates between two saved states, from which a killed run goes on; 0 saves one only when the process
+            is asked to end.
         loggers: what else is told of every update: "tensorboard", "trackio".
 
     Raises:
@@ -214,7 +240,7 @@ class Running:
     loggers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _whole("save_steps", self.save_steps, 1)
+        _whole("save_steps", self.save_steps, 0)
         for name in self.loggers:
             if name not in LOGGERS:
                 raise PipelineError(f"loggers names {name!r}", mend=f"use some of {', '.join(LOGGERS)}")

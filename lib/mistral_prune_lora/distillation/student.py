@@ -10,16 +10,8 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.errors import CheckpointError, LayoutError
-from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.streaming.compute import LayerSource
-
-# What is trained: one part's layers, or, for comparison, those of all parts of a stage together.
-JOINT = {"AB": "AB", "FULL": "ABC"}
-
-
-def parts_of(trained: str) -> str:
-    """The parts whose layers are adapted: "A", "B" or "C" itself, "AB" or "ABC" for a stage trained as a whole."""
-    return JOINT.get(trained, trained)
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Student:
 
     def layers_by_part(self, trained: str) -> dict[str, tuple[int, ...]]:
         """As `layers`, apart."""
-        parts = parts_of(trained)
+        parts = PARTS_OF_STAGE.get(trained, trained)
         layout = self._layout(parts[-1])
         layers = {part: layout.layers_of(part) for part in parts}
         if empty := [part for part, held in layers.items() if not held]:
@@ -117,5 +109,3 @@ class Student:
                     "C": "give the merged bundle B and bundle C for part C",
                 }[part],
             )
-
-

@@ -12,6 +12,7 @@ from mistral_prune_lora.distillation.batches import Batch
 from mistral_prune_lora.distillation.teacher_record import open_teacher_states, teacher_record
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.models.config import head_name
+from mistral_prune_lora.models.four_bits import load_in_four_bits
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.text.windows import Windows
 
@@ -49,6 +50,7 @@ class Teacher:
         dtype: torch.dtype,
         device: torch.device | str,
         watched: int | None = None,
+        four_bit: bool = False,
     ) -> None:
         """Open its states, or load it.
 
@@ -57,17 +59,20 @@ class Teacher:
             windows: the training windows.
             dtype, device: of its weights.
             watched: a layer whose hidden states are asked for, too.
+            four_bit: quantise it as it is loaded; it runs along then.
 
         Raises:
             DataError: the states belong to other windows or another teacher, or are of another dtype; those of the
                 watched layer are not given.
             CheckpointError: weights are missing or do not fit.
+            DeviceError: it cannot be quantised here.
         """
         record, self._watched = teacher_record(windows, files.model_dir), watched
         self.digests = record["teacher"]
         self.states = self.layer_states = None
         if files.states is None:
-            self._model = load_model(files.model_dir, dtype=dtype, device=device).requires_grad_(False)
+            load = load_in_four_bits if four_bit else load_model
+            self._model = load(files.model_dir, dtype=dtype, device=device).requires_grad_(False)
             self.head = self._model.lm_head.weight
             if watched is not None and watched >= len(self._model.model.layers):
                 raise DataError(f"has no layer {watched}", where="hidden.teacher_layer", mend="name one of its layers")

@@ -2,91 +2,40 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel
 
 from mistral_prune_lora.checkpoints.pruning_identity import read_identity
-from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX
 from mistral_prune_lora.distillation.adapted import AdaptedStudent
-from mistral_prune_lora.distillation.batches import Shelf
-from mistral_prune_lora.distillation.card import model_card
-from mistral_prune_lora.distillation.curve import COLUMNS, HELD_OUT_COLUMNS, Table, open_loggers
+from mistral_prune_lora.distillation.curve import COLUMNS, HELD_OUT_COLUMNS, Logger, Table, open_loggers
 from mistral_prune_lora.distillation.held_out import HeldOut, check_disjoint
 from mistral_prune_lora.distillation.loop import Loop, Outcome, Watch
-from mistral_prune_lora.distillation.prefix import open_prefix, prefix_sources, prefix_states
+from mistral_prune_lora.distillation.prepare import Preparation, TrainingData, predictions
 from mistral_prune_lora.distillation.ranks import Ranks, local_device, started
 from mistral_prune_lora.distillation.schedule import passes_over
 from mistral_prune_lora.distillation.settings import Running, TrainingSettings
-from mistral_prune_lora.distillation.student import Student, parts_of
-from mistral_prune_lora.distillation.teacher import Teacher, TeacherFiles
+from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.teacher_record import weight_digests
-from mistral_prune_lora.distillation.unfinished import (
-    CURVE,
-    HELD_OUT,
-    HELD_OUT_PREFIX,
-    PREFIX,
-    Unfinished,
-    unfinished,
-)
+from mistral_prune_lora.distillation.unfinished import CURVE, HELD_OUT, Unfinished
+from mistral_prune_lora.distillation.written import RECORD, write_adapter
 from mistral_prune_lora.errors import DataError, LayoutError, PipelineError
-from mistral_prune_lora.provenance import PACKAGE, other_files_sha256, versions
-from mistral_prune_lora.storage.activations import ActivationReader
+from mistral_prune_lora.provenance import PACKAGE, versions
 from mistral_prune_lora.storage.dtypes import torch_name
-from mistral_prune_lora.storage.json_file import read_json, write_json
-from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files
+from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.space import reserved_space
 from mistral_prune_lora.storage.transaction import atomic_directory
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.doubts import warn_of
 from mistral_prune_lora.text.windows import Windows
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "training.csv", "training.json")
 _SMALL_FILES = 4 << 20  # room for configuration, card and curve beside the weights
-_PREFIX_BATCH = 4  # windows that go through a frozen layer together
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Windows, and what is stored of them.
-
-    Attributes:
-        windows: the token ids.
-        teacher_states, layer_states: the teacher's final hidden states, and those of the watched layer, in files; None
-            runs the teacher along.
-        prefix_states: what enters the first adapted layer, in a file. None computes it where it is needed: kept beside
-            the adapter where windows come again, else as part of each step.
-    """
-
-    windows: Windows
-    teacher_states: str | Path | None = None
-    layer_states: str | Path | None = None
-    prefix_states: str | Path | None = None
-
-    @property
-    def files(self) -> tuple[str | Path | None, ...]:
-        """All of them."""
-        return self.teacher_states, self.layer_states, self.prefix_states
-
-
-def _recorded(content: dict) -> set[str] | None:
-    """The files of an adapter that was trained here by its record; None if it is no such record."""
-    # A record that was written before records named their command is told by all that it holds.
-    shape = {"stage", "layers", "student", "teacher", "windows", "settings", "versions"}
-    if "command" not in content:
-        return set(_ADAPTER_FILES) if shape <= content.keys() else None
-    ours = content["command"] == "train" and isinstance(content.get("files"), list)
-    return {str(name) for name in content["files"]} if ours else None
-
-
-RECORD = Record("training.json", "training", _recorded)
+FROZEN_BATCH = 4  # windows that go through a frozen layer together
 
 
 def train_adapter(
@@ -137,14 +86,16 @@ def train_adapter(
     read = [student.model_dir, *student.bundles, teacher_dir, *data.files, *(held_out.files if held_out else ())]
     check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     with started(compute.device) as ranks:
+        beside = Unfinished(output_dir, job.record(ranks))
         if not ranks.first:
-            job.train(ranks, None)
+            ranks.wait()
+            job.train(ranks, beside, None)
             return
         doubts = warn_of(student.checkpoint(), data.windows)
         # Entered before the training, which would be lost if its result could not be written.
-        with atomic_directory(output_dir, check=check) as fresh, unfinished(output_dir, job.record(ranks)) as beside:
-            adapted, outcome, tables = job.train(ranks, beside, fresh)
-            job.write(fresh, adapted, outcome, tables, doubts, ranks)
+        with atomic_directory(output_dir, check=check) as fresh, beside.held():
+            ranks.wait()
+            job.train(ranks, beside, fresh, doubts)
         beside.remove()
 
 
@@ -162,6 +113,11 @@ class _Job:
     running: Running
     output_dir: Path
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that get an adapter."""
+        return self.student.adapted_layers(self.part, self.settings.adapt_layers)
+
     def check(self) -> None:
         """Raise what `train_adapter` raises for inputs that contradict each other."""
         loss, watched = self.settings.loss, self.settings.loss.hidden
@@ -172,24 +128,18 @@ class _Job:
         layers, active = self.layers, {source.index for source in self.student.sources()}
         if watched and (watched.student_layer not in active or watched.student_layer < min(layers)):
             raise LayoutError(
-                f"layer {watched.student_layer} is none that the student trains or runs behind layer {min(layers)}",
+                f"layer {watched.student_layer} is none that the student runs at or behind layer {min(layers)}",
                 where="hidden.student_layer",
                 mend="name an active layer at or above the first adapted one",
             )
-        for data in filter(None, (self.data, self.held_out)):
-            windows = data.windows
-            empty = [] if windows.scored is None else (~windows.scored[:, 1:].any(1)).nonzero().flatten().tolist()
+        for windows in (each.windows for each in (self.data, self.held_out) if each):
+            empty = (predictions(windows) == 0).nonzero().flatten().tolist()
             if empty:
                 raise DataError(
                     f"nothing is scored in window {empty[0]}", where=windows.identity.source, mend="leave it out"
                 )
         if self.held_out:
             check_disjoint(self.data.windows, self.held_out.windows)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers that get an adapter."""
-        return self.student.adapted_layers(self.part, self.settings.adapt_layers)
 
     def record(self, ranks: Ranks) -> dict:
         """Everything that the adapter's bytes depend on, but for what only moves roundings."""
@@ -207,26 +157,95 @@ class _Job:
             "versions": versions(PACKAGE, "torch", "transformers", "peft"),
         }
 
-    def train(
-        self, ranks: Ranks, beside: Unfinished | None, fresh: Path | None = None
-    ) -> tuple[AdaptedStudent, Outcome, list[Table]]:
-        """Train to the end; only the first process is given a place to write."""
-        device = local_device(self.compute.device)
-        compute = Compute(device, self.compute.dtype, _PREFIX_BATCH, self.compute.max_memory)
-        shelves = [self._shelf(self.data, PREFIX, compute, ranks)]
-        if self.held_out:
-            shelves.append(self._shelf(self.held_out, HELD_OUT_PREFIX, compute, ranks))
-        stored = all(shelf.entering for shelf in shelves)
-        adapted = AdaptedStudent(self.student, self.layers, self.settings, compute, with_prefix=not stored)
-        teachers = [self._teacher(data, device) for data in filter(None, (self.data, self.held_out))]
-        shelves = [_with_answers(shelf, each) for shelf, each in zip(shelves, teachers, strict=True)]
-        held_out = HeldOut(shelves[1], teachers[1], ranks) if self.held_out else None
-        state = beside.load() if beside else None
-        folder = beside.path if beside else None
-        with _tables(folder, state) as tables, self._loggers(beside) as loggers:
-            save = beside.save if beside else None
-            watch = Watch(*tables, loggers=loggers, save=save, save_steps=self.running.save_steps)
-            loop = Loop(adapted, teachers[0], shelves[0], held_out, self.settings, watch, ranks)
-            _go_on(loop, state, ranks)
-            with reserved_space(fresh, _adapter_bytes(adapted.model), where=self.output_dir) if fresh else _nothing():
-                return adapted, loop.run(), tables
+    def train(self, ranks: Ranks, beside: Unfinished, fresh: Path | None, doubts: list[str] | None = None) -> None:
+        """Train to the end; the first process writes the result into a fresh directory."""
+        device, layers, settings = local_device(self.compute.device), self.layers, self.settings
+        compute = Compute(device, self.compute.dtype, FROZEN_BATCH, self.compute.max_memory)
+        hidden = settings.loss.hidden
+        watched = hidden.teacher_layer if hidden else None
+        four_bit = settings.teacher_4bit
+        prepare = Preparation(self.student, layers, self.teacher_dir, watched, four_bit, compute, ranks, beside)
+        passes = passes_over(len(self.data.windows), settings.optimiser, ranks.world)
+        training, *others = prepare.read(self.data, self.held_out, passes)
+        adapted = AdaptedStudent(self.student, layers, settings, compute, with_prefix=training.shelf.entering is None)
+        held_out = HeldOut(others[0].shelf, others[0].teacher, ranks) if others else None
+        if held_out and others[0].teacher:
+            others[0].teacher.same_head(adapted.head)
+        state = beside.load(quiet=not ranks.first)
+        ranks.wait()  # nobody writes there before everybody has read
+        rows = state.tensors if state else {}
+        curve = Table(beside.file(CURVE) if fresh else None, COLUMNS, rows.get("curve"))
+        looks = Table(beside.file(HELD_OUT) if fresh else None, HELD_OUT_COLUMNS, rows.get("held_out"))
+        room = reserved_space(fresh, _adapter_bytes(adapted.model), where=self.output_dir) if fresh else nullcontext()
+        with room, self._loggers(fresh is not None) as loggers:
+            watch = Watch(curve, looks, loggers, beside.save if fresh else None, self.running.save_steps)
+            loop = Loop(adapted, training.teacher, training.shelf, held_out, settings, watch, ranks)
+            if state:
+                loop.restore(state)
+                if fresh:
+                    print(f"goes on after step {loop.step} of {settings.optimiser.steps} ({beside.path})", flush=True)
+            outcome = loop.run()
+        if fresh:
+            by_part = self._layers_by_part()
+            write_adapter(fresh, adapted.model, by_part, self._about(outcome, doubts or [], ranks), curve, looks)
+
+    def _layers_by_part(self) -> dict[str, list[int]]:
+        adapted, parts = set(self.layers), self.student.layers_by_part(self.part)
+        return {part: [layer for layer in layers if layer in adapted] for part, layers in parts.items()}
+
+    def _about(self, outcome: Outcome, doubts: list[str], ranks: Ranks) -> dict:
+        """The record of the training, but for its files."""
+        student, record = self.student, self.record(ranks)
+        folders = [os.fspath(folder) for folder in (student.model_dir, *student.bundles)]
+        settings = dict(record["settings"])
+        held_out = None if self.held_out is None else self.held_out.windows.identity.content()
+        teacher = None if self.teacher_dir is None else os.fspath(self.teacher_dir)
+        return {
+            "command": "train",
+            "stage": self.part,
+            "layers": record["layers"],
+            "student": {"dir": folders[0], "weights": record["student"][0]},
+            "bundles": dict(zip(folders[1:], record["student"][1:], strict=True)),
+            "pruning_identities": {folder: read_identity(folder) for folder in folders},
+            "teacher": {"dir": teacher, "weights": record["teacher"]} if teacher else None,
+            "windows": self.data.windows.identity.content(),
+            "scored_tokens": self.data.windows.predicted_tokens,
+            "held_out": held_out,
+            "settings": settings,
+            "dtype": record["dtype"],
+            "seed": settings.pop("seed"),
+            "processes": ranks.world,
+            "machine": _machine(self.compute),
+            "kept_step": outcome.kept_step,
+            "skipped": outcome.skipped,
+            "ended_early": outcome.ended_early,
+            "warnings": doubts,
+            "versions": record["versions"],
+        }
+
+    @contextmanager
+    def _loggers(self, first: bool) -> Iterator[list[Logger]]:
+        about = {"part": self.part, "student": os.fspath(self.student.model_dir)}
+        opened = open_loggers(self.running.loggers, self.output_dir, about) if first else []
+        try:
+            yield opened
+        finally:
+            for logger in opened:
+                logger.close()
+
+
+def _identity(windows: Windows) -> dict:
+    return {"ids_sha256": windows.identity.ids_sha256, "scored_sha256": windows.scored_sha256}
+
+
+def _machine(compute: Compute) -> dict:
+    """What moves roundings."""
+    return {
+        "device": compute.device.type,
+        "threads": torch.get_num_threads() if compute.device.type == "cpu" else None,
+    }
+
+
+def _adapter_bytes(model: PeftModel) -> int:
+    """The size of an adapter's directory, at most."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + _SMALL_FILES

@@ -31,11 +31,10 @@ from mistral_prune_lora.storage.safetensors_file import tensor_bytes
 from mistral_prune_lora.storage.scratch import NoLocks, locked
 from mistral_prune_lora.storage.transaction import atomic_file
 
-STATE, CURVE, HELD_OUT, PREFIX, HELD_OUT_PREFIX = (
-    "state.safetensors", "training.csv", "held_out.csv", "prefix.safetensors", "held_out_prefix.safetensors",
-)  # fmt: skip
+STATE, CURVE, HELD_OUT, PREFIX = "state.safetensors", "training.csv", "held_out.csv", "prefix.safetensors"
+HELD_OUT_PREFIX, HELD_OUT_TEACHER = "held_out_prefix.safetensors", "held_out_teacher.safetensors"
 _LOCK = "lock"
-_OURS = (STATE, CURVE, HELD_OUT, PREFIX, HELD_OUT_PREFIX, _LOCK)
+_OURS = (STATE, CURVE, HELD_OUT, PREFIX, HELD_OUT_PREFIX, HELD_OUT_TEACHER, _LOCK)
 
 
 @dataclass
@@ -54,19 +53,53 @@ class State:
 
 
 class Unfinished:
-    """The folder beside an adapter that is being trained, held by this process.
+    """The folder beside an adapter that is being trained.
 
     Attributes:
         path: the folder.
     """
 
-    def __init__(self, path: Path, record: Mapping) -> None:
-        """Hold a folder; see `unfinished`."""
-        self.path, self._record = path, json.loads(record_text(record))
+    def __init__(self, output_dir: str | Path, record: Mapping) -> None:
+        """Name it; nothing is made yet.
+
+        Args:
+            output_dir: the adapter's directory.
+            record: everything that what comes out depends on, as JSON takes it.
+        """
+        path = Path(os.path.realpath(output_dir))
+        self.path = path.with_name(f"{path.name}.unfinished")
+        self._record = json.loads(record_text(record))
 
     def file(self, name: str) -> Path:
         """A file in it."""
         return self.path / name
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it, for the one process that writes there; made if it is not there.
+
+        Raises:
+            PipelineError: another process trains this adapter; the folder cannot be written, or holds files that no
+                training has put there.
+        """
+        there = os.listdir(self.path) if self.path.is_dir() else []
+        # What a kill left of a file on its way begins with a dot, as do the journals of unfinished states.
+        if strangers := sorted(name for name in there if name not in _OURS and not name.startswith(".")):
+            told = f"holds files that are of no training: {', '.join(strangers[:5])}"
+            raise PipelineError(told, where=self.path, mend="move them away")
+        lock = open_own(self.file(_LOCK))
+        try:
+            try:
+                free = locked(lock)
+            except NoLocks:
+                free = True
+            if not free:
+                raise PipelineError(
+                    "another process trains this adapter right now", where=self.path, mend="wait for it, or end it"
+                )
+            yield
+        finally:
+            os.close(lock)
 
     def save(self, state: State) -> None:
         """Put a state in place of the former one: whole or not at all, whatever happens meanwhile.
@@ -79,8 +112,12 @@ class Unfinished:
         with atomic_file(self.file(STATE)) as fresh:
             save_file(tensors, fresh, {"state": told, "crc32": _checksum(told, tensors)})
 
-    def load(self) -> State | None:
-        """The saved state of the same training; None if there is none, and of any other this says so on stderr."""
+    def load(self, *, quiet: bool = False) -> State | None:
+        """The saved state of the same training; None if there is none, and of any other this says so on stderr.
+
+        Args:
+            quiet: say nothing, since another process of the same training does.
+        """
         path = self.file(STATE)
         if not path.exists():
             return None
@@ -93,56 +130,16 @@ class Unfinished:
             content = parsed(told)
             record, step, facts = content["record"], content["step"], content["facts"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            _say(f"{path} cannot be believed ({error}); the training begins anew")
+            _say(f"{path} cannot be believed ({error}); the training begins anew", quiet)
             return None
         if others := sorted(_differences(record, self._record)):
-            _say(f"{path} is of a training with another {', '.join(others)}; this one begins anew")
+            _say(f"{path} is of a training with another {', '.join(others)}; this one begins anew", quiet)
             return None
         return State(step, tensors, facts)
 
     def remove(self) -> None:
         """Delete it: the adapter is in its place."""
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-@contextmanager
-def unfinished(output_dir: str | Path, record: Mapping) -> Iterator[Unfinished]:
-    """Hold the folder beside an adapter's directory; made if it is not there.
-
-    Args:
-        output_dir: the adapter's directory.
-        record: everything that what comes out depends on, as JSON takes it.
-
-    Raises:
-        PipelineError: another process trains this adapter; the folder cannot be written, or holds files that no
-            training has put there.
-    """
-    path = unfinished_dir(output_dir)
-    if path.is_dir() and (strangers := sorted(set(os.listdir(path)) - set(_OURS))):
-        strangers = [name for name in strangers if not name.startswith(".")]
-        if strangers:
-            raise PipelineError(
-                f"holds files that are of no training: {', '.join(strangers[:5])}", where=path, mend="move them away"
-            )
-    lock = open_own(path / _LOCK)
-    try:
-        try:
-            free = locked(lock)
-        except NoLocks:
-            free = True
-        if not free:
-            raise PipelineError(
-                "another process trains this adapter right now", where=path, mend="wait for it, or end it"
-            )
-        yield Unfinished(path, record)
-    finally:
-        os.close(lock)
-
-
-def unfinished_dir(output_dir: str | Path) -> Path:
-    """The folder beside an adapter's directory."""
-    path = Path(os.path.realpath(output_dir))
-    return path.with_name(f"{path.name}.unfinished")
 
 
 def _checksum(told: str, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -161,5 +158,6 @@ def _differences(one: object, other: object, name: str = "") -> Iterator[str]:
         yield name or "record"
 
 
-def _say(told: str) -> None:
-    print(f"warning: {printable(told)}", file=sys.stderr)
+def _say(told: str, quiet: bool) -> None:
+    if not quiet:
+        print(f"warning: {printable(told)}", file=sys.stderr)

@@ -99,7 +99,7 @@ def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
 
 
 def restore_layers(model: PreTrainedModel, bundle: Checkpoint, first_layer: int = 0) -> tuple[int, ...]:
-    """As `restore_bundle`, of a bundle that is known to be of the model's pruning; layers below the first are not read."""
+    """As `restore_bundle`, of a bundle of the model's pruning; layers below the first are not read."""
     bundle.check_files()
     for index in (layer for layer in bundle.layers if layer >= first_layer):
         if index >= len(model.model.layers) or not isinstance(model.model.layers[index], PassLayer):
