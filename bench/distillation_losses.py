@@ -4,8 +4,8 @@
 
 Part A is trained as the example's configuration has it (its own text, rank, steps and learning rate unless an option
 says otherwise), three seeds each, and measured on windows of the example's test text and of another, which was not
-trained on. A row of the CSV is one training; at the end a table of means over seeds is printed. Rows that the CSV has already
-are not made again.
+trained on. A row of the CSV is one training; at the end a table of means over seeds is printed. Rows that the CSV has
+already are not made again.
 """
 
 from __future__ import annotations

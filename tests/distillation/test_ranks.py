@@ -1,4 +1,4 @@
-"""Several processes that train one adapter, as torchrun starts them: the adapter of one with as many passes an update."""
+"""Several processes that train one adapter, as torchrun starts them: they make the adapter of one."""
 
 import os
 import socket
