@@ -87,7 +87,7 @@ wildcard_constraints:
     dataset="|".join(map(re.escape, CONFIG["datasets"])),
     part="[ABC]",
     stage="A|AB|FULL",
-    variant="dense|pruned|merged",
+    variant="dense|pruned|merged|no-kd|joint-AB|joint-FULL",
     made=r"[A-Za-z0-9_-]+",
 
 

@@ -1,6 +1,7 @@
 # LoRA adapters trained by distillation from the dense model, each on the model that the parts before it make.
-#   in:  the dense model, pruned parts, for B also A_merged, for C also A_merged and B_merged
-#   out: results/shared/adapters/{made}/, stock PEFT directories
+#   in:  the dense model, pruned parts, for B also A_merged, for C also A_merged and B_merged; windows
+#   out: results/shared/adapters/{made}/, stock PEFT directories; of parts that are trained together, one below for each
+# While an adapter is trained, {made}.unfinished lies beside it, from which a killed job goes on.
 
 
 rule teacher_states:
@@ -20,35 +21,74 @@ rule teacher_states:
         **granted(lambda wildcards: needs.of_teacher(PLAN.teachers[wildcards.made])),
     params:
         dtype=lambda wildcards: PLAN.teachers[wildcards.made].dtype,
+        layer=lambda wildcards: PLAN.teachers[wildcards.made].layer,
         code=code_of("teacher_states"),
     script:
         "../workflow_scripts/teacher_states.py"
 
 
-checkpoint train_adapter:
+# What enters the first adapted layer: frozen, and so the same for every pass, seed and setting.
+rule prefix_states:
     input:
-        student=lambda wildcards: depends(PLAN.trainings[wildcards.made].student),
-        bundles=lambda wildcards: depends(*PLAN.trainings[wildcards.made].bundles),
-        dense=lambda wildcards: depends(PLAN.trainings[wildcards.made].model),
-        windows=lambda wildcards: depends(PLAN.trainings[wildcards.made].windows.source),
-        teacher_states=teacher_states_file,
+        student=lambda wildcards: depends(PLAN.prefixes[wildcards.made].student),
+        bundles=lambda wildcards: depends(*PLAN.prefixes[wildcards.made].bundles),
+        windows=lambda wildcards: depends(PLAN.prefixes[wildcards.made].windows.source),
+        start=lambda wildcards: states_files(PLAN.prefixes[wildcards.made].start),
     output:
-        config="results/shared/adapters/{made}/adapter_config.json",
-        weights="results/shared/adapters/{made}/adapter_model.safetensors",
-        curve="results/shared/adapters/{made}/training.csv",
-        record="results/shared/adapters/{made}/training.json",
+        "results/shared/prefix_states/{made}.safetensors",
     log:
-        "logs/train_adapter/{made}.log",
+        "logs/prefix_states/{made}.log",
     benchmark:
-        "benchmarks/train_adapter/{made}.tsv"
+        "benchmarks/prefix_states/{made}.tsv"
     conda:
         "../envs/torch.yaml"
     threads: COMPUTE_THREADS
     resources:
-        **granted(lambda wildcards: needs.of_training(PLAN.trainings[wildcards.made])),
+        **granted(lambda wildcards: needs.of_prefix(PLAN.prefixes[wildcards.made])),
     params:
-        part=lambda wildcards: PLAN.trainings[wildcards.made].part,
-        settings=lambda wildcards: PLAN.trainings[wildcards.made].settings,
-        code=code_of("train_adapter"),
+        first=lambda wildcards: PLAN.prefixes[wildcards.made].first,
+        dtype=lambda wildcards: PLAN.prefixes[wildcards.made].dtype,
+        code=code_of("prefix_states"),
     script:
-        "../workflow_scripts/train_adapter.py"
+        "../workflow_scripts/prefix_states.py"
+
+
+for rule_name, trainings in by_rule(PLAN.trainings):
+
+    checkpoint:
+        name:
+            rule_name
+        input:
+            student=lambda wildcards: depends(PLAN.trainings[wildcards.made].student),
+            bundles=lambda wildcards: depends(*PLAN.trainings[wildcards.made].bundles),
+            dense=lambda wildcards: depends(PLAN.trainings[wildcards.made].model),
+            windows=lambda wildcards: depends(PLAN.trainings[wildcards.made].data.windows.source),
+            teacher_states=lambda wildcards: states_files(PLAN.trainings[wildcards.made].data.teacher),
+            layer_states=lambda wildcards: states_files(PLAN.trainings[wildcards.made].data.teacher_layer),
+            prefix_states=lambda wildcards: states_files(PLAN.trainings[wildcards.made].data.prefix),
+            held_out=lambda wildcards: held_out_windows(wildcards.made),
+            held_out_teacher=lambda wildcards: held_out_states(wildcards.made, "teacher"),
+            held_out_prefix=lambda wildcards: held_out_states(wildcards.made, "prefix"),
+        output:
+            adapter=expand("results/shared/adapters/{{made}}/{file}", file=trainings[0].names[:-1]),
+            record="results/shared/adapters/{made}/training.json",
+        log:
+            "logs/train_adapter/{made}.log",
+        benchmark:
+            "benchmarks/train_adapter/{made}.tsv"
+        wildcard_constraints:
+            made=names(training.name for training in trainings),
+        conda:
+            "../envs/torch.yaml"
+        threads: COMPUTE_THREADS
+        # How often the state is saved and who else is told changes nothing of the adapter, so it is no param.
+        resources:
+            **granted(lambda wildcards: needs.of_training(PLAN.trainings[wildcards.made])),
+            save_steps=lambda wildcards: PLAN.trainings[wildcards.made].running["save_steps"],
+            loggers=lambda wildcards: ",".join(PLAN.trainings[wildcards.made].running["loggers"]),
+        params:
+            part=lambda wildcards: PLAN.trainings[wildcards.made].part,
+            settings=lambda wildcards: PLAN.trainings[wildcards.made].settings,
+            code=code_of("train_adapter"),
+        script:
+            "../workflow_scripts/train_adapter.py"

@@ -13,10 +13,26 @@ def importance_setting(key):
     return lambda wildcards: EXPERIMENTS[wildcards.experiment].settings["importance"][key]
 
 
-def teacher_states_file(wildcards):
-    """The teacher's final hidden states where the configuration shares them, else nothing: the teacher runs along."""
-    teacher = PLAN.trainings[wildcards.made].teacher
-    return teacher.file if teacher else []
+def curve_of(training):
+    """The loss of every update of a training."""
+    return f"{training.folder}/training.csv"
+
+
+def states_files(states):
+    """Stored hidden states where the configuration shares them, else nothing: those layers run along."""
+    return states.file if states else []
+
+
+def held_out_windows(made):
+    """The windows that a training is looked at on, if there are any."""
+    held = PLAN.trainings[made].held_out
+    return depends(held.windows.source) if held else []
+
+
+def held_out_states(made, kind):
+    """Stored hidden states of those windows."""
+    held = PLAN.trainings[made].held_out
+    return states_files(getattr(held, kind)) if held else []
 
 
 def activations_of(run):

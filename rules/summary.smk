@@ -65,6 +65,23 @@ rule beside:
         "../workflow_scripts/beside.py"
 
 
+rule plot_training:
+    input:
+        lambda wildcards: [curve_of(training) for training in EXPERIMENTS[wildcards.experiment].trainings],
+    output:
+        report("results/{experiment}/training.svg", caption="../report/training.rst", category="Training"),
+    log:
+        "logs/plot_training/{experiment}.log",
+    localrule: True
+    conda:
+        "../envs/report.yaml"
+    params:
+        labels=lambda wildcards: EXPERIMENTS[wildcards.experiment].training_labels,
+        code=code_of("plot_training"),
+    script:
+        "../workflow_scripts/plot_training.py"
+
+
 rule plot_perplexity:
     input:
         f"results/summary{OF_CONFIG}.csv",
@@ -116,7 +133,7 @@ rule drop_activations:
     conda:
         "../envs/report.yaml"
     shell:
-        "rm -rf results/shared/activations results/shared/teacher_states 2>{log}"
+        "rm -rf results/shared/activations results/shared/teacher_states results/shared/prefix_states 2>{log}"
 
 
 # On request: what lies in results/shared and is neither asked for by this configuration nor linked to by a result.

@@ -22,6 +22,7 @@ checkpoint windows:
         dataset=lambda wildcards, input: PLAN.windows[wildcards.made].dataset,
         seqlen=lambda wildcards: PLAN.windows[wildcards.made].seqlen,
         windows=lambda wildcards: PLAN.windows[wildcards.made].count,
+        first=lambda wildcards: PLAN.windows[wildcards.made].first,
         code=code_of("windows"),
     script:
         "../workflow_scripts/windows.py"

@@ -13,5 +13,6 @@ with job(snakemake.log[0]):
         Windows.load(windows_file(snakemake.input.windows)),
         snakemake.output[0],
         compute=Compute.named(given.device, snakemake.params.dtype, 4, given.memory_bytes),
+        layer=snakemake.params.layer,
         overwrite=True,
     )

@@ -1,23 +1,34 @@
+from pathlib import Path
+
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted
 from mistral_prune_lora.distillation.prepare import TrainingData
-from mistral_prune_lora.distillation.settings import training_settings
+from mistral_prune_lora.distillation.settings import Running, training_settings
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.train import train_adapter
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.windows import Windows
 from mistral_prune_lora.workflow.job import folder, folders, windows_file
 
-files, settings = snakemake.input, snakemake.params.settings
+files, settings, resources = snakemake.input, snakemake.params.settings, snakemake.resources
 with job(snakemake.log[0]):
-    given = granted(snakemake.threads, snakemake.resources.get("gpu"), snakemake.resources.get("mem_mb"))
+    given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
+    loss = settings["loss"]
+    states = (files.teacher_states or None, files.layer_states or None, files.prefix_states or None)
+    held_out = None
+    if files.held_out:
+        stored = (files.held_out_teacher or None, None, files.held_out_prefix or None)
+        held_out = TrainingData(Windows.load(windows_file(files.held_out)), *stored)
+    loggers = resources.get("loggers") or ""
     train_adapter(
         snakemake.params.part,
         Student(folder(files.student), tuple(folders(files.bundles))),
-        folder(files.dense),
-        TrainingData(Windows.load(windows_file(files.windows)), files.teacher_states or None),
-        snakemake.output.config.removesuffix("/adapter_config.json"),
+        folder(files.dense) if loss["kd_alpha"] or loss["hidden"] else None,
+        TrainingData(Windows.load(windows_file(files.windows)), *states),
+        Path(snakemake.output.record).parent,
         settings=training_settings(settings),
         compute=Compute.named(given.device, settings["dtype"]),
+        held_out=held_out,
+        running=Running(resources.get("save_steps"), tuple(filter(None, loggers.split(",")))),
         overwrite=True,
     )

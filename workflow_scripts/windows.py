@@ -6,7 +6,7 @@ from mistral_prune_lora.device import granted
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.transaction import atomic_file
 from mistral_prune_lora.text.sources import load_text
-from mistral_prune_lora.text.windows import make_windows
+from mistral_prune_lora.text.windows import later_windows, make_windows
 from mistral_prune_lora.workflow.job import folder
 
 params = snakemake.params
@@ -14,7 +14,10 @@ with job(snakemake.log[0]):
     granted(snakemake.threads, 0, snakemake.resources.get("mem_mb"))
     text = load_text(**params.dataset)
     tokenizer = load_tokenizer(folder(snakemake.input.dense))
-    windows = make_windows(text, tokenizer, seqlen=params.seqlen, max_windows=params.windows)
+    count = params.first + params.windows if params.windows else None
+    windows = make_windows(text, tokenizer, seqlen=params.seqlen, max_windows=count)
+    if params.first:
+        windows = later_windows(windows, params.first)
     windows.save(snakemake.output.windows)
     with atomic_file(snakemake.output.record) as fresh:
         write_json(Path(fresh), windows.identity.content())

@@ -1,7 +1,8 @@
-"""Figures: perplexity by stage, and what every block of layers changes."""
+"""Figures: perplexity by stage, the course of trainings, and what every block of layers changes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,14 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.storage.transaction import atomic_file
 
-_STYLE = {"pruned": ("o", "#b5651d"), "merged": ("s", "#1f6f8b")}
+_STYLE = {
+    "pruned": ("o", "#b5651d"),
+    "merged": ("s", "#1f6f8b"),
+    "no-kd": ("^", "#8a6fb0"),
+    "joint-AB": ("D", "#5b8c3e"),
+    "joint-FULL": ("D", "#5b8c3e"),
+}
+_SMOOTHED = 10  # updates that the line of a training's loss is a mean over
 
 
 def plot_perplexity(summary: str | Path, output: str | Path) -> None:
@@ -34,6 +42,40 @@ def plot_perplexity(summary: str | Path, output: str | Path) -> None:
         axis.set_title(f"{experiment} on {dataset}")
     axes[0][0].set_ylabel("perplexity (log scale)")
     _save(figure, output)
+
+
+def plot_training(curves: Mapping[str, str | Path], output: str | Path) -> None:
+    """Draw the loss of every update of some trainings, one panel each, and what was found on held-out windows.
+
+    Args:
+        curves: their training.csv by what they are called; held_out.csv is read where it lies beside.
+        output: the picture; its suffix decides the format.
+    """
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2), squeeze=False, layout="constrained")
+    for axis, (name, path) in zip(axes[0], curves.items(), strict=True):
+        _curve(axis, Path(path))
+        axis.set_title(name)
+    axes[0][0].set_ylabel("nats a token")
+    _save(figure, output)
+
+
+def _curve(axis, path: Path) -> None:
+    table = pd.read_csv(path)
+    parts = {"loss": ("loss", "#1f6f8b"), "kl": ("divergence from the teacher", "#b5651d")}
+    for column, (label, colour) in parts.items():
+        if table[column].isna().all():
+            continue
+        axis.plot(table.step, table[column], color=colour, alpha=0.25, linewidth=0.8)
+        smooth = table[column].rolling(_SMOOTHED, min_periods=1).mean()
+        axis.plot(table.step, smooth, color=colour, label=f"{label}, mean of {_SMOOTHED}")
+    looks = path.with_name("held_out.csv")
+    if looks.is_file():
+        found = pd.read_csv(looks)
+        column, label = ("mean_nll", "NLL") if found.kl.isna().all() else ("kl", "KL from dense")
+        axis.plot(found.step, found[column], marker="o", color="#5b8c3e", label=f"{label}, held out")
+    axis.set_xlabel("update")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8)
 
 
 def plot_importance(table: pd.DataFrame, output: str | Path) -> None:

@@ -32,7 +32,7 @@ class Named:
 
     Attributes:
         experiment, dataset: as the user names them.
-        variant: "dense", "pruned" or "merged".
+        variant: one of VARIANTS.
         stage: "A", "AB" or "FULL".
         path: the result JSON.
     """

@@ -11,7 +11,7 @@ from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.storage.plain_file import check_plain
 
 AGAIN = "delete it and run again"  # what mends a file of results
-VARIANTS = ("dense", "pruned", "merged")
+VARIANTS = ("dense", "pruned", "merged", "no-kd", "joint-AB", "joint-FULL")
 _WORDS = (
     "experiment", "dataset", "variant", "stage", "label", "dtype", "device", "ids_sha256", "weights_sha256", "warnings",
 )  # fmt: skip

@@ -281,6 +281,17 @@ def windows_between(windows: Windows, first: int, last: int) -> Windows:
     return Windows(ids, identity, positions, scored)
 
 
+def later_windows(windows: Windows, first: int) -> Windows:
+    """The windows from one on; DataError if the text has none there."""
+    if first >= len(windows):
+        raise DataError(
+            f"the text has {len(windows)} windows, and none behind the first {first}",
+            where=windows.identity.source,
+            mend="Train on fewer windows, or take the held-out ones from another text",
+        )
+    return windows_between(windows, first, len(windows))
+
+
 def flat_ids(encoding) -> torch.Tensor:
     """The token ids in whatever a tokenizer or `get_loaders` hands out, as int32, shape (tokens,).
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.layout.segments import segment_tree, shared_segments
 from mistral_prune_lora.storage.dtype_names import COMPUTE, FLOATS, ITEMSIZES
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
@@ -19,7 +19,15 @@ from mistral_prune_lora.text.benchmarks import BENCHMARKS
 from mistral_prune_lora.workflow.configuration import experiment_layout, merged_parts, needed_parts, trained_parts
 from mistral_prune_lora.workflow.dense_models import DenseModels
 
-KINDS = ("dense model", "pruned parts", "adapters", "merged parts", "teacher's states", "activations")
+KINDS = (
+    "dense model",
+    "pruned parts",
+    "adapters",
+    "merged parts",
+    "teacher's states",
+    "prefix states",
+    "activations",
+)
 _LORA_BYTES = 4  # of a number: adapters are trained and saved in float32
 
 
@@ -66,9 +74,19 @@ def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
     if merged:
         cast = experiment["merge"]["output_dtype"]
         found.append(_amount("merged parts", merging, _total(_bytes(weights[part], cast) for part in merged)))
+    for baseline in experiment["baselines"]:
+        stage = baseline.removeprefix("joint-")
+        parts = [part for part in PARTS_OF_STAGE.get(stage, "ABC") if part in weights]
+        sizes = [_lora_bytes(experiment["distill"]["lora"], weights[part]) for part in parts]
+        found.append(_amount("adapters", [healing, baseline], _total(sizes)))
+        cast = experiment["merge"]["output_dtype"]
+        found.append(_amount("merged parts", [merging, baseline], _total(_bytes(weights[p], cast) for p in parts)))
     hidden = model.config.get("hidden_size") if model else None
     if trained and experiment["distill"]["share_teacher_states"]:
         found.append(_states("teacher's states", config, experiment, "distill", hidden))
+    if experiment["distill"]["share_prefix_states"]:
+        later = [part for part in trained if part != "A"]
+        found += [_states("prefix states", config, experiment, "distill", hidden, key=[healing, p]) for p in later]
     return found + list(_activations(config, experiment, layout, pruning, merging, hidden))
 
 

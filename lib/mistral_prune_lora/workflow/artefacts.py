@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 from mistral_prune_lora.checkpoints.directories import BUNDLE_META, LAYERS_MAP, SINGLE_FILE, layer_file_name
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
-from mistral_prune_lora.layout.partition import Layout, spans
+from mistral_prune_lora.distillation.schedule import passes_over
+from mistral_prune_lora.distillation.settings import OptimiserSettings
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout, spans
 from mistral_prune_lora.workflow.content import short_key
 
 SHARED = "results/shared"
@@ -62,6 +65,7 @@ class Windows:
         files: the local files it is read from.
         text: the identity of what those files hold.
         seqlen, count: the windows; None takes the whole text.
+        first: the first of them; those before it are somebody else's.
     """
 
     model: Source
@@ -70,12 +74,14 @@ class Windows:
     text: str
     seqlen: int
     count: int | None
+    first: int = 0
 
     @cached_property
     def name(self) -> str:
         """Its name under results/shared/windows."""
         read = {key: value for key, value in self.dataset.items() if key not in ("text_files", "mirror", "dataset")}
         recipe = {"model": self.model.identity, "text": self.text, **read, "seqlen": self.seqlen, "count": self.count}
+        recipe |= {"first": self.first} if self.first else {}
         return f"{self.seqlen}-{short_key(recipe)}"
 
     @property
@@ -145,17 +151,27 @@ class Pruning:
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """The dense model's final hidden states of training windows."""
+    """The dense model's hidden states of training windows.
+
+    Attributes:
+        model: the dense model.
+        windows: the windows.
+        dtype: of the states.
+        num_layers: of the dense model.
+        layer: which layer they leave; None for the final ones, after the norm.
+    """
 
     model: Source
     windows: Windows
     dtype: str
     num_layers: int
+    layer: int | None = None
 
     @cached_property
     def name(self) -> str:
         """Its name under results/shared/teacher_states."""
-        return short_key({"model": self.model.identity, "windows": self.windows.name, "dtype": self.dtype})
+        recipe = {"model": self.model.identity, "windows": self.windows.name, "dtype": self.dtype}
+        return short_key(recipe | ({} if self.layer is None else {"layer": self.layer}))
 
     @property
     def file(self) -> str:
@@ -164,32 +180,93 @@ class TeacherStates:
 
 
 @dataclass(frozen=True)
+class PrefixStates:
+    """What enters the first adapted layer of a student, of training windows.
+
+    Attributes:
+        student: the A model.
+        bundles: those that are restored and have layers below the first.
+        layers: all active layers below the first.
+        first: the first adapted layer.
+        windows: the windows.
+        dtype: of the states.
+        start: such states further below, of the same windows, to set out from.
+        model: the dense model, whose sizes tell what the run needs.
+        num_layers: of the dense model.
+    """
+
+    student: Source
+    bundles: tuple[Source, ...]
+    layers: tuple[int, ...]
+    first: int
+    windows: Windows
+    dtype: str
+    start: PrefixStates | None
+    model: Source
+    num_layers: int
+
+    @cached_property
+    def name(self) -> str:
+        """Its name under results/shared/prefix_states."""
+        recipe = {
+            "student": [self.student.identity, *(bundle.identity for bundle in self.bundles)],
+            "layers": self.layers,
+            "windows": self.windows.name,
+            "dtype": self.dtype,
+        }
+        return short_key(recipe)
+
+    @property
+    def file(self) -> str:
+        """Where they lie."""
+        return f"{SHARED}/prefix_states/{self.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Windows that a training reads, and what is stored of them.
+
+    Attributes:
+        windows: the windows.
+        teacher, teacher_layer: the dense model's states where they are shared: the final ones, those of one layer.
+        prefix: what enters the first adapted layer, where that is shared.
+    """
+
+    windows: Windows
+    teacher: TeacherStates | None = None
+    teacher_layer: TeacherStates | None = None
+    prefix: PrefixStates | None = None
+
+
+@dataclass(frozen=True)
 class Training:
     """An adapter, trained.
 
     Attributes:
-        part: "A", "B" or "C".
+        part: "A", "B" or "C"; "AB" or "FULL" for all parts of that stage together.
         student: the A model it is trained on.
         bundles: what is restored into that.
         model: the dense model.
-        windows: what it is trained on.
-        teacher: the dense model's states where they are shared.
+        data: what it is trained on.
+        held_out: what is looked at meanwhile; None for nothing.
         num_layers: of the dense model.
         active: how many layers the student runs.
         adapted: how many of them get an adapter.
-        settings: as the configuration has them: dtype, seed, lora, loss, optimiser, gradient_checkpointing.
+        settings: as the configuration has them, everything that decides the adapter's bytes.
+        running: the rest: save_steps, loggers.
     """
 
     part: str
     student: Source
     bundles: tuple[Source, ...]
     model: Source
-    windows: Windows
-    teacher: TeacherStates | None
+    data: Reading
+    held_out: Reading | None
     num_layers: int
     active: int
     adapted: int
     settings: Mapping = field(hash=False)
+    running: Mapping = field(hash=False)
 
     @cached_property
     def name(self) -> str:
@@ -198,11 +275,28 @@ class Training:
             "part": self.part,
             "student": [self.student.identity, *(bundle.identity for bundle in self.bundles)],
             "model": self.model.identity,
-            "windows": self.windows.name,
-            "teacher": self.teacher.name if self.teacher else None,
+            "windows": self.data.windows.name,
+            "teacher": self.data.teacher.name if self.data.teacher else None,
+            "held_out": self.held_out.windows.name if self.held_out else None,
             "settings": self.settings,
         }
         return f"{self.part}-{short_key(recipe)}"
+
+    @property
+    def parts(self) -> str:
+        """The parts that get an adapter."""
+        return "".join(PARTS_OF_STAGE.get(self.part, self.part))
+
+    @property
+    def rule(self) -> str:
+        """The rule that trains; parts that are trained together have files of other names."""
+        return "train_adapter" if len(self.parts) == 1 else f"train_joint_{self.part}"
+
+    @property
+    def passes(self) -> float:
+        """How often each window is trained on; infinity if their number is not known here."""
+        count, optimiser = self.data.windows.count, OptimiserSettings(**self.settings["optimiser"])
+        return passes_over(count, optimiser) if count else inf
 
     @property
     def folder(self) -> str:
@@ -212,13 +306,25 @@ class Training:
     @property
     def files(self) -> list[str]:
         """The files that are named in the rule."""
-        names = ("adapter_config.json", "adapter_model.safetensors", "training.csv", "training.json")
-        return [f"{self.folder}/{name}" for name in names]
+        return [f"{self.folder}/{name}" for name in self.names]
 
     @property
-    def source(self) -> Source:
-        """The adapter as jobs read it."""
-        return Source(self.folder, (f"{self.folder}/training.json",), self.name, maker="train_adapter", made=self.name)
+    def names(self) -> list[str]:
+        """Their names in the folder."""
+        weights = ("adapter_config.json", "adapter_model.safetensors")
+        folders = [""] if len(self.parts) == 1 else [f"{part}_lora/" for part in self.parts]
+        return [*(f"{folder}{name}" for folder in folders for name in weights), "training.csv", "training.json"]
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Everything that it reads windows from."""
+        return [reading for reading in (self.data, self.held_out) if reading]
+
+    def source(self, part: str) -> Source:
+        """The adapter of a part as jobs read it."""
+        folder = self.folder if len(self.parts) == 1 else f"{self.folder}/{part}_lora"
+        made = (f"{self.folder}/training.json",)
+        return Source(folder, made, f"{self.name}/{part}", maker=self.rule, made=self.name)
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,7 @@ def _broken_references(config: Mapping) -> Iterator[str]:
             ("model", "models", [experiment["model"]]),
             ("perplexity.datasets", "datasets", experiment["perplexity"]["datasets"]),
             ("distill.dataset", "datasets", [experiment["distill"]["dataset"]]),
+            ("distill.held_out.dataset", "datasets", [(experiment["distill"]["held_out"] or {}).get("dataset")]),
             ("importance.dataset", "datasets", [experiment["importance"]["dataset"]]),
         ):
             for value in values:
@@ -226,10 +227,27 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
     if layout.num_layers != total:
         yield f"{path}.pruned: the manifest speaks of {layout.num_layers} layers, the model has {total}"
     trained = trained_parts(experiment, layout)
+    if experiment["baselines"]:
+        trained = [part for part in "ABC" if layout.layers_of(part)]
+        for stage in (name.removeprefix("joint-") for name in experiment["baselines"] if name.startswith("joint-")):
+            if empty := [part for part in PARTS_OF_STAGE[stage] if not layout.layers_of(part)]:
+                yield f"{path}.baselines: joint-{stage} trains {' and '.join(empty)} too, which have no layers"
     if trained and experiment["distill"]["dataset"] is None:
         yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
+    yield from _training_faults(experiment["distill"], layout, path, trained)
     if experiment["adapter_indices"] == "compact" and "A" in trained:
         yield f"{path}.adapter_indices: A's adapter is trained here, under original indices; compact is for a given one"
+
+
+def _training_faults(distill: Mapping, layout: Layout, path: str, trained: Sequence[str]) -> Iterator[str]:
+    """A line for each setting of a training that contradicts another, or the layers."""
+    held = distill["held_out"]
+    if held and held["dataset"] is None and distill["windows"] is None:
+        yield f"{path}.distill.held_out.dataset: needed where distill.windows takes the whole text for training"
+    for part in trained:
+        wanted, layers = distill["parts"][part]["adapt_layers"], layout.layers_of(part)
+        if wanted != "all" and (foreign := sorted(set(wanted) - set(layers))):
+            yield f"{path}.distill.parts.{part}.adapt_layers: {foreign} are not layers of {part}: {list(layers)}"
 
 
 def missing_text(path: str | Path, mend: str) -> str:
@@ -268,3 +286,8 @@ def merged_parts(experiment: Mapping, layout: Layout) -> list[str]:
 def trained_parts(experiment: Mapping, layout: Layout) -> list[str]:
     """The merged parts whose adapters are trained here rather than given."""
     return [part for part in merged_parts(experiment, layout) if experiment["adapters"][part] == "train"]
+
+
+def trains(experiment: Mapping, layout: Layout) -> bool:
+    """Whether anything is trained: adapters, or what they are compared with."""
+    return bool(trained_parts(experiment, layout) or experiment["baselines"])

@@ -6,15 +6,30 @@ Nothing here knows of Snakemake: rules look up what a job reads and writes, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments, stage_run
-from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, TeacherStates, Training, Windows
+from mistral_prune_lora.workflow.artefacts import (
+    Merge,
+    PrefixStates,
+    Pruning,
+    Reading,
+    Run,
+    Source,
+    TeacherStates,
+    Training,
+    Windows,
+)
 from mistral_prune_lora.workflow.configuration import experiment_layout, merged_parts, trained_parts
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.given import dense_model, given_adapter, given_part, text_files, text_identity
+
+NO_KD = "no-kd"  # healed without a teacher
+JOINT = {"joint-AB": "AB", "joint-FULL": "FULL"}  # all parts of a stage healed together
+# Settings of a training that decide its bytes, by the configuration's keys.
+_DECIDING = ("dtype", "seed", "gradient_checkpointing", "lora", "loss", "skip_spikes", "teacher_4bit")
 
 
 def _once(method: Callable) -> Callable:
@@ -28,6 +43,11 @@ def _once(method: Callable) -> Callable:
         return known[method.__name__, question]
 
     return answer
+
+
+def _look(held_out: Mapping | None) -> dict | None:
+    """What is done with held-out windows, as the training takes it."""
+    return None if held_out is None else {key: held_out[key] for key in ("eval_steps", "keep", "patience")}
 
 
 @dataclass(frozen=True)
@@ -70,10 +90,14 @@ class Experiment:
     @cached_property
     def pruning(self) -> Pruning | None:
         """The pruning that is made for it; None where it is given, or nothing but the dense model is measured."""
-        measured = self.settings["perplexity"]["variants"]
-        if "pruned" in self.settings or set(measured) == {"dense"}:
+        if "pruned" in self.settings or set(self.variants) == {"dense"}:
             return None
         return Pruning(self.model, self.layout, self.settings["model"])
+
+    @cached_property
+    def variants(self) -> list[str]:
+        """What is measured: the dense model, the parts before and after healing, and those healed otherwise."""
+        return [*self.settings["perplexity"]["variants"], *self.settings["baselines"]]
 
     @cached_property
     def merged_parts(self) -> list[str]:
@@ -88,17 +112,21 @@ class Experiment:
     @_once
     def windows(self, purpose: str, dataset: str) -> Windows:
         """The windows of a text for "perplexity", "distill" or "importance"."""
-        settings, wanted = self.datasets[dataset], self.settings[purpose]
+        wanted = self.settings[purpose]
+        return self._windows(dataset, wanted["seqlen"], wanted["windows"])
+
+    def _windows(self, dataset: str, seqlen: int, count: int | None) -> Windows:
+        settings = self.datasets[dataset]
         identity = text_identity(settings, self.content)
-        return Windows(self.model, settings, text_files(settings), identity, wanted["seqlen"], wanted["windows"])
+        return Windows(self.model, settings, text_files(settings), identity, seqlen, count)
 
     @_once
     def part(self, variant: str, part: str) -> Source:
         """A part of the pruned or the merged model; of the dense model, itself."""
         if variant == "dense":
             return self.model
-        if variant == "merged":
-            return self.merge(part).source
+        if variant != "pruned":
+            return self.merge(part, variant).source
         if self.pruning:
             return self.pruning.source(part)
         return given_part(self.settings["pruned"], part, self.layout, self.content)
@@ -109,41 +137,148 @@ class Experiment:
         return tuple(self.part(variant, part) for part in parts if self.layout.layers_of(part))
 
     @cached_property
-    def teacher(self) -> TeacherStates | None:
-        """The teacher's states that training shares; None where the teacher runs along."""
+    def trainings(self) -> list[Training]:
+        """All trainings: of the parts that are healed, and of what they are compared with."""
+        own = [self.training(part) for part in self.trained_parts]
+        parts = [part for part in "ABC" if self.layout.layers_of(part)]
+        plain = [part for part in parts if self.settings["adapters"][part] == "train"]
+        without = [self.training(part, NO_KD) for part in plain if NO_KD in self.variants]
+        return own + without + [self.training(stage, v) for v, stage in JOINT.items() if v in self.variants]
+
+    @property
+    def training_labels(self) -> list[str]:
+        """What each of the trainings is called."""
+        taught = {training.name for training in (self.training(part) for part in self.trained_parts)}
+        return [
+            training.part if training.name in taught or len(training.parts) > 1 else f"{training.part} without KD"
+            for training in self.trainings
+        ]
+
+    @_once
+    def training(self, trained: str, variant: str = "merged") -> Training:
+        """A training: of A's adapter on the pruned A; of B's on A_merged with B restored, of C's on both merged.
+
+        Args:
+            trained: the part; of a variant that trains all parts of a stage together, that stage.
+            variant: "merged", or what that is compared with.
+        """
         wanted = self.settings["distill"]
-        if not self.trained_parts or not wanted["share_teacher_states"]:
+        parts = "".join(PARTS_OF_STAGE.get(trained, trained))
+        before = "" if len(parts) > 1 else "ABC"[: "ABC".index(trained)]
+        student = self.part(variant if before else "pruned", "A")
+        restored = [part for part in (parts if len(parts) > 1 else before + trained) if part != "A"]
+        bundles = {
+            part: self.part(variant if part in before else "pruned", part)
+            for part in restored
+            if self.layout.layers_of(part)
+        }
+        settings = {key: wanted[key] for key in _DECIDING}
+        if variant == NO_KD:
+            settings["loss"] = {**wanted["loss"], "kd_alpha": 0.0, "hidden": None}
+        settings["optimiser"], settings["adapt_layers"] = self._optimiser(parts)
+        taught = bool(settings["loss"]["kd_alpha"] or settings["loss"]["hidden"])
+        layers = [layer for part in parts for layer in self.layout.layers_of(part)]
+        adapted = [layer for layer in layers if settings["adapt_layers"] is None or layer in settings["adapt_layers"]]
+        active = [layer for part in ("A", *restored) for layer in self.layout.layers_of(part)]
+        prefix = tuple(layer for layer in sorted(active) if layer < min(adapted, default=0))
+        held = self._held_out_windows()
+        data = self._reading(self.windows("distill", wanted["dataset"]), taught, student, bundles, prefix)
+        return Training(
+            trained,
+            student,
+            tuple(bundles.values()),
+            self.model,
+            data,
+            None if held is None else self._reading(held, taught, student, bundles, prefix, looked=True),
+            self.layout.num_layers,
+            len(active),
+            len(adapted),
+            settings | {"held_out": _look(wanted["held_out"])},
+            {"save_steps": wanted["save_steps"], "loggers": wanted["loggers"]},
+        )
+
+    def _optimiser(self, parts: str) -> tuple[dict, list[int] | None]:
+        """The optimiser's settings, and which layers are adapted.
+
+        Of parts that are trained together, A's settings with as many updates as all of them have apart.
+        """
+        own = [self.settings["distill"]["parts"][part] for part in parts]
+        optimiser = {key: value for key, value in own[0].items() if key != "adapt_layers"}
+        for key in ("steps", "warmup_steps"):
+            optimiser[key] = sum(each[key] for each in own)
+        if len(own) > 1 or own[0]["adapt_layers"] == "all":
+            return optimiser, None
+        return optimiser, own[0]["adapt_layers"]
+
+    def _held_out_windows(self) -> Windows | None:
+        held = self.settings["distill"]["held_out"]
+        if held is None:
             return None
-        windows = self.windows("distill", wanted["dataset"])
-        return TeacherStates(self.model, windows, wanted["dtype"], self.layout.num_layers)
+        trained = self.windows("distill", self.settings["distill"]["dataset"])
+        if held["dataset"] is None:
+            return replace(trained, first=trained.count or 0, count=held["windows"])
+        return self._windows(held["dataset"], trained.seqlen, held["windows"])
 
-    @_once
-    def training(self, part: str) -> Training:
-        """The training of a part's adapter: B's on A_merged with B restored, C's on A_merged and B_merged with C."""
-        wanted = self.settings["distill"]
-        student = self.part("pruned" if part == "A" else "merged", "A")
-        bundles = (*(self.parts("merged", "B") if part == "C" else ()), *self.parts("pruned", part.replace("A", "")))
-        settings = {key: wanted[key] for key in ("dtype", "seed", "gradient_checkpointing", "lora", "loss")}
-        settings["optimiser"] = wanted["parts"][part]
-        windows = self.windows("distill", wanted["dataset"])
-        count = self.layout.num_layers
-        active = sum(len(self.layout.layers_of(each)) for each in "ABC"[: "ABC".index(part) + 1])
-        adapted = len(self.layout.layers_of(part))
-        return Training(part, student, bundles, self.model, windows, self.teacher, count, active, adapted, settings)
+    def _reading(
+        self,
+        windows: Windows,
+        taught: bool,
+        student: Source,
+        bundles: Mapping[str, Source],
+        prefix: tuple[int, ...],
+        looked: bool = False,
+    ) -> Reading:
+        wanted, hidden = self.settings["distill"], self.settings["distill"]["loss"]["hidden"]
+        states = layer = None
+        if taught and wanted["share_teacher_states"]:
+            states = TeacherStates(self.model, windows, wanted["dtype"], self.layout.num_layers)
+            layer = replace(states, layer=hidden["teacher_layer"]) if hidden and not looked else None
+        shared = wanted["share_prefix_states"] and prefix
+        entering = self._prefix(windows, student, bundles, prefix) if shared else None
+        return Reading(windows, states, layer, entering)
 
-    def adapter(self, part: str) -> Source:
+    def _prefix(
+        self, windows: Windows, student: Source, bundles: Mapping[str, Source], layers: tuple[int, ...]
+    ) -> PrefixStates:
+        """What enters the layer behind some layers; it sets out from what the layers of A alone come to, if those are
+        the first of them: the prefix of B, which C's goes on from."""
+        own = set(self.layout.layers_of("A"))
+        below = [bundle for part, bundle in bundles.items() if set(self.layout.layers_of(part)) & set(layers)]
+        start = None
+        lead = next((n for n, layer in enumerate(layers) if layer not in own), len(layers))
+        if below and lead:
+            start = self._prefix(windows, student, {}, layers[:lead])
+        last = layers[-1] + 1
+        how = (windows, self.settings["distill"]["dtype"], start, self.model, self.layout.num_layers)
+        return PrefixStates(student, tuple(below), layers, last, *how)
+
+    def adapter(self, part: str, variant: str = "merged") -> Source:
         """A part's adapter: the given one, or the one that is trained."""
+        if variant in JOINT:
+            return self.training(JOINT[variant], variant).source(part)
         source = self.settings["adapters"][part]
-        return self.training(part).source if source == "train" else given_adapter(source, self.content)
+        if source == "train":
+            return self.training(part, variant).source(part)
+        return given_adapter(source, self.content)
 
     @_once
-    def merge(self, part: str) -> Merge:
+    def merge(self, part: str, variant: str = "merged") -> Merge:
         """The merge of a part's adapter."""
         base, skeleton = self.part("pruned", part), None if part == "A" else self.part("pruned", "A")
-        indices = self.settings["adapter_indices"] if part == "A" else "original"
+        given = self.settings["adapters"][part] != "train" and variant not in JOINT
+        indices = self.settings["adapter_indices"] if part == "A" and given else "original"
         dtype = self.settings["merge"]["output_dtype"]
-        layers, adapter, count = self.layout.layers_of(part), self.adapter(part), self.layout.num_layers
+        layers, adapter, count = self.layout.layers_of(part), self.adapter(part, variant), self.layout.num_layers
         return Merge(part, layers, base, adapter, skeleton, indices, dtype, self.model, count)
+
+    @cached_property
+    def merges(self) -> list[Merge]:
+        """All merges: of the healed parts, and of those that they are compared with."""
+        own = [self.merge(part) for part in self.merged_parts]
+        for variant in self.settings["baselines"]:
+            parts = PARTS_OF_STAGE[JOINT[variant]] if variant in JOINT else "ABC"
+            own += [self.merge(part, variant) for part in parts if self.layout.layers_of(part)]
+        return own
 
     @_once
     def tree(self, variant: str) -> list[Segment]:
@@ -154,6 +289,8 @@ class Experiment:
 
     def stages(self, variant: str) -> list[str]:
         """The stages that one variant is measured at."""
+        if variant in JOINT:
+            return [JOINT[variant]]
         return ["FULL"] if variant == "dense" else self.settings["perplexity"]["stages"]
 
     @_once
@@ -195,7 +332,7 @@ class Experiment:
         return {
             (dataset, variant, stage): self.score(variant, dataset, stage)
             for dataset in wanted["datasets"]
-            for variant in wanted["variants"]
+            for variant in self.variants
             for stage in self.stages(variant)
         }
 
@@ -217,6 +354,8 @@ class Experiment:
             placed += [f"{self.folder}/adapters/{part}_lora/{name}" for name in names]
         for part in self.merged_parts:
             placed += [f"{self.folder}/merged/{part}_merged/{name}" for name in self.merge(part).names]
+        if self.trainings:
+            placed.append(f"{self.folder}/training.svg")
         for dataset, variant, stage in self.scores():
             placed += [f"{self.folder}/ppl/{dataset}/{variant}.{stage}.{kind}" for kind in ("json", "parquet")]
         return placed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.workflow import resources
-from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, TeacherStates, Training
+from mistral_prune_lora.workflow.artefacts import Merge, PrefixStates, Pruning, Run, Source, TeacherStates, Training
 from mistral_prune_lora.workflow.experiment import Experiment
 from mistral_prune_lora.workflow.geometry import Geometry
 from mistral_prune_lora.workflow.resources import Needs, Pass
@@ -46,21 +46,29 @@ def of_teacher(states: TeacherStates) -> Needs:
     return resources.teacher_states(geometry(states.model, states.num_layers), run)
 
 
+def of_prefix(states: PrefixStates) -> Needs:
+    """Of the frozen layers' pass over the training windows."""
+    run = Pass(states.dtype, states.windows.seqlen, states.windows.count)
+    done = states.start.layers if states.start else ()
+    return resources.segment(geometry(states.model, states.num_layers), len(states.layers) - len(done), run)
+
+
 def of_training(training: Training) -> Needs:
     """Of training an adapter."""
     settings, optimiser = training.settings, training.settings["optimiser"]
     how = resources.Training(
         settings["dtype"],
-        training.windows.seqlen,
+        training.data.windows.seqlen,
         optimiser["batch_size"],
         optimiser["gradient_accumulation"],
         optimiser["steps"],
         settings["lora"]["rank"],
         settings["gradient_checkpointing"],
-        training.teacher is not None,
+        training.data.teacher is not None,
     )
     sizes = geometry(training.model, training.num_layers)
-    return resources.train_adapter(sizes, training.active, training.adapted, how)
+    stored = len(training.data.prefix.layers) if training.data.prefix else 0
+    return resources.train_adapter(sizes, training.active - stored, training.adapted, how)
 
 
 def of_merge(merge: Merge) -> Needs:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, TeacherStates, Training, Windows
+from mistral_prune_lora.workflow.artefacts import (
+    Merge,
+    PrefixStates,
+    Pruning,
+    Run,
+    TeacherStates,
+    Training,
+    Windows,
+)
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.experiment import Experiment
 
@@ -16,7 +24,7 @@ class Plan:
 
     Attributes:
         experiments: by name.
-        prunings, windows, teachers, trainings, merges: as the workflow makes them.
+        prunings, windows, teachers, prefixes, trainings, merges: as the workflow makes them.
         segments: runs whose boundary activations others start from.
         scores: runs that end in a score.
     """
@@ -25,6 +33,7 @@ class Plan:
     prunings: dict[str, Pruning] = field(default_factory=dict)
     windows: dict[str, Windows] = field(default_factory=dict)
     teachers: dict[str, TeacherStates] = field(default_factory=dict)
+    prefixes: dict[str, PrefixStates] = field(default_factory=dict)
     trainings: dict[str, Training] = field(default_factory=dict)
     merges: dict[str, Merge] = field(default_factory=dict)
     segments: dict[str, Run] = field(default_factory=dict)
@@ -45,12 +54,15 @@ class Plan:
     def _add(self, experiment: Experiment) -> None:
         if experiment.pruning:
             _put(self.prunings, [experiment.pruning])
-        for part in experiment.trained_parts:
-            _put(self.trainings, [experiment.training(part)])
-            _put(self.windows, [experiment.training(part).windows])
-        if experiment.teacher:
-            _put(self.teachers, [experiment.teacher])
-        _put(self.merges, [experiment.merge(part) for part in experiment.merged_parts])
+        _put(self.trainings, experiment.trainings)
+        for reading in (reading for training in experiment.trainings for reading in training.readings):
+            _put(self.windows, [reading.windows])
+            _put(self.teachers, filter(None, [reading.teacher, reading.teacher_layer]))
+            prefix = reading.prefix
+            while prefix:
+                _put(self.prefixes, [prefix])
+                prefix = prefix.start
+        _put(self.merges, experiment.merges)
         for (dataset, variant, _), score in experiment.scores().items():
             _put(self.scores, [score, *([score.dense] if score.dense else [])])
             _put(self.windows, [score.windows])
@@ -62,8 +74,8 @@ class Plan:
     def files(self) -> list[str]:
         """Every file in results/shared that is to be there when all is done, and those of fetched models."""
         models = {e.model.folder: e.model for e in self.experiments.values() if not e.model.given}
-        users: list[Training | Run] = [*self.trainings.values(), *self.scores.values()]
-        windows = {user.windows.name: user.windows for user in users}
+        read = [reading.windows for training in self.trainings.values() for reading in training.readings]
+        windows = {cut.name: cut for cut in (*read, *(score.windows for score in self.scores.values()))}
         return [
             *(file for model in models.values() for file in model.depends),
             *(file for cut in windows.values() for file in (cut.file, cut.record)),
@@ -83,6 +95,7 @@ class Plan:
             *(merge.folder.rsplit("/", 1)[0] for merge in self.merges.values()),
             *(file for cut in self.windows.values() for file in (cut.file, cut.record)),
             *(states.file for states in self.teachers.values()),
+            *(states.file for states in self.prefixes.values()),
             *(file for score in self.scores.values() for file in (score.result, score.window_scores)),
             *runs,
         ]

@@ -17,7 +17,7 @@ from mistral_prune_lora.workflow.configuration import (
     dense_dir,
     experiment_layout,
     merged_parts,
-    trained_parts,
+    trains,
 )
 from mistral_prune_lora.workflow.dense_models import DenseModels
 
@@ -57,14 +57,22 @@ def _experiment(config: Mapping, name: str, made: Iterable[Amount]) -> Iterator[
         "layers": "   ".join(f"{part} {spans(layout.layers_of(part))}" for part in parts),
         "parts": f"given, {experiment['pruned']['A']}" if "pruned" in experiment else "pruned here",
         "adapters": _adapters(experiment, merged_parts(experiment, layout)),
-        "trained on": experiment["distill"]["dataset"] if trained_parts(experiment, layout) else None,
+        "trained on": experiment["distill"]["dataset"] if trains(experiment, layout) else None,
         "measured on": ", ".join(wanted["datasets"]),
-        "stages": "; ".join(f"{variant} {'FULL' if variant == 'dense' else stages}" for variant in wanted["variants"]),
+        "stages": _stages(experiment, stages),
         "beside": baseline_of(config, name),
         "makes": ", ".join(f"{kind} {size}" for kind, size in known.items() if size) or "results only",
     }
     yield name
     yield from (f"  {key:<12} {value}" for key, value in rows.items() if value)
+
+
+def _stages(experiment: Mapping, stages: str) -> str:
+    """Every variant with the stages that it is measured at."""
+    told = [f"{variant} {'FULL' if variant == 'dense' else stages}" for variant in experiment["perplexity"]["variants"]]
+    for variant in experiment["baselines"]:
+        told.append(variant if variant.startswith("joint-") else f"{variant} {stages}")
+    return "; ".join(told)
 
 
 def _model(config: Mapping, name: str) -> str:

@@ -20,8 +20,8 @@ _FLAT = 2000  # MB: a stream of rows peaked at 364 MB for a merge of any size; t
 _TEXT = 8000  # MB: a text and its token ids; the longest of the named ones, a shard of C4, is 800 MB
 _HELD_LAYERS = 4_000_000_000  # more layers at once only save trips of the hidden states to disk
 _SCORED_LOGITS = 1 << 23  # `models.window_scores` holds four blocks of so many float32
-_LOSS_LOGITS = 1 << 25  # `distillation.loss`; student and teacher, scaled, their logarithms, gradients: ten blocks
-_LOSS_BLOCKS = 10
+_LOSS_LOGITS = 1 << 23  # `distillation.loss` on a CPU: student's and teacher's, and two slices that make a third
+_LOSS_BLOCKS = 3
 _STREAMED_BATCH = 4  # windows at once of the teacher's states and of the ranking of layers
 
 # Operations a second. A CPU: of matrix products on 2 cores without bf16 instructions, 38e9 in float32 and 6e9 in bf16,

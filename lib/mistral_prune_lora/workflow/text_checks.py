@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from mistral_prune_lora.text.glance import glance_at
 from mistral_prune_lora.text.sources import DATASETS, SPLITS
-from mistral_prune_lora.workflow.configuration import experiment_layout, missing_text, trained_parts
+from mistral_prune_lora.workflow.configuration import experiment_layout, missing_text, trains
 from mistral_prune_lora.workflow.dense_models import DenseModels
 from mistral_prune_lora.workflow.findings import Findings
 
@@ -40,7 +40,7 @@ def _uses(config: Mapping, name: str) -> Iterator[tuple[str, str, int]]:
     experiment = config["experiments"][name]
     for text in experiment["perplexity"]["datasets"]:
         yield "perplexity", text, experiment["perplexity"]["seqlen"]
-    if trained_parts(experiment, experiment_layout(config, name)):
+    if trains(experiment, experiment_layout(config, name)):
         yield "distill", experiment["distill"]["dataset"], experiment["distill"]["seqlen"]
     if (ranked := experiment["importance"])["dataset"] is not None:
         yield "importance", ranked["dataset"], ranked["seqlen"]
@@ -79,7 +79,7 @@ def _warn_of_one_text(config: Mapping, name: str, findings: Findings) -> None:
     """Warn of an experiment that is measured on what it was trained on."""
     experiment, texts = config["experiments"][name], config["datasets"]
     trained = experiment["distill"]["dataset"]
-    if not trained_parts(experiment, experiment_layout(config, name)):
+    if not trains(experiment, experiment_layout(config, name)):
         return
     for measured in experiment["perplexity"]["datasets"]:
         if _meaning(texts[measured]) == _meaning(texts[trained]):
