@@ -63,11 +63,16 @@ class DatasetSpec:
         return self.shape != "text" or self.documents == "each"
 
     @property
-    def is_on_hub(self) -> bool:
-        """Whether it is named by an id on the Hub: none of the known texts, and no path that leads somewhere."""
+    def may_be_on_hub(self) -> bool:
+        """Whether it is named as datasets on the Hub are: none of the known texts, and no path that leads somewhere."""
         name = self.dataset or ""
         known = self.text_files or name in DATASETS or os.path.lexists(name)
         return not known and _HUB_ID.fullmatch(name) is not None
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether it is a dataset on the Hub: named as such, and with its commit."""
+        return self.may_be_on_hub and self.revision is not None
 
     @property
     def is_plain(self) -> bool:
@@ -133,11 +138,12 @@ class DatasetSpec:
                 split_names(self.split)
             except DataError as error:
                 yield "split", f"{error.what}. Write one of {', '.join(SPLITS)}, or rows of one, as train[:5000]"
-        if self.is_on_hub and self.revision is None:
-            yield "revision", f"needed for {self.dataset}, a dataset on the Hub: the 40 hex digits of a commit"
+        if self.may_be_on_hub and self.revision is None:
+            told = f"{self.dataset} is no file or folder here; of a dataset on the Hub, revision must name the commit"
+            yield "dataset", f"{told}, 40 hex digits"
         if self.revision is not None and not _COMMIT.fullmatch(self.revision):
             yield "revision", f"{self.revision!r} is not the 40 hex digits of a commit"
-        if not self.is_on_hub:
+        if not self.may_be_on_hub:
             for key in ("revision", "config"):
                 if getattr(self, key) is not None:
                     yield key, "is of a dataset on the Hub alone, named as owner/name"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -145,9 +146,8 @@ def _take(examples: Iterable[Example], seqlen: int, count: int | None) -> _Taken
         if fitted is None:
             taken.left_out[_TOO_LONG if example.answers else _NO_ANSWER] += 1
             continue
-        line = f"{example.text}\n".encode()
-        digest.update(line)
-        taken.nbytes += len(line)
+        digest.update(f"{example.text}\n".encode())
+        taken.nbytes += sum(len(piece.encode()) for piece in json.loads(example.text) if piece)
         taken.examples.append(fitted)
     taken.digest = digest.hexdigest()
     return taken
@@ -156,9 +156,9 @@ def _take(examples: Iterable[Example], seqlen: int, count: int | None) -> _Taken
 def _say(taken: _Taken, name: str, seqlen: int) -> None:
     """Say on stderr what of the rows is not learnt."""
     for why, rows in taken.left_out.items():
-        print(f"warning: {printable(name)}: {rows} rows are left out, {why}", file=sys.stderr)
+        print(f"warning: {printable(name)}: rows left out, {why}: {rows}", file=sys.stderr)
     if cut := sum(example.cut for example in taken.examples):
-        print(f"note: {printable(name)}: {cut} examples are cut to {seqlen} tokens", file=sys.stderr)
+        print(f"note: {printable(name)}: examples cut to {seqlen} tokens: {cut}", file=sys.stderr)
 
 
 def _told(spec: DatasetSpec, rows: Rows, taken: _Taken, tokenizer) -> dict:

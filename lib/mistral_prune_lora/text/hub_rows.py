@@ -13,7 +13,7 @@ from mistral_prune_lora.errors import DataError, PipelineError
 from mistral_prune_lora.hub import dataset_error, open_dataset
 from mistral_prune_lora.text.columns import columns_of
 from mistral_prune_lora.text.dataset_spec import DatasetSpec
-from mistral_prune_lora.text.rows import read_records
+from mistral_prune_lora.text.rows import missing_column, read_records
 from mistral_prune_lora.text.saved import is_saved_dataset, saved_columns, saved_table
 from mistral_prune_lora.text.sources import DATASETS, SPLITS, load_documents
 from mistral_prune_lora.text.splits import describe_files, split_files, split_names, split_pieces
@@ -63,19 +63,20 @@ def open_rows(spec: DatasetSpec) -> Rows:
     return _streamed_files(spec, path) if spec.streaming else _of_files(spec, path)
 
 
-def local_columns(spec: DatasetSpec) -> list[str] | None:
-    """The columns of a dataset in local files, by headers and first rows; None where these do not say.
+def check_columns(spec: DatasetSpec) -> None:
+    """Raise a DataError if local files lack a column that is needed, by their headers and first rows alone.
 
-    Raises:
-        DataError: a file is not there, or not of its format.
+    What is on the Hub is not asked, nor what a file's beginning does not say.
     """
     if spec.is_on_hub or spec.text_files or spec.dataset in DATASETS:
-        return None
+        return
     path, name = Path(spec.dataset or ""), split_names(spec.split)[0]
-    if is_saved_dataset(path):
-        return saved_columns(path, name)
-    columns = columns_of(split_files(path, name)[0])
-    return None if columns is None or {"data", "paragraphs"} & set(columns) else columns
+    there = saved_columns(path, name) if is_saved_dataset(path) else columns_of(split_files(path, name)[0])
+    if there is None or {"data", "paragraphs"} & set(there):
+        return
+    for column in spec.needed:
+        if column not in there:
+            raise missing_column(path, column, there)
 
 
 def _of_hub(spec: DatasetSpec) -> Rows:

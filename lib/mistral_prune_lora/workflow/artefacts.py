@@ -14,6 +14,7 @@ from functools import cached_property
 from mistral_prune_lora.checkpoints.directories import BUNDLE_META, LAYERS_MAP, SINGLE_FILE, layer_file_name
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.layout.partition import Layout, spans
+from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.workflow.content import short_key
 
 SHARED = "results/shared"
@@ -54,14 +55,14 @@ def bundle_files(layers: Sequence[int]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of token ids, cut from a text by a model's tokenizer.
+    """Windows of token ids, cut from a text or made of examples by a model's tokenizer.
 
     Attributes:
         model: whose tokenizer it is.
-        dataset: the text, as `text.sources.load_text` takes it.
+        dataset: the text, by the keys of `text.dataset_spec.DatasetSpec`.
         files: the local files it is read from.
         text: the identity of what those files hold.
-        seqlen, count: the windows; None takes the whole text.
+        seqlen, count: the windows, or the examples in them; None takes the whole text.
     """
 
     model: Source
@@ -74,7 +75,7 @@ class Windows:
     @cached_property
     def name(self) -> str:
         """Its name under results/shared/windows."""
-        read = {key: value for key, value in self.dataset.items() if key not in ("text_files", "mirror", "dataset")}
+        read = DatasetSpec.of(self.dataset).recipe
         recipe = {"model": self.model.identity, "text": self.text, **read, "seqlen": self.seqlen, "count": self.count}
         return f"{self.seqlen}-{short_key(recipe)}"
 
