@@ -16,9 +16,9 @@ import torch
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.checkpoints.tensor_names import EMBEDDING
 from mistral_prune_lora.errors import CheckpointError, NumberError
-from mistral_prune_lora.evaluation.window_scores import Head, score_batch
 from mistral_prune_lora.models.config import head_name
 from mistral_prune_lora.models.ends import outside_entries
+from mistral_prune_lora.models.window_scores import Head, score_batch
 from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import open_finished

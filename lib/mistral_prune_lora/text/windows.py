@@ -268,16 +268,20 @@ def check_amount(seqlen: int, max_windows: int | None) -> None:
 
 def first_windows(windows: Windows, count: int) -> Windows:
     """The first `count` windows; their share of the text's bytes is taken in proportion."""
-    if count >= len(windows):
-        return windows
-    ids = windows.ids[:count].contiguous()
-    positions, scored = (None if t is None else t[:count].contiguous() for t in (windows.positions, windows.scored))
+    return windows if count >= len(windows) else windows_between(windows, 0, count)
+
+
+def windows_between(windows: Windows, first: int, last: int) -> Windows:
+    """The windows first..last-1; their share of the text's bytes is taken in proportion."""
+    held = (windows.ids, windows.positions, windows.scored)
+    ids, positions, scored = (None if t is None else t[first:last].contiguous() for t in held)
+    assert ids is not None
     identity = replace(
         windows.identity,
         ids_sha256=ids_digest(ids, positions),
         scored_sha256=None if scored is None else scored_digest(scored),
-        utf8_bytes=round(windows.identity.utf8_bytes * count / len(windows)),
-        windows=count,
+        utf8_bytes=round(windows.identity.utf8_bytes * len(ids) / len(windows)),
+        windows=len(ids),
     )
     return Windows(ids, identity, positions, scored)
 
