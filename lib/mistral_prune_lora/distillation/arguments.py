@@ -26,8 +26,10 @@ from mistral_prune_lora.distillation.settings import (
     Running,
     TrainingSettings,
 )
-from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
+from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, PipelineError
 from mistral_prune_lora.storage.json_file import read_json_if_there
+from mistral_prune_lora.text.dataset_spec import DatasetSpec
+from mistral_prune_lora.text.presets import PRESETS
 
 _TOGETHER = ("AB", "FULL")
 # What is trained, by what --stage says: a part, or with AB and FULL all parts of that stage together.
@@ -36,6 +38,7 @@ _OWN = TrainingSettings()
 # The adapter's, the loss's and the optimiser's stand in settings.py; here is what else a command line may leave out.
 DEFAULTS = {
     "dataset": "wikitext2",
+    "qa_dataset": None,
     "seqlen": 2048,
     "nsamples": None,
     **asdict(_OWN.lora),
@@ -60,9 +63,10 @@ DEFAULTS = {
     "dtype": "bf16",
     "overwrite": False,
 }
-# What the original trainer takes where its command line says nothing, if that differs; there is no default text.
+# What the original trainer takes where its command line says nothing, if that differs.
 ORIGINAL_DEFAULTS = {
     "dataset": None,
+    "qa_dataset": "squad",
     "seqlen": 1024,
     "nsamples": 20000,
     "rank": 8,
@@ -97,10 +101,6 @@ INSTEAD = {
 }
 # Where the original nests an adapter under --out_adapters.
 ADAPTER_FOLDERS = {"A": "A_lora/stageA/stageA", "B": "B_lora/stageB", "C": "C_lora/stageC"}
-
-NOT_TAKEN = {
-    "qa_dataset": "training is on plain text, which --dataset or --text_file names",
-}
 
 
 @dataclass(frozen=True)
@@ -200,10 +200,9 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
         given: what stands in the command line, by flag without its dashes; nothing that was left out.
 
     Raises:
-        PipelineError: a flag that is not taken, one thing said twice or left out, flags that contradict each other.
+        PipelineError: one thing said twice or left out, flags that contradict each other.
         LayoutError, CheckpointError: bundles that are not those of the student, or not what their flag says.
     """
-    _refuse_not_taken(given)
     _refuse_said_twice(given)
     stage = given["stage"]
     part, original = PARTS[stage], stage != PARTS[stage]
@@ -218,14 +217,7 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
         settings["kd_alpha"] = 0.0
     _check_held_out(settings, given)
     _check_teacher(settings, "--teacher_model" if original else "--teacher")
-    if "dataset" in given and "text_file" in given:
-        raise PipelineError("--dataset and --text_file name two texts", mend="give one of them")
-    if settings["dataset"] is None and "text_file" not in given:
-        raise PipelineError(
-            "no text is named, and the original's default, SQuAD, is not taken",
-            where=f"--stage {stage}",
-            mend="name a text with --dataset or --text_file",
-        )
+    settings |= _text(given)
     student = _needed(settings, "student", "base_dir")
     limit = next((f"--{name}" for name in ("nsamples", "max_samples") if name in given), "the default of --max_samples")
     return TrainingRequest(
@@ -240,18 +232,43 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
     )
 
 
-def _refuse_not_taken(given: Mapping) -> None:
-    """Raise a PipelineError that names every flag of the original that cannot be followed."""
-    refused = [name for name in NOT_TAKEN if name in given]
-    if not refused:
-        return
-    flags: dict[str, list[str]] = {}
-    for name in refused:
-        flags.setdefault(NOT_TAKEN[name], []).append(f"--{name}")
-    raise PipelineError(
-        "not taken: " + "; ".join(f"{', '.join(named)} ({reason})" for reason, named in flags.items()),
-        mend="leave them out" if len(refused) > 1 else "leave it out",
-    )
+def _text(given: Mapping) -> dict:
+    """What a command line says of the text: its words take the place of the defaults, which are one text each.
+
+    Raises:
+        PipelineError: two texts are named, or one that is neither a preset nor a path.
+    """
+    named = [name for name in ("dataset", "text_file", "qa_dataset") if name in given]
+    if len(named) > 1:
+        raise PipelineError(f"--{named[0]} and --{named[1]} name two texts", mend="give one of them")
+    if "mirror" in given and named == ["qa_dataset"]:
+        raise PipelineError(
+            "a mirror is of a --dataset", where="--mirror", mend="give a local copy as --qa_dataset PATH"
+        )
+    if not named:
+        return {}
+    return {"dataset": given.get("dataset"), "qa_dataset": given.get("qa_dataset")}
+
+
+def question_dataset(name: str) -> DatasetSpec:
+    """The training questions that --qa_dataset names: squad or squad_v2, a file or folder of that shape, or NAME=PATH.
+
+    Raises:
+        DataError: it is neither.
+    """
+    preset, _, path = name.partition("=")
+    if preset not in PRESETS:
+        preset, path = "squad", name
+    if path:
+        if not Path(path).exists():
+            raise DataError(
+                f"{path!r} is no file or folder",
+                where="--qa_dataset",
+                mend=f"give {', '.join(PRESETS)}, a path, or NAME=PATH for another preset than squad",
+            )
+        return DatasetSpec(path, "train", shape="prompt", preset=preset)
+    known = PRESETS[preset]
+    return DatasetSpec(known.repo_id, "train", shape="prompt", preset=preset, revision=known.revision)
 
 
 def _refuse_said_twice(given: Mapping) -> None:
