@@ -209,7 +209,7 @@ def test_bundles_of_another_pruning_and_an_unmerged_b_are_refused(pruned):
 
 def test_every_flag_of_the_original_is_explained_and_documented_lines_are_taken():
     page = (Path(__file__).parents[2] / "docs/from-the-original-scripts.md").read_text()
-    for name in (*SAME, *INSTEAD, *NOT_TAKEN, "use_kd", "teacher_device", "logging_steps", "kd_alpha"):
+    for name in (*SAME, *INSTEAD, "qa_dataset", "use_kd", "teacher_device", "logging_steps", "kd_alpha"):
         assert f"`--{name}" in page, name
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in joined(block)]
     trained = [shlex.split(line)[3:] for line in lines if "mistral_optimized_kd_lora" in line]
