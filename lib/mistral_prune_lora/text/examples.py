@@ -117,10 +117,10 @@ def _prompts(rows: Iterable[Mapping], template: Template, codec: Codec) -> Itera
     head, end = codec.head, codec.end
     for batch in _batches(rows):
         told = [(number, *_of_row(number, template.render, row)) for number, row in batch]
+        lines = [_line(*each) for each in told]
         starts = codec([prompt for _, prompt, _ in told])
         wholes = codec([prompt + (answer or "") for _, prompt, answer in told])
-        for (number, prompt, answer), start, whole in zip(told, starts, wholes, strict=True):
-            text = _line(number, prompt, answer)
+        for (number, _, answer), text, start, whole in zip(told, lines, starts, wholes, strict=True):
             if answer is None:
                 yield Example([*head, *whole], (), len(head), text)
                 continue
@@ -137,10 +137,11 @@ def _prompts(rows: Iterable[Mapping], template: Template, codec: Codec) -> Itera
 def _documents(rows: Iterable[Mapping], column: str, codec: Codec, seqlen: int) -> Iterator[Example]:
     for batch in _batches(rows):
         texts = [(number, _of_row(number, _text, row, column)) for number, row in batch]
-        for (number, text), bare in zip(texts, codec([text for _, text in texts]), strict=True):
+        lines = [_line(*each) for each in texts]
+        for line, bare in zip(lines, codec([text for _, text in texts]), strict=True):
             ids = [*codec.head, *bare, *codec.tail] if bare else []
             answers = ((1, min(len(ids), seqlen)),) if len(ids) > 1 else ()
-            yield Example(ids[:seqlen], answers, len(codec.head), _line(number, text), len(ids) > seqlen)
+            yield Example(ids[:seqlen], answers, len(codec.head), line, len(ids) > seqlen)
 
 
 def _text(row: Mapping, column: str) -> str:
@@ -180,6 +181,7 @@ def _messages(row: Mapping, column: str) -> list[dict]:
 def _chat(messages: list[dict], number: int, codec: Codec) -> Example:
     """A conversation up to its last answer; the answers are what the template adds for each turn of the assistant."""
     whole = _rendered(messages, codec)
+    line = _line(number, whole)
     ids = codec([whole])[0]
     answers = []
     for turn, message in enumerate(messages):
@@ -197,7 +199,7 @@ def _chat(messages: list[dict], number: int, codec: Codec) -> Example:
         if end > max(len(before), 1):
             answers.append((max(len(before), 1), end))
     head = 1 if ids and ids[0] == codec.tokenizer.bos_token_id else 0
-    return Example(ids[: answers[-1][1]] if answers else ids, answers, head, _line(number, whole))
+    return Example(ids[: answers[-1][1]] if answers else ids, answers, head, line)
 
 
 def _behind_last_special(ids: Sequence[int], first: int, codec: Codec) -> int:
