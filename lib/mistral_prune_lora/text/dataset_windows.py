@@ -7,7 +7,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from mistral_prune_lora.errors import DataError, printable
 from mistral_prune_lora.text.dataset_spec import DatasetSpec
@@ -148,7 +150,8 @@ def _take(examples: Iterable[Example], seqlen: int, count: int | None) -> _Taken
             continue
         digest.update(f"{example.text}\n".encode())
         taken.nbytes += sum(len(piece.encode()) for piece in json.loads(example.text) if piece)
-        taken.examples.append(fitted)
+        # A list takes eight times the room, and a dataset may have a hundred thousand examples.
+        taken.examples.append(replace(fitted, ids=np.array(fitted.ids, dtype=np.int32)))
     taken.digest = digest.hexdigest()
     return taken
 

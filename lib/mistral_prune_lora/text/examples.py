@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from jinja2 import TemplateError
+import numpy as np
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.text.dataset_spec import DatasetSpec
@@ -28,7 +28,7 @@ class Example:
         cut: whether some of it was left away.
     """
 
-    ids: Sequence[int]
+    ids: Sequence[int] | np.ndarray
     answers: Sequence[tuple[int, int]]
     head: int
     text: str
@@ -211,7 +211,7 @@ def _behind_last_special(ids: Sequence[int], first: int, codec: Codec) -> int:
 def _rendered(messages: list[dict], codec: Codec, *, asking: bool = False) -> str:
     try:
         return codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever the template raises, or the engine that runs it
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"the chat template does not take it: {told}", mend="leave it out, or change its roles"
