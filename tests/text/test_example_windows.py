@@ -161,6 +161,14 @@ def test_a_split_may_be_some_of_its_rows(squad, tokenizer, split, taken):
     assert windows.identity.split == split
 
 
+def test_rows_of_a_known_text_are_joined_as_all_of_it_is(tmp_path, tokenizer):
+    (tmp_path / "ptb").mkdir()
+    (tmp_path / "ptb/ptb.train.txt").write_text(" a b \n c d \n e f \n")
+    spec = DatasetSpec("ptb", "train[:2]", mirror=str(tmp_path / "ptb"))
+    windows = dataset_windows(spec, tokenizer, seqlen=8, count=None)
+    assert tokenizer.decode(windows.ids[0]) == "<s>a b c d" and windows.identity.source.endswith(": train[:2]")
+
+
 def test_packing_is_first_fit_and_loses_nothing(squad, tokenizer):
     alone, packed = (
         dataset_windows(replace(squad, packing=packing), tokenizer, seqlen=300, count=None) for packing in (False, True)

@@ -19,7 +19,7 @@ def test_an_adapter_is_trained_on_answers(project, monkeypatch):
     experiment["adapters"]["A"] = "train"
     experiment["distill"] = {
         "dataset": "squad",
-        "seqlen": 240,
+        "seqlen": 250,
         "windows": 3,
         "dtype": "fp32",
         "share_teacher_states": True,

@@ -133,11 +133,14 @@ class DatasetSpec:
                     yield key, "windows of a running text are full; documents: each gives every text its own"
 
     def _faults_of_rows(self) -> Iterator[tuple[str, str]]:
-        if self.split not in SPLITS:
-            try:
-                split_names(self.split)
-            except DataError as error:
-                yield "split", f"{error.what}. Write one of {', '.join(SPLITS)}, or rows of one, as train[:5000]"
+        try:
+            named = [] if self.split in SPLITS else split_names(self.split)
+        except DataError as error:
+            yield "split", f"{error.what}. Write one of {', '.join(SPLITS)}, or rows of one, as train[:5000]"
+        else:
+            # Of a plain text, whoever reads it says so.
+            if self.dataset in DATASETS and not self.is_plain and not set(named) <= set(SPLITS):
+                yield "split", f"{self.split!r} is not of {', '.join(SPLITS)}"
         if self.may_be_on_hub and self.revision is None:
             told = f"{self.dataset} is no file or folder here; of a dataset on the Hub, revision must name the commit"
             yield "dataset", f"{told}, 40 hex digits"

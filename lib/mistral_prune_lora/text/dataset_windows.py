@@ -82,8 +82,12 @@ def _joined_windows(spec: DatasetSpec, rows: Rows, tokenizer, seqlen: int, count
 
 
 def _joined(spec: DatasetSpec, rows: Rows, texts: list[str]) -> Text:
-    joined = "\n\n".join(texts)
-    return Text(rows.name, spec.split, joined, hashlib.sha256(joined.encode()).hexdigest(), rows.source)
+    joined = rows.separator.join(texts)
+    try:
+        digest = hashlib.sha256(joined.encode()).hexdigest()
+    except UnicodeEncodeError:
+        raise DataError("a text holds half a surrogate pair", where=rows.source, mend="leave it out") from None
+    return Text(rows.name, spec.split, joined, digest, rows.source)
 
 
 def _text(row: Mapping, column: str, source: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mistral_prune_lora.text.columns import columns_of
 from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.text.rows import missing_column, read_records
 from mistral_prune_lora.text.saved import is_saved_dataset, saved_columns, saved_table
-from mistral_prune_lora.text.sources import DATASETS, SPLITS, load_documents
+from mistral_prune_lora.text.sources import DATASETS, load_documents
 from mistral_prune_lora.text.splits import describe_files, split_files, split_names, split_pieces
 from mistral_prune_lora.text.squad_json import flat_rows
 
@@ -31,12 +31,14 @@ class Rows:
         source: where they come from; for every local file, its name and sha256; for the Hub, the commit.
         count: how many there are; None for a stream, of which nobody knows.
         rows: each with its columns by name; to be gone through once.
+        separator: what joins texts to a running one.
     """
 
     name: str
     source: str
     count: int | None
     rows: Iterable[Mapping] = field(repr=False)
+    separator: str = "\n\n"
 
 
 def open_rows(spec: DatasetSpec) -> Rows:
@@ -109,17 +111,15 @@ def _told_of(rows: Iterator[Mapping], repo_id: str, revision: str) -> Iterator[M
 
 def _of_known_text(spec: DatasetSpec) -> Rows:
     """Benchmarks, the built-in text and files of text: rows with one column, by the name that is asked for."""
-    held, sources, name = {}, [], ""
+    held, sources, name, separator = {}, [], "", ""
     for split in dict.fromkeys(split_names(spec.split)):
-        if split not in SPLITS:
-            raise DataError(f"there is no split {split!r}", where="split", mend=f"use one of {', '.join(SPLITS)}")
         documents = load_documents(
             spec.dataset, split=split, mirror=spec.mirror, text_files=spec.text_files, column=spec.column
         )
         held[split] = [{spec.column: row} for row in documents.rows]
         sources.append(documents.source)
-        name = documents.name
-    return _taken(spec.split, name, sources, held)
+        name, separator = documents.name, documents.separator
+    return replace(_taken(spec.split, name, sources, held), separator=separator)
 
 
 def _of_saved(spec: DatasetSpec, path: Path) -> Rows:
