@@ -120,6 +120,8 @@ def dataset_error(error: Exception, repo_id: str, revision: str, kind: type[Pipe
             where=where,
             mend="check id and commit, or log in with `hf auth login`",
         )
+    if of_hub is None and isinstance(error, ValueError):  # a split or a configuration that it has not
+        return kind(str(error).splitlines()[0].rstrip("."), where=where, mend="ask for what it has")
     what, mend = _fault(of_hub or error, repo_id, revision)
     return kind(what, where=where, mend=mend)
 
