@@ -23,12 +23,11 @@ from mistral_prune_lora.distillation.arguments import (
     DEFAULTS,
     ORIGINAL_DEFAULTS,
     PARTS,
-    question_dataset,
     training_request,
 )
 from mistral_prune_lora.distillation.settings import KD_LOSSES, KEEP
 from mistral_prune_lora.errors import CheckpointError, reports_errors
-from mistral_prune_lora.text.dataset_spec import DatasetSpec
+from mistral_prune_lora.text.dataset_spec import DatasetSpec, question_dataset
 
 EXAMPLES = """examples, in the order they must be run (merge each adapter before the next part is trained):
   A, on the pruned model:

@@ -16,13 +16,13 @@ from mistral_prune_lora.distillation.arguments import (
     INSTEAD,
     ORIGINAL_DEFAULTS,
     SAME,
-    question_dataset,
     training_request,
 )
 from mistral_prune_lora.distillation.settings import LossSettings, TrainingSettings
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_optimized_kd_lora import parser
+from mistral_prune_lora.text.dataset_spec import question_dataset
 
 TAUGHT = ["--use_kd", "--teacher_model", "dense", "--kd_alpha", "0.3", "--kd_T", "4"]
 TEXT = ["--text_file", "corpus.txt"]

@@ -26,10 +26,8 @@ from mistral_prune_lora.distillation.settings import (
     Running,
     TrainingSettings,
 )
-from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, PipelineError
+from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.storage.json_file import read_json_if_there
-from mistral_prune_lora.text.dataset_spec import DatasetSpec
-from mistral_prune_lora.text.presets import PRESETS
 
 _TOGETHER = ("AB", "FULL")
 # What is trained, by what --stage says: a part, or with AB and FULL all parts of that stage together.
@@ -248,27 +246,6 @@ def _text(given: Mapping) -> dict:
     if not named:
         return {}
     return {"dataset": given.get("dataset"), "qa_dataset": given.get("qa_dataset")}
-
-
-def question_dataset(name: str) -> DatasetSpec:
-    """The training questions that --qa_dataset names: squad or squad_v2, a file or folder of that shape, or NAME=PATH.
-
-    Raises:
-        DataError: it is neither.
-    """
-    preset, _, path = name.partition("=")
-    if preset not in PRESETS:
-        preset, path = "squad", name
-    if path:
-        if not Path(path).exists():
-            raise DataError(
-                f"{path!r} is no file or folder",
-                where="--qa_dataset",
-                mend=f"give {', '.join(PRESETS)}, a path, or NAME=PATH for another preset than squad",
-            )
-        return DatasetSpec(path, "train", shape="prompt", preset=preset)
-    known = PRESETS[preset]
-    return DatasetSpec(known.repo_id, "train", shape="prompt", preset=preset, revision=known.revision)
 
 
 def _refuse_said_twice(given: Mapping) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.text.presets import PRESETS, Template
@@ -177,3 +178,24 @@ class DatasetSpec:
                 self.words.check()
             except DataError as error:
                 yield str(error.where), f"{error.what}. {error.mend}"
+
+
+def question_dataset(name: str) -> DatasetSpec:
+    """The training questions that --qa_dataset names: squad or squad_v2, a file or folder of that shape, or NAME=PATH.
+
+    Raises:
+        DataError: it is neither.
+    """
+    preset, _, path = name.partition("=")
+    if preset not in PRESETS:
+        preset, path = "squad", name
+    if path:
+        if not Path(path).exists():
+            raise DataError(
+                f"{path!r} is no file or folder",
+                where="--qa_dataset",
+                mend=f"give {', '.join(PRESETS)}, a path, or NAME=PATH for another preset than squad",
+            )
+        return DatasetSpec(path, "train", shape="prompt", preset=preset)
+    known = PRESETS[preset]
+    return DatasetSpec(known.repo_id, "train", shape="prompt", preset=preset, revision=known.revision)
