@@ -1,5 +1,5 @@
 # Windows of token ids, for measuring, training and ranking alike.
-#   in:  a text, the tokenizer of a dense model
+#   in:  a text or examples, the tokenizer of a dense model
 #   out: results/shared/windows/{made}.safetensors, and .json, which says what they are
 
 

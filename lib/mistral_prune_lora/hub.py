@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mistral_prune_lora.errors import PipelineError, SourceError
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 _CONNECT = "connect to the network (unset HF_HUB_OFFLINE), or copy it here and give its local path"
 
@@ -68,6 +71,59 @@ def fetch_dataset_file(repo_id: str, file: str, *, revision: str, kind: type[Pip
     except Exception as error:
         what, _ = _fault(error, repo_id, revision)
         raise kind(f"{file}: {what}", where=f"the Hub dataset {repo_id}", mend=mend) from error
+
+
+def open_dataset(repo_id: str, *, revision: str, config: str | None, kind: type[PipelineError]) -> DatasetBuilder:
+    """A dataset of the Hub at one commit, its rows not fetched yet.
+
+    Without network the dataset library takes what its cache holds under the dataset's name, whatever commit that is of;
+    of another commit, it is refused here.
+
+    Args:
+        repo_id: owner/name.
+        revision: a commit, 40 hex digits.
+        config: which of its configurations; None takes the only or the default one.
+        kind: the error to raise.
+
+    Raises:
+        kind: it cannot be found, or is of another commit.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(f"hf://datasets/{repo_id}", config, revision=revision)
+    except Exception as error:
+        raise dataset_error(error, repo_id, revision, kind) from error
+    if builder.hash != revision:
+        raise kind(
+            f"the Hub cannot be reached, and the local cache holds commit {builder.hash}, not {revision}",
+            where=f"the Hub dataset {repo_id}",
+            mend=_CONNECT,
+        )
+    return builder
+
+
+def dataset_error(error: Exception, repo_id: str, revision: str, kind: type[PipelineError]) -> PipelineError:
+    """The error to raise for one of the dataset library while it finds, fetches or reads a dataset of the Hub."""
+    import datasets.exceptions
+    from huggingface_hub import errors
+
+    of_hub = next(
+        (e for e in (error, error.__cause__, error.__context__) if isinstance(e, errors.HfHubHTTPError)), None
+    )
+    where = f"the Hub dataset {repo_id}"
+    if isinstance(error, (ConnectionError, errors.OfflineModeIsEnabled)):
+        return kind("the Hub cannot be reached, and the local cache does not hold it", where=where, mend=_CONNECT)
+    if of_hub is None and isinstance(error, (datasets.exceptions.DatasetNotFoundError, FileNotFoundError)):
+        return kind(
+            f"there is no such dataset, or it is private, or it has no commit {revision}",
+            where=where,
+            mend="check id and commit, or log in with `hf auth login`",
+        )
+    if of_hub is None and isinstance(error, ValueError):  # a split or a configuration that it has not
+        return kind(str(error).splitlines()[0].rstrip("."), where=where, mend="ask for what it has")
+    what, mend = _fault(of_hub or error, repo_id, revision)
+    return kind(what, where=where, mend=mend)
 
 
 def _fault(error: Exception, repo_id: str, revision: str | None) -> tuple[str, str]:

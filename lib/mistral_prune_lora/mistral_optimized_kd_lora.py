@@ -21,13 +21,13 @@ from mistral_prune_lora.argument_types import (
 from mistral_prune_lora.distillation.arguments import (
     ADAPTER_FOLDERS,
     DEFAULTS,
-    NOT_TAKEN,
     ORIGINAL_DEFAULTS,
     PARTS,
     training_request,
 )
 from mistral_prune_lora.distillation.settings import KD_LOSSES, KEEP
 from mistral_prune_lora.errors import CheckpointError, reports_errors
+from mistral_prune_lora.text.dataset_spec import DatasetSpec, question_dataset
 
 EXAMPLES = """examples, in the order they must be run (merge each adapter before the next part is trained):
   A, on the pruned model:
@@ -92,12 +92,14 @@ def _default(name: str) -> str:
 
 def _add_text(text) -> None:
     text.add_argument("--dataset",
-        help="wikitext2, c4, ptb, pydoc or a path (default: wikitext2; none with --stage 1, 2, 3)")  # fmt: skip
+        help="wikitext2, c4, ptb, pydoc or a path (default: wikitext2; with --stage 1, 2, 3"
+        " --qa_dataset squad)")  # fmt: skip
     text.add_argument("--mirror", metavar="DIR", help="a local copy of the dataset (default: the Hub)")
     text.add_argument("--text_file", action="append", metavar="FILE", help="train on text files instead")
     text.add_argument("--seqlen", type=positive, metavar="N", help=f"tokens in a window {_default('seqlen')}")
     text.add_argument("--nsamples", type=positive, metavar="N",
-        help="windows, from the start of the text (default: all; 20000 at most with --stage 1, 2, 3)")  # fmt: skip
+        help="windows from the start of the text, or questions (default: all; 20000 at most with --stage 1, 2,"
+        " 3)")  # fmt: skip
 
 
 def _add_adapter(lora) -> None:
@@ -187,8 +189,9 @@ def _add_original(p: argparse.ArgumentParser) -> None:
         help="changes nothing: one state is kept, the last, until the adapter is there")  # fmt: skip
     same.add_argument("--teacher_4bit", action="store_true",
         help="quantise the teacher to four bits: needs a GPU and the package bitsandbytes")  # fmt: skip
-    refused = p.add_argument_group("the original trainer's flags that are not taken")
-    refused.add_argument("--qa_dataset", metavar="NAME", help=NOT_TAKEN["qa_dataset"])
+    same.add_argument("--qa_dataset", metavar="NAME",
+        help="train on answers to questions: squad or squad_v2 from the Hub, a PATH to such files, or NAME=PATH"
+        " (default with --stage 1, 2, 3: squad)")  # fmt: skip
 
 
 @reports_errors
@@ -213,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     compute, states = Compute.named(given["device"], given["dtype"], FROZEN_BATCH), given.get("teacher_states")
     prefix, start = given.get("prefix_states"), given.get("prefix_from")
     read = [request.teacher, request.student, *request.bundles, *given.get("text_file", ()), given["dataset"], start]
+    questions = None if given["qa_dataset"] is None else question_dataset(given["qa_dataset"])
+    read += [questions.dataset] if questions else []
     outputs = [Output.directory(request.output_dir, "--output_dir", RECORD)]
     outputs += [*map(states_output, [states] if states else []), *map(prefix_output, [prefix] if prefix else [])]
     claim(outputs, [*read, given.get("mirror"), given.get("eval_dataset")], overwrite=overwrite)
@@ -225,8 +230,10 @@ def main(argv: list[str] | None = None) -> None:
     read_config(request.student)  # refused before the text is fetched
     student = Student(request.student, request.bundles)
     first = min(student.adapted_layers(part, given["adapt_layers"]))
-    windows, held_out = _windows(given, load_tokenizer(teacher or request.student))
+    windows, held_out = _windows(given, questions, load_tokenizer(teacher or request.student))
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
+    if told := windows.identity.examples:
+        print(f"answers: {windows.predicted_tokens} tokens of {told['examples']} examples are learnt", flush=True)
     if teacher and states and not holds_states(states):
         teacher_states(teacher, windows, states, compute=compute, overwrite=overwrite)
     if prefix and not holds_prefix(prefix):
@@ -246,8 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"adapter of {part}: {request.output_dir}")
 
 
-def _windows(given, tokenizer):
-    """The training windows, and the held-out ones if any are looked at."""
+def _windows(given, questions: DatasetSpec | None, tokenizer):
+    """The training windows, of a text or of questions, and the held-out ones if any are looked at."""
     from mistral_prune_lora.errors import DataError
     from mistral_prune_lora.text.sources import load_text
     from mistral_prune_lora.text.windows import first_windows, make_windows, windows_between
@@ -255,11 +262,17 @@ def _windows(given, tokenizer):
     texts, seqlen, count = given.get("text_file", ()), given["seqlen"], given["nsamples"]
     looked = given["eval_samples"] if given["eval_steps"] else 0
     follow = looked if "eval_dataset" not in given else 0
-    text = load_text(given["dataset"], split="train", mirror=given.get("mirror"), text_files=texts)
-    every = make_windows(text, tokenizer, seqlen=seqlen, max_windows=count + follow if count else None)
+    most = count + follow if count else None
+    if questions:
+        every = _question_windows(questions, tokenizer, seqlen, most)
+    else:
+        text = load_text(given["dataset"], split="train", mirror=given.get("mirror"), text_files=texts)
+        every = make_windows(text, tokenizer, seqlen=seqlen, max_windows=most)
     if follow and len(every) < 2:
         raise DataError(
-            "the text has one window, and none is left to hold out", where=text.source, mend="name an --eval_dataset"
+            "the text has one window, and none is left to hold out",
+            where=every.identity.source,
+            mend="name an --eval_dataset",
         )
     if follow:
         # Of a text that is too short for both, at most half is held out.
@@ -269,6 +282,20 @@ def _windows(given, tokenizer):
         return every, None
     other = load_text(given["eval_dataset"], split="validation")
     return every, make_windows(other, tokenizer, seqlen=seqlen, max_windows=looked)
+
+
+def _question_windows(questions: DatasetSpec, tokenizer, seqlen: int, count: int | None):
+    """The windows of questions; DataError with a way out where the Hub is not to be had."""
+    from mistral_prune_lora.errors import DataError
+    from mistral_prune_lora.text.dataset_windows import dataset_windows
+
+    try:
+        return dataset_windows(questions, tokenizer, seqlen=seqlen, count=count)
+    except DataError as error:
+        if not questions.is_on_hub:
+            raise
+        mend = f"{error.mend}; a local copy is given as --qa_dataset {questions.preset}=PATH"
+        raise DataError(error.what, where=error.where, mend=mend) from None
 
 
 def _check_whole(teacher: Path) -> None:

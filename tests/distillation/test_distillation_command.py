@@ -2,9 +2,12 @@
 
 import json
 
+import datasets
 import huggingface_hub
+import pandas as pd
 import pytest
 from cut_model import cut, save_dense
+from question_rows import save_questions
 from safetensors.torch import load_file
 from tiny import save_tokenizer
 
@@ -57,6 +60,39 @@ def test_the_teachers_states_are_made_once_and_used_again(folder):
     assert train("--teacher_states", "states.safetensors") == 0
     assert (folder / "states.safetensors").stat().st_mtime_ns == made
     assert (folder / "A_lora/adapter_model.safetensors").read_bytes() == first
+
+
+def ask(*more):
+    return main([
+        "--stage", "1", "--base_dir", "A", "--out_adapters", "adapters", "--teacher_model", "dense", "--use_kd",
+        "--seq_len", "96", "--bs", "2", "--grad_acc", "1", "--device", "cpu", "--dtype", "fp32", *more,
+    ])  # fmt: skip
+
+
+def test_answers_are_learnt_from_questions_in_a_file(folder, capsys):
+    save_questions(folder / "rows")
+    assert ask("--qa_dataset", "rows/train-v2.0.json", "--max_samples", "3") == 0
+    printed = capsys.readouterr().out
+    assert "text:    3 of 3 windows of 96 tokens" in printed
+    assert "answers: 18 tokens of 3 examples are learnt" in printed  # " blue", " green", " red", and what ends them
+    written = folder / "adapters/A_lora/stageA/stageA"
+    told = json.loads((written / "training.json").read_text())["windows"]
+    assert told["examples"]["template"]["columns"] == {"answer": "answers.text"} and told["scored_sha256"]
+    curve = pd.read_csv(written / "training.csv")
+    assert len(curve) == 2 and curve.loss.notna().all()
+    first = (written / "adapter_model.safetensors").read_bytes()
+    files = ("--qa_dataset", "squad_v2=rows/rows.parquet", "--max_samples", "3", "--teacher_states", "states")
+    assert ask(*files) == 0 and (written / "adapter_model.safetensors").read_bytes() != first
+    assert "answers: 27 tokens of 3 examples are learnt" in capsys.readouterr().out  # " unanswerable" for " red"
+
+
+def test_without_network_the_original_s_default_names_a_way_out(folder, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    assert ask() == 1
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "the Hub cannot be reached" in line and "--qa_dataset squad=PATH" in line
+    assert not (folder / "adapters").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from mistral_prune_lora.checkpoints.descriptions import make_manifest
 from mistral_prune_lora.distillation.arguments import (
     DEFAULTS,
     INSTEAD,
-    NOT_TAKEN,
     ORIGINAL_DEFAULTS,
     SAME,
     training_request,
@@ -23,6 +22,7 @@ from mistral_prune_lora.distillation.settings import LossSettings, TrainingSetti
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.mistral_optimized_kd_lora import parser
+from mistral_prune_lora.text.dataset_spec import question_dataset
 
 TAUGHT = ["--use_kd", "--teacher_model", "dense", "--kd_alpha", "0.3", "--kd_T", "4"]
 TEXT = ["--text_file", "corpus.txt"]
@@ -138,7 +138,9 @@ def test_what_is_about_to_be_done_is_told(pruned):
         (["--stage", "1", *THEIRS, "--warmup_steps", "9"], "--warmup_ratio and --warmup_steps say"),
         (["--stage", "2", *THEIRS, "--bundles_dir", "bundles", "--bundle", "b"], "--bundles_dir and --bundle say"),
         (["--stage", "1", *THEIRS, "--dataset", "c4"], "--dataset and --text_file name two texts"),
-        (["--stage", "1", *THEIRS[:-2]], "SQuAD, is not taken (in --stage 1)"),
+        (["--stage", "1", *THEIRS, "--qa_dataset", "squad"], "--text_file and --qa_dataset name two texts"),
+        ([*OURS, "--dataset", "c4", "--qa_dataset", "squad"], "--dataset and --qa_dataset name two texts"),
+        ([*OURS, "--qa_dataset", "squad", "--mirror", "m"], "a mirror is of a --dataset"),
         (["--stage", "1", *THEIRS[2:]], "neither --student nor --base_dir is given"),
         (["--stage", "1", *THEIRS[:2], *THEIRS[4:]], "neither --output_dir nor --out_adapters is given"),
         (["--stage", "1", *THEIRS, "--b_merged_dir", "B_merged"], "only C's adapter is trained with the merged B"),
@@ -160,26 +162,30 @@ def test_contradictions_and_gaps_are_refused(pruned, flags, told):
     assert told in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--qa_dataset", "squad"], ["--max_eval_samples", "8000"], ["--eval_steps", "200"], ["--save_steps", "100"],
-        ["--save_total_limit", "2"], ["--teacher_4bit"],
-    ],
-)  # fmt: skip
-def test_what_cannot_be_followed_is_refused_by_its_name(pruned, flags):
-    with pytest.raises(PipelineError) as refused:
-        request("--stage", "1", *THEIRS, *flags)
-    assert str(refused.value) == f"not taken: {flags[0]} ({NOT_TAKEN[flags[0][2:]]}). Leave it out."
+def test_the_original_trains_on_squad_where_nothing_else_is_named(pruned):
+    asked = request("--stage", "1", *THEIRS[:-2]).settings
+    assert (asked["dataset"], asked["qa_dataset"]) == (None, "squad")
+    assert request("--stage", "1", *THEIRS).settings["qa_dataset"] is None
+    assert request("--stage", "1", *THEIRS[:-2], "--dataset", "c4").settings["qa_dataset"] is None
+    assert request(*OURS).settings["qa_dataset"] is None
+    ours = request(*OURS, "--qa_dataset", "squad_v2", "--max_samples", "7").settings
+    assert (ours["dataset"], ours["qa_dataset"], ours["nsamples"]) == (None, "squad_v2", 7)
+    assert request("--stage", "1", *THEIRS[:4], *THEIRS[6:-2]).settings["nsamples"] == 20000
 
 
-def test_all_that_is_refused_is_named_at_once_with_what_to_use_instead(pruned):
-    flags = ["--qa_dataset", "squad", "--max_eval_samples", "8", "--teacher_4bit", "--save_total_limit", "2"]
-    with pytest.raises(PipelineError) as refused:
-        request("--stage", "1", *THEIRS, *flags)
-    line = str(refused.value)
-    assert all(flag in line for flag in flags if flag.startswith("--"))
-    assert "--dataset or --text_file" in line and "\n" not in line and len(line) < 500
+def test_questions_are_named_by_preset_or_path(pruned):
+    (pruned / "mine.json").touch()
+    named = [question_dataset(name) for name in ("squad", "squad_v2", "mine.json", "squad_v2=mine.json")]
+    assert [(spec.dataset, spec.preset) for spec in named] == [
+        ("rajpurkar/squad", "squad"),
+        ("rajpurkar/squad_v2", "squad_v2"),
+        ("mine.json", "squad"),
+        ("mine.json", "squad_v2"),
+    ]
+    assert all(spec.split == "train" and not list(spec.faults()) for spec in named)
+    for wrong in ("squad3", "squad_v2=nowhere"):
+        with pytest.raises(PipelineError, match=r"is no file or folder \(in --qa_dataset\)"):
+            question_dataset(wrong)
 
 
 def test_zeros_and_places_that_ask_for_nothing_else_are_taken(pruned):
@@ -203,7 +209,7 @@ def test_bundles_of_another_pruning_and_an_unmerged_b_are_refused(pruned):
 
 def test_every_flag_of_the_original_is_explained_and_documented_lines_are_taken():
     page = (Path(__file__).parents[2] / "docs/from-the-original-scripts.md").read_text()
-    for name in (*SAME, *INSTEAD, *NOT_TAKEN, "use_kd", "teacher_device", "logging_steps", "kd_alpha"):
+    for name in (*SAME, *INSTEAD, "qa_dataset", "use_kd", "teacher_device", "logging_steps", "kd_alpha"):
         assert f"`--{name}" in page, name
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in joined(block)]
     trained = [shlex.split(line)[3:] for line in lines if "mistral_optimized_kd_lora" in line]

@@ -103,7 +103,7 @@ def test_without_use_kd_no_teacher_is_loaded_and_no_kl_is_measured(folder, capsy
 @pytest.mark.parametrize(
     ("stage", "more", "told"),
     [
-        (1, ["--qa_dataset", "squad"], "--qa_dataset (training is on plain text"),
+        (1, ["--qa_dataset", "squad"], "--text_file and --qa_dataset name two texts"),
         (1, ["--teacher_4bit"], "--teacher_4bit (the teacher is not quantised"),
         (1, ["--seqlen", "32"], "--seq_len and --seqlen say one thing twice"),
         (2, ["--b_merged_dir", f"{PRUNED}/bundles/B"], "only C's adapter is trained with the merged B"),

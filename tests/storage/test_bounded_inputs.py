@@ -17,9 +17,10 @@ from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError
 from mistral_prune_lora.layout.partition import MOST_LAYERS, Layout
 from mistral_prune_lora.storage.safetensors_file import read_header
 from mistral_prune_lora.text import rows as text_rows
-from mistral_prune_lora.text.rows import read_lines, read_rows, read_text, split_files
+from mistral_prune_lora.text.rows import read_lines, read_rows, read_text
 from mistral_prune_lora.text.saved import saved_rows
 from mistral_prune_lora.text.sources import load_documents
+from mistral_prune_lora.text.splits import split_files
 from mistral_prune_lora.workflow.configuration import ConfigError, check_files
 
 

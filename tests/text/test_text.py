@@ -15,8 +15,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.text.rows import read_lines, split_named
+from mistral_prune_lora.text.rows import read_lines
 from mistral_prune_lora.text.sources import SPLITS, load_text
+from mistral_prune_lora.text.splits import split_named
 
 # As the published parquet files have them: a line with its line end, or nothing for an empty line.
 WIKI_ROWS = ["", " = A Heading = \n", "", " First paragraph . \n", " Second , with café . \n", ""]

@@ -7,6 +7,7 @@ import yaml
 
 from mistral_prune_lora.distillation.settings import TrainingSettings
 from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.workflow.configuration import (
     ConfigError,
     check_config,
@@ -36,6 +37,8 @@ def test_the_example_names_every_key_that_has_a_default(example):
     check_config(example, SCHEMA)
     # Shown as comments, beside the datasets that they make sense for; and finer points of the optimiser.
     left_out = {"mirror", "column", "weight_decay", "max_grad_norm"}
+    left_out |= {"revision", "config", "streaming", "shape", "documents", "preset", "template", "columns"}
+    left_out |= {"packing", "padding_side"}
 
     def compare(old, new, path):
         for key in set(new) - left_out:
@@ -44,6 +47,16 @@ def test_the_example_names_every_key_that_has_a_default(example):
                 compare(old[key], new[key], f"{path}.{key}")
 
     compare(before, example, "config")
+
+
+def test_the_recipe_of_the_original_scripts_is_a_configuration():
+    config = check_config(yaml.safe_load((ROOT / "configs/squad-recipe.yaml").read_text()), SCHEMA)
+    distill = config["experiments"]["squad-recipe"]["distill"]
+    parts = distill["parts"]
+    assert [parts[part]["learning_rate"] for part in "ABC"] == [3e-4, 3e-5, 3e-5]
+    for part in parts.values():
+        assert part["steps"] * part["batch_size"] * part["gradient_accumulation"] == distill["windows"] == 20000
+    assert list(DatasetSpec.of(config["datasets"]["squad"]).faults()) == []
 
 
 def test_every_mistake_is_reported_at_once_with_its_path(example):

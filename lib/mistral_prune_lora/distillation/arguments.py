@@ -36,6 +36,7 @@ _OWN = TrainingSettings()
 # The adapter's, the loss's and the optimiser's stand in settings.py; here is what else a command line may leave out.
 DEFAULTS = {
     "dataset": "wikitext2",
+    "qa_dataset": None,
     "seqlen": 2048,
     "nsamples": None,
     **asdict(_OWN.lora),
@@ -60,9 +61,10 @@ DEFAULTS = {
     "dtype": "bf16",
     "overwrite": False,
 }
-# What the original trainer takes where its command line says nothing, if that differs; there is no default text.
+# What the original trainer takes where its command line says nothing, if that differs.
 ORIGINAL_DEFAULTS = {
     "dataset": None,
+    "qa_dataset": "squad",
     "seqlen": 1024,
     "nsamples": 20000,
     "rank": 8,
@@ -97,10 +99,6 @@ INSTEAD = {
 }
 # Where the original nests an adapter under --out_adapters.
 ADAPTER_FOLDERS = {"A": "A_lora/stageA/stageA", "B": "B_lora/stageB", "C": "C_lora/stageC"}
-
-NOT_TAKEN = {
-    "qa_dataset": "training is on plain text, which --dataset or --text_file names",
-}
 
 
 @dataclass(frozen=True)
@@ -200,10 +198,9 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
         given: what stands in the command line, by flag without its dashes; nothing that was left out.
 
     Raises:
-        PipelineError: a flag that is not taken, one thing said twice or left out, flags that contradict each other.
+        PipelineError: one thing said twice or left out, flags that contradict each other.
         LayoutError, CheckpointError: bundles that are not those of the student, or not what their flag says.
     """
-    _refuse_not_taken(given)
     _refuse_said_twice(given)
     stage = given["stage"]
     part, original = PARTS[stage], stage != PARTS[stage]
@@ -218,14 +215,7 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
         settings["kd_alpha"] = 0.0
     _check_held_out(settings, given)
     _check_teacher(settings, "--teacher_model" if original else "--teacher")
-    if "dataset" in given and "text_file" in given:
-        raise PipelineError("--dataset and --text_file name two texts", mend="give one of them")
-    if settings["dataset"] is None and "text_file" not in given:
-        raise PipelineError(
-            "no text is named, and the original's default, SQuAD, is not taken",
-            where=f"--stage {stage}",
-            mend="name a text with --dataset or --text_file",
-        )
+    settings |= _text(given)
     student = _needed(settings, "student", "base_dir")
     limit = next((f"--{name}" for name in ("nsamples", "max_samples") if name in given), "the default of --max_samples")
     return TrainingRequest(
@@ -240,18 +230,22 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
     )
 
 
-def _refuse_not_taken(given: Mapping) -> None:
-    """Raise a PipelineError that names every flag of the original that cannot be followed."""
-    refused = [name for name in NOT_TAKEN if name in given]
-    if not refused:
-        return
-    flags: dict[str, list[str]] = {}
-    for name in refused:
-        flags.setdefault(NOT_TAKEN[name], []).append(f"--{name}")
-    raise PipelineError(
-        "not taken: " + "; ".join(f"{', '.join(named)} ({reason})" for reason, named in flags.items()),
-        mend="leave them out" if len(refused) > 1 else "leave it out",
-    )
+def _text(given: Mapping) -> dict:
+    """What a command line says of the text: its words take the place of the defaults, which are one text each.
+
+    Raises:
+        PipelineError: two texts are named, or one that is neither a preset nor a path.
+    """
+    named = [name for name in ("dataset", "text_file", "qa_dataset") if name in given]
+    if len(named) > 1:
+        raise PipelineError(f"--{named[0]} and --{named[1]} name two texts", mend="give one of them")
+    if "mirror" in given and named == ["qa_dataset"]:
+        raise PipelineError(
+            "a mirror is of a --dataset", where="--mirror", mend="give a local copy as --qa_dataset PATH"
+        )
+    if not named:
+        return {}
+    return {"dataset": given.get("dataset"), "qa_dataset": given.get("qa_dataset")}
 
 
 def _refuse_said_twice(given: Mapping) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.hub import fetch_dataset_file
-from mistral_prune_lora.text.rows import describe_files, missing_split, read_lines, read_rows, split_named
+from mistral_prune_lora.text.rows import read_lines, read_rows
+from mistral_prune_lora.text.splits import describe_files, missing_split, split_named
 
 
 @dataclass(frozen=True)

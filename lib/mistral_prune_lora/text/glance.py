@@ -11,9 +11,10 @@ from pathlib import Path
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.storage.plain_file import check_plain
 from mistral_prune_lora.text.benchmarks import BENCHMARKS, find_in_mirror
-from mistral_prune_lora.text.rows import check_column, split_files
+from mistral_prune_lora.text.columns import check_column
 from mistral_prune_lora.text.saved import check_saved, is_saved_dataset
 from mistral_prune_lora.text.sources import check_request, load_documents
+from mistral_prune_lora.text.splits import split_files
 
 SMALL = 1 << 20  # bytes of files that are read whole
 

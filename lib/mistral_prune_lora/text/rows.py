@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.provenance import file_sha256
-from mistral_prune_lora.storage.plain_file import check_plain, open_plain
+from mistral_prune_lora.storage.plain_file import open_plain
 
 if TYPE_CHECKING:
     from _csv import Reader  # what csv.reader returns; csv itself has no name for it
@@ -29,16 +28,6 @@ _LONGEST_LINE = 64 << 20  # bytes of JSON
 _BLOCK_BYTES = 1 << 20
 _BATCH_ROWS = 4096  # of a parquet file, in which a small dictionary can stand for any amount of text
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
 
 
 def read_rows(path: Path, column: str, *, limit: int | None = None) -> list[str]:
@@ -65,63 +54,17 @@ def read_rows(path: Path, column: str, *, limit: int | None = None) -> list[str]
         elif name.endswith(".txt"):
             rows = [read_text(path)]
         else:
-            raise DataError("is of no format that is read here", where=path, mend=f"give one of {', '.join(FORMATS)}")
+            raise _no_format(path)
         return _only_text(islice(rows, limit), path, column)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=path) from None
     except (EOFError, zlib.error):
-        raise DataError("the gzip file ends early or is damaged", where=path, mend="fetch it again") from None
+        raise _damaged_gzip(path) from None
 
 
-def check_column(path: Path, column: str) -> None:
-    """Raise a DataError unless a file begins as one with a column of texts, by its header or its first row alone.
-
-    A txt file has none, and a JSON array would have to be read whole: of both, nothing is asked.
-
-    Args:
-        path, column: as for `read_rows`.
-    """
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        _parquet_columns(path, column)
-    elif name.endswith(".csv"):
-        with open_plain(path, DataError) as file:
-            start = file.read(_BLOCK_BYTES).decode("utf-8", "replace").removeprefix("\ufeff")
-        header = next(csv.reader(io.StringIO(start, newline="")), [])
-        if column not in header:
-            raise _missing_column(path, column, header)
-    elif not name.endswith(".txt") and not _is_array(path):
-        read_rows(path, column, limit=1)
-
-
-def _parquet_columns(path: Path, column: str) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_plain(path, DataError) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-            if column not in file.schema_arrow.names:
-                raise _missing_column(path, column, file.schema_arrow.names)
-    except (pyarrow.ArrowException, OSError) as error:  # whatever its readers make of a damaged file
-        raise _no_parquet(path, error) from None
-
-
-def _no_parquet(path: Path, error: Exception) -> DataError:
+def no_parquet(path: Path, error: Exception) -> DataError:
+    """The error for what a reader of parquet files could not read."""
     return DataError(f"is not a parquet file: {error}", where=path, mend="fetch it again")
-
-
-def _is_array(path: Path) -> bool:
-    """Whether a JSON file, plain or gzipped, begins as an array."""
-    if not path.name.lower().endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
-        return False
-    with ExitStack() as opened:
-        file: BinaryIO | gzip.GzipFile = opened.enter_context(open_plain(path, DataError))
-        if path.name.lower().endswith(".gz"):
-            file = opened.enter_context(gzip.open(file, "rb"))
-        try:
-            return file.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-        except (OSError, EOFError, zlib.error):
-            return False  # its reader says what is wrong
 
 
 def read_text(path: Path) -> str:
@@ -151,49 +94,6 @@ def read_lines(path: Path) -> list[str]:
     if text.count("\n") > MAX_ROWS:
         raise _too_many_rows(path)
     return list(io.StringIO(text, newline="\n"))
-
-
-def split_files(path: Path, split: str) -> list[Path]:
-    """The files of one split: `path` itself if it is a file, else those of a folder whose names say so.
-
-    A folder in which no name speaks of a split is one split, whichever is asked for.
-
-    Raises:
-        DataError: nothing to read in the folder, or other splits only (names them).
-    """
-    if not path.is_dir():
-        check_plain(path, DataError, mend="give a file or a folder")
-        return [path]
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(FORMATS))
-    if not files:
-        raise DataError("there is no file to read", where=path, mend=f"put one of {', '.join(FORMATS)} there")
-    named = {file: split_named(file.name) for file in files}
-    if not any(named.values()):
-        return files
-    chosen = [file for file in files if named[file] == split]
-    if not chosen:
-        raise missing_split(path, split, {name for name in named.values() if name})
-    return chosen
-
-
-def split_named(name: str) -> str | None:
-    """The split that a file name speaks of ("c4-validation.00000-of-00008.json.gz": "validation"), or None."""
-    found = {_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS}
-    return found.pop() if len(found) == 1 else None
-
-
-def missing_split(where: Path, split: str, there: Iterable[str]) -> DataError:
-    """The error for a split that is not there, naming those that are."""
-    return DataError(
-        f"there is no {split} split, only {', '.join(sorted(there))}",
-        where=where,
-        mend="ask for one of those, or add it",
-    )
-
-
-def describe_files(paths: Sequence[Path]) -> str:
-    """File names with their sha256, for provenance."""
-    return ", ".join(f"{path.name} sha256={file_sha256(path)}" for path in paths)
 
 
 def _blocks(file: BinaryIO | gzip.GzipFile, path: Path, done: int = 0) -> Iterator[bytes]:
@@ -245,33 +145,56 @@ def _decode(data: bytes | memoryview, path: Path, offset: int = 0) -> str:
 
 
 def _parquet_rows(path: Path, column: str, limit: int | None) -> list[object]:
+    rows: list[object] = []
+    for batch in parquet_batches(path, [column]):
+        rows += [row[column] for row in batch]
+        if limit is not None and len(rows) >= limit:
+            break
+    return rows
+
+
+def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[list[dict]]:
+    """The rows of a parquet file in order, some at a time: of some of its columns, or of all.
+
+    Raises:
+        DataError: not such a file, without one of the columns, or of more than MAX_TEXT_BYTES or MAX_ROWS.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
         with open_plain(path, DataError) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-            if column not in file.schema_arrow.names:
-                raise _missing_column(path, column, file.schema_arrow.names)
-            rows: list[object] = []
-            nbytes = 0
-            for batch in file.iter_batches(_BATCH_ROWS, columns=[column]):
-                rows += batch.column(0).to_pylist()
-                nbytes += batch.nbytes
+            for column in columns or ():
+                if column not in file.schema_arrow.names:
+                    raise missing_column(path, column, file.schema_arrow.names)
+            nbytes = count = 0
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                rows = batch.to_pylist()
+                nbytes, count = nbytes + batch.nbytes, count + len(rows)
                 if nbytes > MAX_TEXT_BYTES:
                     raise _too_much_text(path)
-                if len(rows) > MAX_ROWS:
+                if count > MAX_ROWS:
                     raise _too_many_rows(path)
-                if limit is not None and len(rows) >= limit:
-                    break
-            return rows
+                yield rows
     except (pyarrow.ArrowException, OSError) as error:  # whatever its readers make of a damaged file
-        raise _no_parquet(path, error) from None
+        raise no_parquet(path, error) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"column {column} is not UTF-8: byte {error.start} of a row", where=path) from None
+        told = f"column {columns[0]}" if columns and len(columns) == 1 else "a column"
+        raise DataError(f"{told} is not UTF-8: byte {error.start} of a row", where=path) from None
 
 
 def _json_rows(path: Path, column: str) -> Iterator[object]:
-    """JSON lines, or one JSON array of objects; lines are read only as far as they are asked for."""
+    return (_value(row, column, path, place) for place, row in json_objects(path))
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON file with their places in words: of each line, or the items of the one array that it is.
+
+    Lines are read only as far as they are asked for.
+
+    Raises:
+        DataError: not JSON, not UTF-8, or more than MAX_TEXT_BYTES or MAX_ROWS.
+    """
     with ExitStack() as opened:
         file: BinaryIO | gzip.GzipFile = opened.enter_context(open_plain(path, DataError))
         if path.name.lower().endswith(".gz"):
@@ -282,7 +205,7 @@ def _json_rows(path: Path, column: str) -> Iterator[object]:
             _refuse_nul(line, path, offset)
             if number == 1 and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 whole = _decode(b"".join((line, *_blocks(file, path, len(line)))), path)
-                yield from (_value(row, column, path, "the array") for row in _parsed(whole, path, "the array"))
+                yield from (("the array", row) for row in _parsed(whole, path, "the array"))
                 return
             if len(line) > _LONGEST_LINE:
                 raise DataError(
@@ -296,8 +219,24 @@ def _json_rows(path: Path, column: str) -> Iterator[object]:
                 raise _too_much_text(path)
             if number > MAX_ROWS:
                 raise _too_many_rows(path)
-            if text.strip():
-                yield _value(_parsed(text, path, f"line {number}"), column, path, f"line {number}")
+            if not text.strip():
+                continue
+            value = _parsed(text, path, f"line {number}") if number > 1 else _first_value(text, file, path)
+            yield f"line {number}", value
+
+
+def _first_value(line: str, file: BinaryIO | gzip.GzipFile, path: Path) -> Any:
+    """The value of a first line, or of the whole file where an object is spread over its lines."""
+    try:
+        return _parsed(line, path, "line 1")
+    except DataError as error:
+        if not line.lstrip().startswith("{"):
+            raise
+        done = len(line.encode())
+        try:
+            return _parsed(line + _decode(b"".join(_blocks(file, path, done)), path, done), path, "the object")
+        except DataError:
+            raise error from None
 
 
 def _parsed(text: str, path: Path, place: str) -> Any:
@@ -311,16 +250,77 @@ def _parsed(text: str, path: Path, place: str) -> Any:
 
 
 def _value(row: object, column: str, path: Path, place: str) -> object:
+    known = json_object(row, path, place)
+    if column not in known:
+        raise missing_column(path, column, known)
+    return known[column]
+
+
+def json_object(row: object, path: Path, place: str) -> dict:
+    """A row that is a JSON object; DataError if it is another JSON value."""
     if not isinstance(row, dict):
         raise DataError(f"{place} is not a JSON object", where=path, mend="give one JSON object a line")
-    if column not in row:
-        raise _missing_column(path, column, row)
-    return row[column]
+    return row
+
+
+def read_records(path: Path) -> Iterator[dict]:
+    """The rows of one file in order, each with all of its columns; a txt file is one row with the column "text".
+
+    Args:
+        path: a file of one of FORMATS.
+
+    Raises:
+        DataError: as for `read_rows`.
+    """
+    name = path.name.lower()
+    try:
+        if name.endswith(".parquet"):
+            for batch in parquet_batches(path):
+                yield from batch
+        elif name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
+            yield from (json_object(row, path, place) for place, row in json_objects(path))
+        elif name.endswith(".csv"):
+            yield from _csv_records(path)
+        elif name.endswith(".txt"):
+            yield {"text": read_text(path)}
+        else:
+            raise _no_format(path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=path) from None
+    except (EOFError, zlib.error):
+        raise _damaged_gzip(path) from None
+
+
+def _no_format(path: Path) -> DataError:
+    return DataError("is of no format that is read here", where=path, mend=f"give one of {', '.join(FORMATS)}")
+
+
+def _damaged_gzip(path: Path) -> DataError:
+    return DataError("the gzip file ends early or is damaged", where=path, mend="fetch it again")
+
+
+def _csv_table(path: Path) -> Reader:
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # the limit of 131072 is shorter than a long document
+    return csv.reader(io.StringIO(read_text(path), newline=""))
+
+
+def _csv_records(path: Path) -> Iterator[dict]:
+    table = _csv_table(path)
+    try:
+        header = next(table, [])
+        for row in table:
+            if row and len(row) != len(header):
+                raise DataError(
+                    f"line {table.line_num} has {len(row)} fields, and the header {len(header)}", where=path
+                )
+            if row:
+                yield dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise DataError(f"line {table.line_num} is no CSV: {error}", where=path) from None
 
 
 def _csv_rows(path: Path, column: str) -> list[str]:
-    table = csv.reader(io.StringIO(read_text(path), newline=""))
-    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # the limit of 131072 is shorter than a long document
+    table = _csv_table(path)
     try:
         return _column_of(table, column, path)
     except csv.Error as error:
@@ -330,7 +330,7 @@ def _csv_rows(path: Path, column: str) -> list[str]:
 def _column_of(table: Reader, column: str, path: Path) -> list[str]:
     header = next(table, [])
     if column not in header:
-        raise _missing_column(path, column, header)
+        raise missing_column(path, column, header)
     place = header.index(column)
     rows = []
     for row in table:
@@ -354,7 +354,8 @@ def _only_text(values: Iterable[object], path: Path, column: str) -> list[str]:
     return rows
 
 
-def _missing_column(path: Path, column: str, there: Iterable[str]) -> DataError:
+def missing_column(path: Path, column: str, there: Iterable[str]) -> DataError:
+    """The error for a column that is not there, naming those that are."""
     return DataError(
         f"there is no column {column!r}, only {', '.join(map(repr, there)) or 'none at all'}",
         where=path,

@@ -10,8 +10,9 @@ from pathlib import Path
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.text.benchmarks import BENCHMARKS, benchmark_rows
 from mistral_prune_lora.text.pydoc import pydoc_paragraphs, pydoc_source
-from mistral_prune_lora.text.rows import describe_files, read_rows, read_text, split_files
+from mistral_prune_lora.text.rows import read_rows, read_text
 from mistral_prune_lora.text.saved import is_saved_dataset, saved_rows
+from mistral_prune_lora.text.splits import describe_files, split_files
 
 SPLITS = ("train", "validation", "test")
 DATASETS = (*BENCHMARKS, "pydoc")

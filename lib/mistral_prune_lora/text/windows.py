@@ -220,12 +220,7 @@ def make_windows(
     Raises:
         DataError: the text is empty or shorter than one window; seqlen or max_windows is too small.
     """
-    if seqlen < 2 or (max_windows is not None and max_windows < 1):
-        raise DataError(
-            f"{max_windows} windows of {seqlen} tokens hold nothing to predict",
-            where="seqlen, max_windows",
-            mend="Ask for at least one window of at least two tokens",
-        )
+    check_amount(seqlen, max_windows)
     if not text.text.strip():
         raise DataError("the text is empty", where=text.source, mend="Give a text with something in it")
     offsets_known = bool(getattr(tokenizer, "is_fast", False))
@@ -252,13 +247,23 @@ def make_windows(
         text_sha256=text.sha256,
         ids_sha256=ids_digest(cut),
         tokenizer=str(tokenizer.name_or_path),
-        tokenizer_sha256=_tokenizer_digest(tokenizer),
+        tokenizer_sha256=tokenizer_digest(tokenizer),
         utf8_bytes=covered,
         seqlen=seqlen,
         windows=len(cut),
         text_windows=there,
     )
     return Windows(cut, identity)
+
+
+def check_amount(seqlen: int, max_windows: int | None) -> None:
+    """Raise a DataError for windows, or a number of them, that hold nothing to predict."""
+    if seqlen < 2 or (max_windows is not None and max_windows < 1):
+        raise DataError(
+            f"{max_windows} windows of {seqlen} tokens hold nothing to predict",
+            where="seqlen, max_windows",
+            mend="Ask for at least one window of at least two tokens",
+        )
 
 
 def first_windows(windows: Windows, count: int) -> Windows:
@@ -363,7 +368,8 @@ def _covered_bytes(text: str, offsets: list[tuple[int, int]], seqlen: int, chose
     return total
 
 
-def _tokenizer_digest(tokenizer) -> str:
+def tokenizer_digest(tokenizer) -> str:
+    """Identifies a tokenizer: over its files, or over its vocabulary if it has none."""
     try:
         return tokenizer_identity(tokenizer.name_or_path)
     except CheckpointError:

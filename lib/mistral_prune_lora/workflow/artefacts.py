@@ -17,6 +17,7 @@ from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.distillation.schedule import passes_over
 from mistral_prune_lora.distillation.settings import OptimiserSettings
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout, spans
+from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.workflow.content import short_key
 
 SHARED = "results/shared"
@@ -57,14 +58,14 @@ def bundle_files(layers: Sequence[int]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of token ids, cut from a text by a model's tokenizer.
+    """Windows of token ids, cut from a text or made of examples by a model's tokenizer.
 
     Attributes:
         model: whose tokenizer it is.
-        dataset: the text, as `text.sources.load_text` takes it.
+        dataset: the text, by the keys of `text.dataset_spec.DatasetSpec`.
         files: the local files it is read from.
         text: the identity of what those files hold.
-        seqlen, count: the windows; None takes the whole text.
+        seqlen, count: the windows, or the examples in them; None takes the whole text.
         first: the first of them; those before it are somebody else's.
     """
 
@@ -79,7 +80,7 @@ class Windows:
     @cached_property
     def name(self) -> str:
         """Its name under results/shared/windows."""
-        read = {key: value for key, value in self.dataset.items() if key not in ("text_files", "mirror", "dataset")}
+        read = DatasetSpec.of(self.dataset).recipe
         recipe = {"model": self.model.identity, "text": self.text, **read, "seqlen": self.seqlen, "count": self.count}
         recipe |= {"first": self.first} if self.first else {}
         return f"{self.seqlen}-{short_key(recipe)}"

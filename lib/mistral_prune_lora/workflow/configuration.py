@@ -234,16 +234,21 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
                 yield f"{path}.baselines: joint-{stage} trains {' and '.join(empty)} too, which have no layers"
     if trained and experiment["distill"]["dataset"] is None:
         yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
-    yield from _training_faults(experiment["distill"], layout, path, trained)
+    if trained:
+        yield from _training_faults(config, experiment["distill"], layout, path, trained)
     if experiment["adapter_indices"] == "compact" and "A" in trained:
         yield f"{path}.adapter_indices: A's adapter is trained here, under original indices; compact is for a given one"
 
 
-def _training_faults(distill: Mapping, layout: Layout, path: str, trained: Sequence[str]) -> Iterator[str]:
+def _training_faults(
+    config: Mapping, distill: Mapping, layout: Layout, path: str, trained: Sequence[str]
+) -> Iterator[str]:
     """A line for each setting of a training that contradicts another, or the layers."""
     held = distill["held_out"]
     if held and held["dataset"] is None and distill["windows"] is None:
         yield f"{path}.distill.held_out.dataset: needed where distill.windows takes the whole text for training"
+    if held and held["dataset"] is None and config["datasets"].get(distill["dataset"], {}).get("packing"):
+        yield f"{path}.distill.held_out.dataset: needed where several examples are packed into a window"
     for part in trained:
         wanted, layers = distill["parts"][part]["adapt_layers"], layout.layers_of(part)
         if wanted != "all" and (foreign := sorted(set(wanted) - set(layers))):

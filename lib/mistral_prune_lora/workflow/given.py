@@ -19,6 +19,7 @@ from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
 from mistral_prune_lora.checkpoints.tokenizer import tokenizer_files
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.provenance import record_sha256
+from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.text.rows import FORMATS
 from mistral_prune_lora.text.sources import DATASETS
 from mistral_prune_lora.workflow.artefacts import Source
@@ -90,6 +91,8 @@ def text_identity(settings: Mapping, content: Content) -> str:
     told: dict = {"files": [[name, content.sha256(file)] for name, file in _named_files(settings)]}
     if dataset in DATASETS:
         told["dataset"] = dataset
+    if DatasetSpec.of(settings).is_on_hub:
+        told["hub"] = dataset  # its commit is a setting
     if dataset == "pydoc":
         told["python"] = platform.python_version()  # its text is that of the interpreter
     return record_sha256(told)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
+from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.text.glance import glance_at
+from mistral_prune_lora.text.hub_rows import check_columns
 from mistral_prune_lora.text.sources import DATASETS, SPLITS
 from mistral_prune_lora.workflow.configuration import experiment_layout, missing_text, trains
 from mistral_prune_lora.workflow.dense_models import DenseModels
@@ -22,6 +24,7 @@ def check_texts(config: Mapping, dense: DenseModels, findings: Findings) -> None
         name: _length(f"datasets.{name}", settings, findings, fault=name in used)
         for name, settings in config["datasets"].items()
     }
+    specs = {name: DatasetSpec.of(settings) for name, settings in config["datasets"].items()}
     for name, experiment in config["experiments"].items():
         limit = dense.positions(experiment["model"])
         for key, text, seqlen in uses[name]:
@@ -32,6 +35,8 @@ def check_texts(config: Mapping, dense: DenseModels, findings: Findings) -> None
             if length is not None and length < seqlen:
                 told = f"the text {text} has {length} bytes, which hardly make one window of {seqlen} tokens"
                 findings.tell(path, told, fault=False)
+            for wanted, told in _misuse(key, text, specs[text], experiment[key]["windows"]):
+                findings.tell(f"experiments.{name}.{key}.{wanted}", told, fault=True)
         _warn_of_one_text(config, name, findings)
 
 
@@ -46,6 +51,16 @@ def _uses(config: Mapping, name: str) -> Iterator[tuple[str, str, int]]:
         yield "importance", ranked["dataset"], ranked["seqlen"]
 
 
+def _misuse(section: str, text: str, spec: DatasetSpec, windows: int | None) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) where a section of an experiment cannot use a dataset."""
+    if section != "distill" and spec.is_examples:
+        shape = spec.shape if spec.shape != "text" else "documents: each"
+        told = f"{text} is of the shape {shape}, of which not every token is scored; measure on a running text"
+        yield "datasets" if section == "perplexity" else "dataset", told
+    if spec.streaming and windows is None:
+        yield "windows", f"{text} is read as a stream, of which a number of windows or examples must be said"
+
+
 def _length(path: str, settings: Mapping, findings: Findings, *, fault: bool) -> int | None:
     """A text's bytes if it is small and sound; tells what is wrong with it otherwise."""
     wrong = list(_faults(settings))
@@ -53,15 +68,20 @@ def _length(path: str, settings: Mapping, findings: Findings, *, fault: bool) ->
         findings.tell(f"{path}.{key}", told, fault=fault)
     if wrong:
         return None
+    spec = DatasetSpec.of(settings)
     with findings.asking(path, fault=fault):
-        return glance_at(**settings)
+        if spec.is_plain:
+            return glance_at(**spec.running_text)
+        check_columns(spec)
     return None
 
 
 def _faults(settings: Mapping) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) for each path of a text that leads nowhere, and for a split that is none."""
-    if settings["split"] not in SPLITS:
-        yield "split", f"{settings['split']!r} is not one of {', '.join(SPLITS)}"
+    """(key, what is wrong) for each path of a text that leads nowhere, and for what contradicts itself."""
+    spec = DatasetSpec.of(settings)
+    if spec.is_plain and spec.split not in SPLITS:
+        yield "split", f"{spec.split!r} is not one of {', '.join(SPLITS)}"
+    yield from spec.faults()
     for place, file in enumerate(settings.get("text_files", ())):
         if not os.path.exists(file):
             yield f"text_files.{place}", missing_text(file, "give a UTF-8 text file")
@@ -71,7 +91,8 @@ def _faults(settings: Mapping) -> Iterator[tuple[str, str]]:
             missing_text(settings["mirror"], "give a local copy of the dataset's repository, or leave it out"),
         )
     dataset = settings.get("dataset")
-    if dataset is not None and dataset not in DATASETS and not os.path.exists(dataset):
+    known = dataset in DATASETS or spec.may_be_on_hub
+    if dataset is not None and not known and not os.path.exists(dataset):
         yield "dataset", missing_text(dataset, _KNOWN)
 
 
