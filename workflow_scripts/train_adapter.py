@@ -1,12 +1,15 @@
-from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted
-from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings, TrainingSettings
-from mistral_prune_lora.distillation.student import Student
-from mistral_prune_lora.distillation.teacher import TeacherFiles
-from mistral_prune_lora.distillation.train import train_adapter
-from mistral_prune_lora.streaming.compute import Compute
-from mistral_prune_lora.text.windows import Windows
-from mistral_prune_lora.workflow.job import folder, folders, windows_file
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.device import granted
+    from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings, TrainingSettings
+    from mistral_prune_lora.distillation.student import Student
+    from mistral_prune_lora.distillation.teacher import TeacherFiles
+    from mistral_prune_lora.distillation.train import train_adapter
+    from mistral_prune_lora.streaming.compute import Compute
+    from mistral_prune_lora.text.windows import Windows
+    from mistral_prune_lora.workflow.job import folder, folders, windows_file
 
 files, settings = snakemake.input, snakemake.params.settings
 with job(snakemake.log[0]):

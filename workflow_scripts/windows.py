@@ -1,14 +1,17 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted
-from mistral_prune_lora.storage.json_file import write_json
-from mistral_prune_lora.storage.transaction import atomic_file
-from mistral_prune_lora.text.sources import load_text
-from mistral_prune_lora.text.windows import make_windows
-from mistral_prune_lora.workflow.job import folder
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.device import granted
+    from mistral_prune_lora.storage.json_file import write_json
+    from mistral_prune_lora.storage.transaction import atomic_file
+    from mistral_prune_lora.text.sources import load_text
+    from mistral_prune_lora.text.windows import make_windows
+    from mistral_prune_lora.workflow.job import folder
 
 params = snakemake.params
 with job(snakemake.log[0]):

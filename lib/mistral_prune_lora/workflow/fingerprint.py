@@ -21,10 +21,18 @@ from pathlib import Path
 _PACKAGE = "mistral_prune_lora"
 _ROOT = Path(__file__).parents[1]
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# How a result is shown, an error worded, what a record says of versions, or which model is refused does not change it.
+# How a result is shown, an error worded, what a record says of versions, how fast libraries are imported, or which
+# model is refused does not change it.
 _WITHOUT_EFFECT = {
     f"{_PACKAGE}.{name}"
-    for name in ("console", "errors", "provenance", "checkpoints.families", "checkpoints.family_tensors")
+    for name in (
+        "console",
+        "errors",
+        "provenance",
+        "quick_imports",
+        "checkpoints.families",
+        "checkpoints.family_tensors",
+    )
 }
 
 
