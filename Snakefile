@@ -25,6 +25,9 @@ include: "rules/place.smk"
 include: "rules/summary.smk"
 
 
+CODE.keep()  # every rule has asked for its script's digest by now
+
+
 # Every file that others are made from is named, not only the summary over them: a file that was deleted is made again,
 # though what was made from it is there. Boundary activations and the teacher's states may be deleted; whatever is made
 # from them names what they are made from.

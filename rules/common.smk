@@ -22,7 +22,7 @@ from mistral_prune_lora.workflow.configuration import (
 )
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.expansion import expand_experiments
-from mistral_prune_lora.workflow.fingerprint import script_digest
+from mistral_prune_lora.workflow.fingerprint import Code
 from mistral_prune_lora.workflow.given import dense_model
 from mistral_prune_lora.workflow.plan import Plan
 from mistral_prune_lora.workflow.preview import preview
@@ -33,6 +33,7 @@ RULES = Path(str(workflow.current_basedir.get_path_or_uri(secret_free=False)))
 # Jobs inherit it. Threads that wait by spinning take the cores of everybody else on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTENT = Content(".snakemake/mistral_prune_lora/content.json")
+CODE = Code(".snakemake/mistral_prune_lora/code.json")
 # What --cores gives on one machine. On a cluster nothing is given; a job that has a GPU needs few, and every node has two.
 COMPUTE_THREADS = workflow.resource_settings.cores or 2
 STREAM_THREADS = min(4, COMPUTE_THREADS)
@@ -93,7 +94,7 @@ wildcard_constraints:
 
 def code_of(script):
     """The digest of a script and of all that it imports, as a param: Snakemake compares scripts alone."""
-    return script_digest(RULES.parent / "workflow_scripts" / f"{script}.py")
+    return CODE.digest(RULES.parent / "workflow_scripts" / f"{script}.py")
 
 
 OUTPUTS = {}

@@ -1,8 +1,11 @@
 import sys
 
-from mistral_prune_lora.console import job
-from mistral_prune_lora.results.baseline import write_baseline
-from mistral_prune_lora.results.seeds import write_seeds
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.results.baseline import write_baseline
+    from mistral_prune_lora.results.seeds import write_seeds
 
 files, params = snakemake.input, snakemake.params
 with job(snakemake.log[0]):

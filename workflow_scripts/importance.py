@@ -1,14 +1,17 @@
-from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted
-from mistral_prune_lora.pruning.importance import (
-    angular_distances,
-    last_token_states,
-    write_importance,
-)
-from mistral_prune_lora.results.plots import plot_importance
-from mistral_prune_lora.streaming.compute import Compute
-from mistral_prune_lora.text.windows import Windows
-from mistral_prune_lora.workflow.job import folder, windows_file
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.device import granted
+    from mistral_prune_lora.pruning.importance import (
+        angular_distances,
+        last_token_states,
+        write_importance,
+    )
+    from mistral_prune_lora.results.plots import plot_importance
+    from mistral_prune_lora.streaming.compute import Compute
+    from mistral_prune_lora.text.windows import Windows
+    from mistral_prune_lora.workflow.job import folder, windows_file
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):

@@ -1,8 +1,11 @@
-from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted
-from mistral_prune_lora.merging.merge import merge_adapters
-from mistral_prune_lora.merging.plan import MergeSettings
-from mistral_prune_lora.workflow.job import folder
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.device import granted
+    from mistral_prune_lora.merging.merge import merge_adapters
+    from mistral_prune_lora.merging.plan import MergeSettings
+    from mistral_prune_lora.workflow.job import folder
 
 with job(snakemake.log[0]):
     given = granted(snakemake.threads, snakemake.resources.get("gpu", 0), snakemake.resources.get("mem_mb"))

@@ -1,5 +1,8 @@
-from mistral_prune_lora.console import job
-from mistral_prune_lora.results.summary import Named, write_summary
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.results.summary import Named, write_summary
 
 files, params = snakemake.input, snakemake.params
 with job(snakemake.log[0]):

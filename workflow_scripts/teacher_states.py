@@ -1,9 +1,12 @@
-from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted
-from mistral_prune_lora.distillation.teacher_states import teacher_states
-from mistral_prune_lora.streaming.compute import Compute
-from mistral_prune_lora.text.windows import Windows
-from mistral_prune_lora.workflow.job import folder, windows_file
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.device import granted
+    from mistral_prune_lora.distillation.teacher_states import teacher_states
+    from mistral_prune_lora.streaming.compute import Compute
+    from mistral_prune_lora.text.windows import Windows
+    from mistral_prune_lora.workflow.job import folder, windows_file
 
 resources = snakemake.resources
 with job(snakemake.log[0]):

@@ -1,14 +1,17 @@
 from pathlib import Path
 
-from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted
-from mistral_prune_lora.distillation.prepare import TrainingData
-from mistral_prune_lora.distillation.settings import Running, training_settings
-from mistral_prune_lora.distillation.student import Student
-from mistral_prune_lora.distillation.train import train_adapter
-from mistral_prune_lora.streaming.compute import Compute
-from mistral_prune_lora.text.windows import Windows
-from mistral_prune_lora.workflow.job import folder, folders, windows_file
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.device import granted
+    from mistral_prune_lora.distillation.prepare import TrainingData
+    from mistral_prune_lora.distillation.settings import Running, training_settings
+    from mistral_prune_lora.distillation.student import Student
+    from mistral_prune_lora.distillation.train import train_adapter
+    from mistral_prune_lora.streaming.compute import Compute
+    from mistral_prune_lora.text.windows import Windows
+    from mistral_prune_lora.workflow.job import folder, folders, windows_file
 
 files, settings, resources = snakemake.input, snakemake.params.settings, snakemake.resources
 with job(snakemake.log[0]):

@@ -1,14 +1,17 @@
 from pathlib import Path
 
-from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-from mistral_prune_lora.console import job
-from mistral_prune_lora.device import granted
-from mistral_prune_lora.storage.json_file import write_json
-from mistral_prune_lora.storage.transaction import atomic_file
-from mistral_prune_lora.text.dataset_spec import DatasetSpec
-from mistral_prune_lora.text.dataset_windows import dataset_windows
-from mistral_prune_lora.text.windows import later_windows
-from mistral_prune_lora.workflow.job import folder
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.device import granted
+    from mistral_prune_lora.storage.json_file import write_json
+    from mistral_prune_lora.storage.transaction import atomic_file
+    from mistral_prune_lora.text.dataset_spec import DatasetSpec
+    from mistral_prune_lora.text.dataset_windows import dataset_windows
+    from mistral_prune_lora.text.windows import later_windows
+    from mistral_prune_lora.workflow.job import folder
 
 params = snakemake.params
 with job(snakemake.log[0]):

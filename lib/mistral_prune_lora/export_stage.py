@@ -7,6 +7,7 @@ import sys
 
 from mistral_prune_lora.argument_types import shard_size
 from mistral_prune_lora.errors import reports_errors
+from mistral_prune_lora.quick_imports import quick_imports
 
 EXAMPLES = """examples:
   everything restored, as one model that transformers, llama.cpp and others load:
@@ -62,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parser().parse_args(argv)
     # After parsing: --help need not wait for torch.
-    from mistral_prune_lora.evaluation.inputs import sort_inputs
-    from mistral_prune_lora.exporting.export import export_stage
+    with quick_imports():
+        from mistral_prune_lora.evaluation.inputs import sort_inputs
+        from mistral_prune_lora.exporting.export import export_stage
 
     inputs = sort_inputs(
         [given.model_path], b_bundle=given.b_bundle, c_bundle=given.c_bundle, bundles_dir=given.bundles_dir

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mistral_prune_lora.argument_types import LeftOut, positive, seed, size_in_bytes
 from mistral_prune_lora.errors import reports_errors
+from mistral_prune_lora.quick_imports import quick_imports
 
 _EPILOG = """\
 examples:
@@ -103,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with the given arguments, or those of the process."""
     args = parser().parse_args(argv)
     # After parsing: --help need not wait for torch.
-    from mistral_prune_lora.evaluation.command import run
+    with quick_imports():
+        from mistral_prune_lora.evaluation.command import run
 
     try:
         run(args)

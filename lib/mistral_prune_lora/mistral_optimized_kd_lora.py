@@ -27,6 +27,7 @@ from mistral_prune_lora.distillation.arguments import (
 )
 from mistral_prune_lora.distillation.settings import KD_LOSSES, KEEP
 from mistral_prune_lora.errors import CheckpointError, reports_errors
+from mistral_prune_lora.quick_imports import quick_imports
 from mistral_prune_lora.text.dataset_spec import DatasetSpec, question_dataset
 
 EXAMPLES = """examples, in the order they must be run (merge each adapter before the next part is trained):
@@ -198,18 +199,19 @@ def _add_original(p: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     request = training_request(vars(parser().parse_args(argv)))
-    from mistral_prune_lora.checkpoints.families import read_config
-    from mistral_prune_lora.checkpoints.model_place import model_directory
-    from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-    from mistral_prune_lora.distillation.prefix import holds_prefix, prefix_output, prefix_states
-    from mistral_prune_lora.distillation.prepare import TrainingData
-    from mistral_prune_lora.distillation.student import Student
-    from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
-    from mistral_prune_lora.distillation.train import FROZEN_BATCH, train_adapter
-    from mistral_prune_lora.distillation.written import RECORD
-    from mistral_prune_lora.storage.outputs import Output, claim
-    from mistral_prune_lora.storage.transaction import check_place
-    from mistral_prune_lora.streaming.compute import Compute
+    with quick_imports():
+        from mistral_prune_lora.checkpoints.families import read_config
+        from mistral_prune_lora.checkpoints.model_place import model_directory
+        from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
+        from mistral_prune_lora.distillation.prefix import holds_prefix, prefix_output, prefix_states
+        from mistral_prune_lora.distillation.prepare import TrainingData
+        from mistral_prune_lora.distillation.student import Student
+        from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
+        from mistral_prune_lora.distillation.train import FROZEN_BATCH, train_adapter
+        from mistral_prune_lora.distillation.written import RECORD
+        from mistral_prune_lora.storage.outputs import Output, claim
+        from mistral_prune_lora.storage.transaction import check_place
+        from mistral_prune_lora.streaming.compute import Compute
 
     given, overwrite = request.settings, request.settings["overwrite"]
     part = request.part

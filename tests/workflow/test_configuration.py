@@ -163,10 +163,17 @@ def test_the_schema_s_defaults_of_training_are_the_library_s():
         ("loss", properties["loss"]),
         ("optimiser", defaults["optimiser"]),
     ):
-        found = {key: entry["default"] for key, entry in schema["properties"].items()}
+        found = {key: entry["default"] for key, entry in schema["properties"].items() if key != "adapt_layers"}
         wanted = asdict(getattr(own, name))
         assert found == {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.items()}
-    assert properties["seed"]["default"] == own.seed
+    looks = properties["held_out"]["properties"]
+    for name, value in asdict(own.held_out).items():
+        assert looks[name]["default"] == value
+    for name in ("seed", "skip_spikes", "teacher_4bit"):
+        assert properties[name]["default"] == getattr(own, name)
+    assert properties["save_steps"]["default"] == Running().save_steps
+    assert tuple(properties["loggers"]["items"]["enum"]) == LOGGERS
+    assert tuple(properties["loss"]["properties"]["kd_loss"]["enum"]) == KD_LOSSES
     assert properties["gradient_checkpointing"]["default"] == own.gradient_checkpointing
 
 

@@ -1,4 +1,5 @@
 import ast
+import json
 import shutil
 import time
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mistral_prune_lora.workflow import fingerprint
-from mistral_prune_lora.workflow.fingerprint import script_digest
+from mistral_prune_lora.workflow.fingerprint import Code
 
 LIBRARY = Path(fingerprint.__file__).parents[1]
 SCRIPTS = LIBRARY.parents[1] / "workflow_scripts"
@@ -20,9 +21,7 @@ def library(tmp_path, monkeypatch):
     root = tmp_path / "mistral_prune_lora"
     shutil.copytree(LIBRARY, root, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(fingerprint, "_ROOT", root)
-    fingerprint._parsed.cache_clear()
-    yield root
-    fingerprint._parsed.cache_clear()
+    return root
 
 
 @pytest.fixture
@@ -31,15 +30,13 @@ def script(tmp_path):
 
     def write(text):
         (tmp_path / "script.py").write_text(text)
-        fingerprint._parsed.cache_clear()
-        return script_digest(tmp_path / "script.py")
+        return Code().digest(tmp_path / "script.py")
 
     return write
 
 
 def edit(path, text="\nEDITED = 1\n"):
     path.write_text(path.read_text() + text)
-    fingerprint._parsed.cache_clear()
 
 
 def test_an_edit_changes_the_digest_of_what_imports_it_and_of_nothing_else(library, script):
@@ -95,15 +92,51 @@ def test_a_module_that_is_not_there_is_an_error(script, module):
 
 def test_a_script_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        script_digest(tmp_path / "none.py")
+        Code().digest(tmp_path / "none.py")
 
 
 def test_every_script_of_the_workflow_has_a_digest_of_its_own_and_soon(library):
     scripts = sorted(SCRIPTS.glob("*.py"))
     started = time.process_time()
-    digests = {script_digest(script) for script in scripts}
+    code = Code()
+    digests = {code.digest(script) for script in scripts}
     assert time.process_time() - started < 3  # about 0.5 s here; once for each script would be 4
     assert len(digests) == len(scripts) > 10
+
+
+def test_what_was_read_is_remembered_by_content_and_gives_the_same_digests(library, tmp_path, monkeypatch):
+    memory, scripts = tmp_path / "memory/code.json", sorted(SCRIPTS.glob("*.py"))
+
+    def digests():
+        code = Code(memory)
+        found = [code.digest(script) for script in scripts]
+        code.keep()
+        return found
+
+    first = digests()
+    parsed = []
+    monkeypatch.setattr(fingerprint, "_parse", lambda source, real=fingerprint._parse: parsed.append(1) or real(source))
+    assert digests() == first and not parsed
+    edit(library / "merging/merge.py")
+    edited = digests()
+    assert edited != first and len(parsed) == 1
+    memory.unlink()
+    assert digests() == edited
+
+
+@pytest.mark.parametrize("kept", [b"", b"{", b"[]", b'{"reader": 1}', b"SOURCES", b"READER"])
+def test_a_memory_that_is_none_is_begun_anew(tmp_path, kept):
+    memory, script = tmp_path / "code.json", SCRIPTS / "prune.py"
+    code = Code(memory)
+    digest = code.digest(script)
+    code.keep()
+    whole = json.loads(memory.read_text())
+    spoilt = {b"SOURCES": whole | {"sources": [1]}, b"READER": whole | {"reader": "of another Python"}}
+    memory.write_bytes(json.dumps(spoilt[kept]).encode() if kept in spoilt else kept)
+    again = Code(memory)
+    assert again.digest(script) == digest
+    again.keep()
+    assert json.loads(memory.read_text()) == whole
 
 
 def test_a_package_s_init_holds_nothing_but_its_docstring():

@@ -7,6 +7,7 @@ import sys
 
 from mistral_prune_lora.argument_types import shard_size
 from mistral_prune_lora.errors import reports_errors
+from mistral_prune_lora.quick_imports import quick_imports
 
 EXAMPLES = """examples:
   A (a full model comes out):
@@ -77,8 +78,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parser().parse_args(argv)
-    from mistral_prune_lora.merging.merge import merge_adapters
-    from mistral_prune_lora.merging.plan import MergeSettings
+    with quick_imports():
+        from mistral_prune_lora.merging.merge import merge_adapters
+        from mistral_prune_lora.merging.plan import MergeSettings
 
     merge_adapters(
         given.base_model,

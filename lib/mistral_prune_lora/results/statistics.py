@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from scipy.special import stdtrit
 
 from mistral_prune_lora.errors import DataError, NumberError
 from mistral_prune_lora.storage.transaction import atomic_file
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time where tables are made: a run of layers that ends in no score needs none
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class WindowScores:
 
     def save(self, path: str | Path, predicted_per_window: int) -> None:
         """Write them as parquet: window, tokens (predicted ones), and the columns that are known."""
+        import pandas as pd
+
         known = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         count = len(self.nll)
         table = pd.DataFrame({"window": np.arange(count), "tokens": np.full(count, predicted_per_window), **known})
@@ -139,6 +142,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0
         DataError: they are not scores of the same number of windows.
         NumberError: the ratio is beyond the largest number.
     """
+    from scipy.special import stdtrit
+
     if first.shape != second.shape:
         raise DataError(f"{len(first)} and {len(second)} windows cannot be compared in pairs")
     difference = second - first
@@ -158,6 +163,8 @@ def compare_stages(nll: Mapping[str, np.ndarray]) -> pd.DataFrame:
     Args:
         nll: for each stage or label, mean NLL a token of the same windows in the same order.
     """
+    import pandas as pd
+
     names = list(nll)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     rows = [{"first": a, "second": b, **paired_difference(nll[a], nll[b])} for a, b in pairs]
