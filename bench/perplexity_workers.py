@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 from mistral_prune_lora.evaluation.stages import evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
-from mistral_prune_lora.evaluation.window_scores import block_slices
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.layout.segments import segment_tree
+from mistral_prune_lora.models.window_scores import block_slices
 from mistral_prune_lora.pruning.identity import PassLayer
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.windows import Windows

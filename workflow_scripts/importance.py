@@ -14,6 +14,7 @@ params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
     given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
     windows = Windows.load(windows_file(snakemake.input.windows))
+    windows.check_running_text("ranking blocks of layers")
     states = last_token_states(
         folder(snakemake.input.dense),
         windows.ids,

@@ -1,8 +1,8 @@
 from mistral_prune_lora.console import job
 from mistral_prune_lora.device import granted
-from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings, TrainingSettings
+from mistral_prune_lora.distillation.prepare import TrainingData
+from mistral_prune_lora.distillation.settings import training_settings
 from mistral_prune_lora.distillation.student import Student
-from mistral_prune_lora.distillation.teacher import TeacherFiles
 from mistral_prune_lora.distillation.train import train_adapter
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.windows import Windows
@@ -14,16 +14,10 @@ with job(snakemake.log[0]):
     train_adapter(
         snakemake.params.part,
         Student(folder(files.student), tuple(folders(files.bundles))),
-        TeacherFiles(folder(files.dense), files.teacher_states or None),
-        Windows.load(windows_file(files.windows)),
+        folder(files.dense),
+        TrainingData(Windows.load(windows_file(files.windows)), files.teacher_states or None),
         snakemake.output.config.removesuffix("/adapter_config.json"),
-        settings=TrainingSettings(
-            LoraSettings(**settings["lora"]),
-            LossSettings(**settings["loss"]),
-            OptimiserSettings(**settings["optimiser"]),
-            seed=settings["seed"],
-            gradient_checkpointing=settings["gradient_checkpointing"],
-        ),
+        settings=training_settings(settings),
         compute=Compute.named(given.device, settings["dtype"]),
         overwrite=True,
     )

@@ -1,4 +1,3 @@
-from dataclasses import asdict
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
@@ -18,4 +17,4 @@ with job(snakemake.log[0]):
     windows = make_windows(text, tokenizer, seqlen=params.seqlen, max_windows=params.windows)
     windows.save(snakemake.output.windows)
     with atomic_file(snakemake.output.record) as fresh:
-        write_json(Path(fresh), asdict(windows.identity))
+        write_json(Path(fresh), windows.identity.content())

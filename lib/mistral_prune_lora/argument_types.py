@@ -98,3 +98,23 @@ def _between(number, text: str, least: float, most: float | None):
     if most is not None and number > most:
         raise argparse.ArgumentTypeError(f"{text} is more than {most}")
     return number
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Layers such as 20-23,29, in order."""
+    layers: set[int] = set()
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        ends = [_whole(first, 0), _whole(last, 0) if dash else _whole(first, 0)]
+        if ends[0] > ends[1]:
+            raise argparse.ArgumentTypeError(f"{piece.strip()} counts down")
+        layers.update(range(ends[0], ends[1] + 1))
+    return tuple(sorted(layers))
+
+
+def hidden_loss(text: str) -> tuple[int, int, float]:
+    """A student's layer, a teacher's, and a weight above 0: 20:23 or 20:23:0.5."""
+    pieces = text.split(":")
+    if len(pieces) not in (2, 3):
+        raise argparse.ArgumentTypeError(f"{text} is not STUDENT_LAYER:TEACHER_LAYER or with :WEIGHT behind")
+    return _whole(pieces[0], 0), _whole(pieces[1], 0), positive_number(pieces[2]) if len(pieces) == 3 else 1.0

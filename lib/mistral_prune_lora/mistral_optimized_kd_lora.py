@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mistral_prune_lora.argument_types import (
     dropout,
+    hidden_loss,
+    layer_list,
     learning_rate,
     not_negative,
     positive,
@@ -24,6 +26,7 @@ from mistral_prune_lora.distillation.arguments import (
     PARTS,
     training_request,
 )
+from mistral_prune_lora.distillation.settings import KD_LOSSES, KEEP
 from mistral_prune_lora.errors import CheckpointError, reports_errors
 
 EXAMPLES = """examples, in the order they must be run (merge each adapter before the next part is trained):
@@ -54,13 +57,14 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m mistral_prune_lora.mistral_optimized_kd_lora",
         description="Train a LoRA adapter for the kept layers (A) or one bundle's layers (B, C) so that the model"
-        " answers like the dense one. Loss: kd_alpha T^2 KL(teacher||student) + (1 - kd_alpha) cross-entropy.",
+        " answers like the dense one. Loss: kd_alpha T^2 divergence from the teacher + (1 - kd_alpha) cross-entropy.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     p.add_argument("--stage", required=True, choices=tuple(PARTS),
-        help="the part whose layers are adapted; 1, 2, 3 are A, B, C with the original trainer's defaults")  # fmt: skip
+        help="the part whose layers are adapted; 1, 2, 3 are A, B, C with the original trainer's defaults; AB and FULL"
+        " train all parts of that stage together, for comparison")  # fmt: skip
     p.add_argument("--teacher", metavar="MODEL",
         help="the dense model: a directory or a Hub id; needed unless --kd_alpha is 0")  # fmt: skip
     p.add_argument("--student", metavar="DIR", help="the pruned A for stage A, else the merged A")
@@ -69,9 +73,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true",
         help="replace what is there even if it is no such adapter; never an input")  # fmt: skip
     p.add_argument("--teacher_states", metavar="FILE", help="reuse the teacher's states; made here if not there yet")
+    p.add_argument("--prefix_states", metavar="FILE",
+        help="reuse what enters the first adapted layer, for other seeds and settings; made here if not there yet."
+        " Without it, that is kept while training goes over the text more than once")  # fmt: skip
+    p.add_argument("--prefix_from", metavar="FILE", help="B's --prefix_states, for C's to set out from")
     _add_text(p.add_argument_group("text"))
     _add_adapter(p.add_argument_group("adapter"))
     _add_training(p.add_argument_group("training"))
+    _add_held_out(p.add_argument_group("held-out text"))
     _add_original(p)
     return p
 
@@ -95,13 +104,18 @@ def _add_adapter(lora) -> None:
     lora.add_argument("--rank", type=positive, metavar="N", help=_default("rank"))
     lora.add_argument("--alpha", type=positive_number, metavar="X", help=_default("alpha"))
     lora.add_argument("--dropout", type=dropout, metavar="X", help=_default("dropout"))
-    lora.add_argument("--target_modules", metavar="LIST", help=f"separated by commas {_default('target_modules')}")
+    lora.add_argument("--target_modules", metavar="LIST", 
+        help=f"names or patterns, such as mlp.*, separated by commas {_default('target_modules')}")  # fmt: skip
+    lora.add_argument("--adapt_layers", type=layer_list, metavar="LIST",
+        help="original indices, such as 20-23,29 (default: all of the part's layers)")  # fmt: skip
     lora.add_argument("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank)")
     lora.add_argument("--use_dora", action="store_true", help="learn magnitudes apart from directions")
 
 
 def _add_training(fit) -> None:
-    fit.add_argument("--kd_alpha", type=share, metavar="X", help=f"weight of the KL part {_default('kd_alpha')}")
+    fit.add_argument("--kd_loss", choices=KD_LOSSES, help=f"the divergence from the teacher {_default('kd_loss')}")
+    fit.add_argument("--kd_alpha", type=share, metavar="X",
+        help=f"weight of the divergence; the rest is cross-entropy's {_default('kd_alpha')}")  # fmt: skip
     fit.add_argument("--temperature", type=temperature, metavar="X", help=f"T {_default('temperature')}")
     fit.add_argument("--steps", type=positive, metavar="N",
         help=f"updates (default: {DEFAULTS['steps']}; with --stage 1, 2, 3 what --epochs 1 comes to)")  # fmt: skip
@@ -115,10 +129,31 @@ def _add_training(fit) -> None:
         " --warmup_ratio 0.1 comes to)")  # fmt: skip
     fit.add_argument("--weight_decay", type=share, metavar="X", help=_default("weight_decay"))
     fit.add_argument("--max_grad_norm", type=positive_number, metavar="X", help=_default("max_grad_norm"))
+    fit.add_argument("--hidden_loss", type=hidden_loss, metavar="S:T[:W]",
+        help="also W (1 - cosine) of what leaves the student's layer S and the teacher's T (default: no)")  # fmt: skip
+    fit.add_argument("--skip_spikes", type=positive_number, metavar="X",
+        help="leave out updates whose loss is above X times the median of the last 20 (default: never)")  # fmt: skip
+    fit.add_argument("--save_steps", type=not_negative, metavar="N",
+        help="updates between two saved states, from which the same command goes on after a kill; 0: only when asked to"
+        f" end {_default('save_steps')}")  # fmt: skip
+    fit.add_argument("--loggers", metavar="LIST", help="tensorboard, trackio (default: none)")
     fit.add_argument("--seed", type=seed, metavar="N", help=_default("seed"))
     fit.add_argument("--gradient_checkpointing", action="store_true", help="less memory, one more forward pass")
     fit.add_argument("--device", help=f"auto, cpu or cuda:N {_default('device')}")
     fit.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help=f"of frozen weights {_default('dtype')}")
+
+
+def _add_held_out(look) -> None:
+    look.add_argument("--eval_steps", type=not_negative, metavar="N",
+        help="updates between two looks at held-out windows; 0 looks at none (default: 0)")  # fmt: skip
+    look.add_argument("--eval_dataset", metavar="NAME",
+        help="the validation split of another text (default: what follows the training windows in theirs)")  # fmt: skip
+    look.add_argument("--eval_samples", type=positive, metavar="N",
+        help=f"windows at most {_default('eval_samples')}")  # fmt: skip
+    look.add_argument("--keep", choices=KEEP,
+        help=f"the adapter of the last update, or the one closest to the teacher there {_default('keep')}")  # fmt: skip
+    look.add_argument("--patience", type=positive, metavar="N",
+        help="looks without a better one until training ends (default: never)")  # fmt: skip
 
 
 def _add_original(p: argparse.ArgumentParser) -> None:
@@ -147,11 +182,13 @@ def _add_original(p: argparse.ArgumentParser) -> None:
     same.add_argument("--kd_T", type=temperature, metavar="X", help="as --temperature")
     same.add_argument("--logging_steps", type=not_negative, metavar="N",
         help="changes nothing: every update is in training.csv")  # fmt: skip
+    same.add_argument("--max_eval_samples", type=positive, metavar="N", help="as --eval_samples")
+    same.add_argument("--save_total_limit", type=not_negative, metavar="N",
+        help="changes nothing: one state is kept, the last, until the adapter is there")  # fmt: skip
+    same.add_argument("--teacher_4bit", action="store_true",
+        help="quantise the teacher to four bits: needs a GPU and the package bitsandbytes")  # fmt: skip
     refused = p.add_argument_group("the original trainer's flags that are not taken")
-    refused.add_argument("--teacher_4bit", action="store_true", help=NOT_TAKEN["teacher_4bit"])
     refused.add_argument("--qa_dataset", metavar="NAME", help=NOT_TAKEN["qa_dataset"])
-    for name in ("max_eval_samples", "eval_steps", "save_steps", "save_total_limit"):
-        refused.add_argument(f"--{name}", type=not_negative, metavar="N", help=NOT_TAKEN[name])
 
 
 @reports_errors
@@ -161,46 +198,77 @@ def main(argv: list[str] | None = None) -> None:
     from mistral_prune_lora.checkpoints.families import read_config
     from mistral_prune_lora.checkpoints.model_place import model_directory
     from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
+    from mistral_prune_lora.distillation.prefix import holds_prefix, prefix_output, prefix_states
+    from mistral_prune_lora.distillation.prepare import TrainingData
     from mistral_prune_lora.distillation.student import Student
-    from mistral_prune_lora.distillation.teacher import TeacherFiles
     from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
-    from mistral_prune_lora.distillation.train import RECORD, train_adapter
+    from mistral_prune_lora.distillation.train import FROZEN_BATCH, train_adapter
+    from mistral_prune_lora.distillation.written import RECORD
     from mistral_prune_lora.storage.outputs import Output, claim
     from mistral_prune_lora.storage.transaction import check_place
     from mistral_prune_lora.streaming.compute import Compute
-    from mistral_prune_lora.text.sources import load_text
-    from mistral_prune_lora.text.windows import make_windows
 
     given, overwrite = request.settings, request.settings["overwrite"]
-    compute, states = Compute.named(given["device"], given["dtype"]), given.get("teacher_states")
-    read = [request.teacher, request.student, *request.bundles, *given.get("text_file", ()), given["dataset"]]
+    part = request.part
+    compute, states = Compute.named(given["device"], given["dtype"], FROZEN_BATCH), given.get("teacher_states")
+    prefix, start = given.get("prefix_states"), given.get("prefix_from")
+    read = [request.teacher, request.student, *request.bundles, *given.get("text_file", ()), given["dataset"], start]
     outputs = [Output.directory(request.output_dir, "--output_dir", RECORD)]
-    kept = [states] if states else []
-    claim([*outputs, *map(states_output, kept)], [*read, given.get("mirror")], overwrite=overwrite)
+    outputs += [*map(states_output, [states] if states else []), *map(prefix_output, [prefix] if prefix else [])]
+    claim(outputs, [*read, given.get("mirror"), given.get("eval_dataset")], overwrite=overwrite)
     check_place(request.output_dir)
-    check_place(*kept, directory=False)
+    check_place(*(path for path in (states, prefix) if path), directory=False)
     teacher = model_directory(request.teacher) if request.teacher else None
     if teacher:
         _check_whole(teacher)
         _check_vocabularies(request.student, teacher)
     read_config(request.student)  # refused before the text is fetched
-    text = load_text(given["dataset"], split="train", mirror=given.get("mirror"), text_files=given.get("text_file", ()))
-    tokenizer = load_tokenizer(teacher or request.student)
-    windows = make_windows(text, tokenizer, seqlen=given["seqlen"], max_windows=given["nsamples"])
+    student = Student(request.student, request.bundles)
+    first = min(student.adapted_layers(part, given["adapt_layers"]))
+    windows, held_out = _windows(given, load_tokenizer(teacher or request.student))
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
     if teacher and states and not holds_states(states):
         teacher_states(teacher, windows, states, compute=compute, overwrite=overwrite)
+    if prefix and not holds_prefix(prefix):
+        prefix_states(student, first, windows, prefix, compute=compute, start=start, overwrite=overwrite)
     train_adapter(
-        request.part,
-        Student(request.student, request.bundles),
-        TeacherFiles(teacher, states) if teacher else None,
-        windows,
+        part,
+        student,
+        teacher,
+        TrainingData(windows, states if teacher else None, prefix_states=prefix),
         request.output_dir,
         settings=request.training(len(windows)),
         compute=compute,
+        held_out=None if held_out is None else TrainingData(held_out),
+        running=request.running(),
         overwrite=overwrite,
     )
-    print(f"adapter of {request.part}: {request.output_dir}")
+    print(f"adapter of {part}: {request.output_dir}")
+
+
+def _windows(given, tokenizer):
+    """The training windows, and the held-out ones if any are looked at."""
+    from mistral_prune_lora.errors import DataError
+    from mistral_prune_lora.text.sources import load_text
+    from mistral_prune_lora.text.windows import first_windows, make_windows, windows_between
+
+    texts, seqlen, count = given.get("text_file", ()), given["seqlen"], given["nsamples"]
+    looked = given["eval_samples"] if given["eval_steps"] else 0
+    follow = looked if "eval_dataset" not in given else 0
+    text = load_text(given["dataset"], split="train", mirror=given.get("mirror"), text_files=texts)
+    every = make_windows(text, tokenizer, seqlen=seqlen, max_windows=count + follow if count else None)
+    if follow and len(every) < 2:
+        raise DataError(
+            "the text has one window, and none is left to hold out", where=text.source, mend="name an --eval_dataset"
+        )
+    if follow:
+        # Of a text that is too short for both, at most half is held out.
+        kept = min(count or len(every), max(len(every) - follow, (len(every) + 1) // 2))
+        return first_windows(every, kept), windows_between(every, kept, min(kept + follow, len(every)))
+    if not looked:
+        return every, None
+    other = load_text(given["eval_dataset"], split="validation")
+    return every, make_windows(other, tokenizer, seqlen=seqlen, max_windows=looked)
 
 
 def _check_whole(teacher: Path) -> None:

@@ -7,11 +7,11 @@ from cut_model import cut, make_compact, plain_stage, random_windows, save_dense
 from safetensors.torch import load_file
 
 from mistral_prune_lora.errors import DataError, LayoutError
-from mistral_prune_lora.evaluation import window_scores
 from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.evaluation.stages import boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
+from mistral_prune_lora.models import window_scores
 from mistral_prune_lora.results.summary import check_same_ids
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.streaming import run

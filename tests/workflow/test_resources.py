@@ -19,8 +19,8 @@ from mistral_prune_lora.distillation import loss
 from mistral_prune_lora.distillation.settings import LoraSettings
 from mistral_prune_lora.distillation.student import with_adapter
 from mistral_prune_lora.errors import CheckpointError
-from mistral_prune_lora.evaluation.window_scores import head_bytes
 from mistral_prune_lora.models.config import model_config
+from mistral_prune_lora.models.window_scores import head_bytes
 from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES
 from mistral_prune_lora.storage.safetensors_file import TensorSpec, plan_file
 from mistral_prune_lora.streaming.compute import Compute, LayerSource

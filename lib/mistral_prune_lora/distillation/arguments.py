@@ -15,11 +15,23 @@ from typing import Any
 
 from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
 from mistral_prune_lora.checkpoints.manifest import read_layout
-from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings, TrainingSettings
+from mistral_prune_lora.distillation.card import loss_words
+from mistral_prune_lora.distillation.schedule import passes_over
+from mistral_prune_lora.distillation.settings import (
+    HeldOutSettings,
+    HiddenLoss,
+    LoraSettings,
+    LossSettings,
+    OptimiserSettings,
+    Running,
+    TrainingSettings,
+)
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.storage.json_file import read_json_if_there
 
-PARTS = {"A": "A", "B": "B", "C": "C", "1": "A", "2": "B", "3": "C"}  # by what --stage says
+_TOGETHER = ("AB", "FULL")
+# What is trained, by what --stage says: a part, or with AB and FULL all parts of that stage together.
+PARTS = {"A": "A", "B": "B", "C": "C", "1": "A", "2": "B", "3": "C", "AB": "AB", "FULL": "FULL"}
 _OWN = TrainingSettings()
 # The adapter's, the loss's and the optimiser's stand in settings.py; here is what else a command line may leave out.
 DEFAULTS = {
@@ -28,10 +40,20 @@ DEFAULTS = {
     "nsamples": None,
     **asdict(_OWN.lora),
     "target_modules": ",".join(_OWN.lora.target_modules),
-    **asdict(_OWN.loss),
+    **{name: value for name, value in asdict(_OWN.loss).items() if name != "hidden"},
     **asdict(_OWN.optimiser),
     "epochs": None,
     "warmup_ratio": None,
+    "adapt_layers": None,
+    "hidden_loss": None,
+    "skip_spikes": _OWN.skip_spikes,
+    "eval_steps": 0,
+    "eval_samples": 256,
+    "keep": _OWN.held_out.keep,
+    "patience": _OWN.held_out.patience,
+    "teacher_4bit": _OWN.teacher_4bit,
+    "save_steps": Running().save_steps,
+    "loggers": "",
     "seed": _OWN.seed,
     "gradient_checkpointing": _OWN.gradient_checkpointing,
     "device": "auto",
@@ -63,6 +85,7 @@ SAME = {
     "bs": "batch_size",
     "grad_acc": "gradient_accumulation",
     "kd_T": "temperature",
+    "max_eval_samples": "eval_samples",
 }
 # ... and in another.
 INSTEAD = {
@@ -75,17 +98,9 @@ INSTEAD = {
 # Where the original nests an adapter under --out_adapters.
 ADAPTER_FOLDERS = {"A": "A_lora/stageA/stageA", "B": "B_lora/stageB", "C": "C_lora/stageC"}
 
-_NOT_EVALUATED = "nothing is evaluated while training; mistral_eval_ppl_mergedmodel does that after the merge"
-_SAVED_ONCE = "the adapter is saved once, at the end"
 NOT_TAKEN = {
     "qa_dataset": "training is on plain text, which --dataset or --text_file names",
-    "max_eval_samples": _NOT_EVALUATED,
-    "eval_steps": _NOT_EVALUATED,
-    "save_steps": _SAVED_ONCE,
-    "save_total_limit": _SAVED_ONCE,
-    "teacher_4bit": "the teacher is not quantised; --teacher_states FILE runs it before the student is loaded",
 }
-_ZERO_ASKS_FOR_NOTHING = ("eval_steps", "save_steps")
 
 
 @dataclass(frozen=True)
@@ -117,13 +132,26 @@ class TrainingRequest:
         modules = tuple(name.strip() for name in given["target_modules"].split(","))
         # PEFT writes alpha as it is given: 16, as everybody has it, and not 16.0.
         alpha = int(given["alpha"]) if given["alpha"] == int(given["alpha"]) else given["alpha"]
+        hidden = None if given["hidden_loss"] is None else HiddenLoss(*given["hidden_loss"])
+        held_out = HeldOutSettings(
+            given["eval_steps"] or HeldOutSettings().eval_steps, given["keep"], given["patience"]
+        )
         return TrainingSettings(
             LoraSettings(given["rank"], alpha, given["dropout"], modules, given["use_rslora"], given["use_dora"]),
-            LossSettings(given["kd_alpha"], given["temperature"]),
+            LossSettings(given["kd_alpha"], given["temperature"], given["kd_loss"], hidden),
             OptimiserSettings(**self.optimiser(windows)),
+            held_out,
+            given["adapt_layers"],
             given["seed"],
             given["gradient_checkpointing"],
+            given["skip_spikes"],
+            given["teacher_4bit"],
         )
+
+    def running(self) -> Running:
+        """How the training runs."""
+        loggers = tuple(name.strip() for name in self.settings["loggers"].split(",") if name.strip())
+        return Running(self.settings["save_steps"], loggers)
 
     def optimiser(self, windows: int) -> dict:
         """Settings by the names that `OptimiserSettings` has, for so many training windows."""
@@ -148,11 +176,10 @@ class TrainingRequest:
         restored = f", with {' and '.join(self.bundles)} restored" if self.bundles else ""
         loss = "cross-entropy alone, no teacher"
         if self.teacher:
-            loss = f"{given['kd_alpha']:g} T^2 KL(teacher || student) + {1 - given['kd_alpha']:g} cross-entropy"
-            loss += f", T {given['temperature']:g}, teacher {self.teacher}"
+            loss = f"{loss_words(asdict(self.training(windows).loss), True)}, teacher {self.teacher}"
         cut = f" ({self.limit})" if windows < text_windows else ""
         batch = f"{fit['batch_size']} x {fit['gradient_accumulation']}"
-        passes = fit["steps"] * fit["batch_size"] * fit["gradient_accumulation"] / windows
+        passes = passes_over(windows, self.training(windows).optimiser)
         lines = [
             f"student: {self.student}{restored}; adapter of {part}",
             f"loss:    {loss}",
@@ -189,6 +216,7 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
     if original and "use_kd" not in given:
         _refuse_unused_teacher(given)
         settings["kd_alpha"] = 0.0
+    _check_held_out(settings, given)
     _check_teacher(settings, "--teacher_model" if original else "--teacher")
     if "dataset" in given and "text_file" in given:
         raise PipelineError("--dataset and --text_file name two texts", mend="give one of them")
@@ -214,7 +242,7 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
 
 def _refuse_not_taken(given: Mapping) -> None:
     """Raise a PipelineError that names every flag of the original that cannot be followed."""
-    refused = [n for n in NOT_TAKEN if n in given and not (n in _ZERO_ASKS_FOR_NOTHING and given[n] == 0)]
+    refused = [name for name in NOT_TAKEN if name in given]
     if not refused:
         return
     flags: dict[str, list[str]] = {}
@@ -245,9 +273,15 @@ def _refuse_unused_teacher(given: Mapping) -> None:
 
 def _check_teacher(settings: Mapping, flag: str) -> None:
     """Raise a PipelineError unless there is a teacher where one is needed, on the student's device."""
-    needed = settings["kd_alpha"] or "teacher_states" in settings or "use_kd" in settings
+    needed = settings["kd_alpha"] or settings["teacher_4bit"] or "teacher_states" in settings or "use_kd" in settings
     if needed and "teacher" not in settings:
         raise PipelineError("there is no teacher to learn from", where=flag, mend="name the dense model")
+    if settings["teacher_4bit"] and "teacher_states" in settings:
+        raise PipelineError(
+            "stored states are those of the teacher as it is, not of a quantised one",
+            where="--teacher_4bit",
+            mend="leave it out, or --teacher_states",
+        )
     place = settings.get("teacher_device", "auto")
     if place not in ("auto", settings["device"]):
         raise PipelineError(
@@ -255,6 +289,19 @@ def _check_teacher(settings: Mapping, flag: str) -> None:
             where="--teacher_device",
             mend=f"leave it out, or give --device {place}; --teacher_states FILE runs the teacher before the student"
             " is loaded",
+        )
+
+
+def _check_held_out(settings: Mapping, given: Mapping) -> None:
+    """Raise a PipelineError for what only held-out windows can decide, where none are looked at."""
+    if settings["eval_steps"]:
+        return
+    said = [name for name in ("patience", "eval_dataset", "eval_samples") if name in given]
+    said += ["keep"] if settings["keep"] == "best" else []
+    if said:
+        raise PipelineError(
+            f"{', '.join(f'--{name}' for name in said)} without --eval_steps: no held-out windows are looked at",
+            mend="give --eval_steps N, or leave it out",
         )
 
 
@@ -266,6 +313,9 @@ def _needed(settings: Mapping, ours: str, theirs: str) -> str:
 
 def _output_dir(settings: Mapping, part: str) -> str:
     if "out_adapters" in settings:
+        if part in _TOGETHER:
+            raise PipelineError("parts that are trained together have no place in the original's folders",
+                where="--out_adapters", mend="give --output_dir")  # fmt: skip
         return str(Path(settings["out_adapters"]) / ADAPTER_FOLDERS[part])
     return _needed(settings, "output_dir", "out_adapters")
 
@@ -276,12 +326,14 @@ def _bundles(given: Mapping, part: str, student: str) -> tuple[str, ...]:
     --bundles_dir holds B and C; for stage 3 the original is given C's own directory, which is taken too.
     """
     merged, pruned = given.get("b_merged_dir"), given.get("bundles_dir")
-    if merged is not None and part != "C":
+    if merged is not None and part != "C" and part not in _TOGETHER:
         raise PipelineError(
             f"only C's adapter is trained with the merged B, and this is {part}'s",
             where="--b_merged_dir",
             mend="leave it out",
         )
+    if part in _TOGETHER:
+        return tuple(given.get("bundle", ()))
     if part == "A":
         if pruned is not None:
             _check_same_pruning(student, Path(pruned))

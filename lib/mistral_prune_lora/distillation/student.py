@@ -1,4 +1,4 @@
-"""The student: the model that a part's adapter is trained on, and the fresh adapter on that part's layers."""
+"""The student: the directories that a part's adapter is trained on, and which of their layers are whose."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel
-
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
-from mistral_prune_lora.distillation.settings import LoraSettings
-from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError
-from mistral_prune_lora.layout.partition import Layout
+from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
+from mistral_prune_lora.streaming.compute import LayerSource
 
 
 @dataclass(frozen=True)
@@ -43,21 +39,51 @@ class Student:
             )
         return checkpoint.layout
 
-    def layers(self, part: str) -> tuple[int, ...]:
-        """The layers that the adapter of part "A", "B" or "C" is trained on.
+    def layers(self, trained: str) -> tuple[int, ...]:
+        """The layers that an adapter is trained on.
+
+        Args:
+            trained: a part, or the stage that is trained as a whole: "A", "B", "C", "AB", "FULL".
 
         Raises:
             LayoutError: the part holds no layers; the bundles do not restore what the part's student has, or are of
                 another pruning.
             CheckpointError: as for `checkpoint`.
         """
-        layout = self._layout(part)
-        layers = layout.layers_of(part)
-        if not layers:
-            raise LayoutError(f"{part} holds no layers", where="manifest.json", mend="there is nothing to train for it")
-        self._check_restored(part, layout)
+        by_part = self.layers_by_part(trained)
+        return tuple(sorted(layer for layers in by_part.values() for layer in layers))
+
+    def layers_by_part(self, trained: str) -> dict[str, tuple[int, ...]]:
+        """As `layers`, apart."""
+        parts = PARTS_OF_STAGE.get(trained, trained)
+        layout = self._layout(parts[-1])
+        layers = {part: layout.layers_of(part) for part in parts}
+        if empty := [part for part, held in layers.items() if not held]:
+            told = f"{' and '.join(empty)} {'holds' if len(empty) == 1 else 'hold'} no layers"
+            raise LayoutError(told, where="manifest.json", mend="there is nothing to train for it")
+        self._check_restored(parts[-1], layout)
         check_same_pruning([self.model_dir, *self.bundles])
         return layers
+
+    def adapted_layers(self, trained: str, wanted: Sequence[int] | None) -> tuple[int, ...]:
+        """Those of `layers` that get an adapter; LayoutError for one that is not among them.
+
+        Args:
+            trained: as for `layers`.
+            wanted: original indices; None means all.
+        """
+        layers = self.layers(trained)
+        if wanted is None:
+            return layers
+        if foreign := sorted(set(wanted) - set(layers)) or not wanted:
+            told = f"names layers {foreign}, which are not {trained}'s" if foreign is not True else "names no layer"
+            raise LayoutError(told, where="adapt_layers", mend=f"use some of {list(layers)}, or all")
+        return tuple(sorted(set(wanted)))
+
+    def sources(self) -> list[LayerSource]:
+        """All layers that it runs, in order, where their weights lie."""
+        held = [open_checkpoint(folder) for folder in (self.model_dir, *self.bundles)]
+        return sorted((LayerSource(i, each) for each in held for i in each.layers), key=lambda source: source.index)
 
     def _layout(self, part: str) -> Layout:
         """The layout, with B and C told by the bundles that are restored where the manifest leaves them open."""
@@ -83,31 +109,3 @@ class Student:
                     "C": "give the merged bundle B and bundle C for part C",
                 }[part],
             )
-
-
-def with_adapter(student: PreTrainedModel, layers: Sequence[int], lora: LoraSettings) -> PeftModel:
-    """The student with a fresh adapter on some layers; nothing else can be trained.
-
-    Raises:
-        AdapterError: a target module is not a projection of the layers, which PEFT would pass over in silence.
-    """
-    modules = student.model.layers[layers[0]].named_modules()
-    known = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
-    unknown = sorted(set(lora.target_modules) - known)
-    if unknown:
-        raise AdapterError(
-            f"there are no modules {', '.join(unknown)} in the layers",
-            where="target_modules",
-            mend=f"use some of {', '.join(sorted(known))}",
-        )
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank; its annotation says int
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        layers_to_transform=list(layers),
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(student, config)

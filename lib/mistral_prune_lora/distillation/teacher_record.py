@@ -43,16 +43,19 @@ def teacher_record(windows: Windows, teacher_dir: str | Path) -> dict:
     }
 
 
-def open_teacher_states(path: str | Path, wanted: Mapping, dtype: torch.dtype) -> ActivationReader:
+def open_teacher_states(
+    path: str | Path, wanted: Mapping, dtype: torch.dtype, layer: int | None = None
+) -> ActivationReader:
     """Open stored states.
 
     Args:
         path: the file.
         wanted: what they must be of, as `teacher_record` gives it.
         dtype: that the teacher's head computes in.
+        layer: which layer they leave; None for the final ones, after the norm.
 
     Raises:
-        DataError: they belong to other windows or another teacher, or are of another dtype.
+        DataError: they belong to other windows, another teacher or layer, or are of another dtype.
         CheckpointError: it is no file of activations.
     """
     reader = ActivationReader(path)
@@ -60,6 +63,9 @@ def open_teacher_states(path: str | Path, wanted: Mapping, dtype: torch.dtype) -
         raise DataError("the teacher's states belong to other windows", where=path, mend=_AGAIN)
     if any(reader.run.get(key) != wanted[key] for key in ("teacher", "config_sha256")):
         raise DataError("the teacher's states belong to another teacher", where=path, mend=_AGAIN)
+    if reader.run.get("layer") != layer:
+        found, asked = (f"of layer {n}" if n is not None else "final" for n in (reader.run.get("layer"), layer))
+        raise DataError(f"the teacher's states are {found} ones, not {asked} ones", where=path, mend=_AGAIN)
     if reader.dtype != dtype:
         found, asked = torch_name(reader.dtype), torch_name(dtype)
         raise DataError(f"the teacher's states are {found}, and training computes in {asked}", where=path, mend=_AGAIN)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.distillation.teacher_record import teacher_record
-from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.errors import DataError, PipelineError
 from mistral_prune_lora.models.ends import build_norm
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.outputs import Output, claim
@@ -22,9 +22,10 @@ def teacher_states(
     output: str | Path,
     *,
     compute: Compute,
+    layer: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Run the dense model over the training windows once and keep its final hidden states (after the norm).
+    """Run the dense model over the training windows once and keep its hidden states.
 
     As many layers are in memory as may be, and never all of them have to. A killed run is continued from its last
     finished batch.
@@ -35,22 +36,31 @@ def teacher_states(
         output: a file of activations, see activations.py, in the compute dtype; its record names the token ids and the
             teacher, which are checked when it is read.
         compute: of the teacher's forward pass.
+        layer: keep what leaves this layer; None keeps the final hidden states, after the norm.
         overwrite: replace what holds no such states, too; never the teacher.
 
     Raises:
         CheckpointError: weights are missing or do not fit.
-        DataError: a token id that the teacher has no embedding for.
+        DataError: a token id that the teacher has no embedding for; a layer that it does not have.
         PipelineError: the output may not be written, see `outputs.claim`; memory or disk space does not suffice,
             another process is writing `output`, or the model overflows.
     """
     claim([states_output(output)], [teacher_dir], overwrite=overwrite)
     teacher = open_checkpoint(teacher_dir)
     passage = Passage(teacher, windows, compute)
-    norm = build_norm(passage.config, teacher, compute.dtype, compute.device)
+    count = passage.config.num_hidden_layers
+    if layer is not None and layer >= count:
+        raise DataError(
+            f"layer {layer} is not there, the teacher has {count}",
+            where="hidden.teacher_layer",
+            mend=f"name one of 0 to {count - 1}",
+        )
+    change = build_norm(passage.config, teacher, compute.dtype, compute.device) if layer is None else None
     # With the batch size, since a run that goes on must cut the same batches.
     record = teacher_record(windows, teacher_dir) | {"batch_size": compute.batch_size}
-    layers = [LayerSource(index, teacher) for index in range(passage.config.num_hidden_layers)]
-    with KeptActivations(output, passage.shape, compute, record, change=norm) as states:
+    record |= {} if layer is None else {"layer": layer}
+    layers = [LayerSource(index, teacher) for index in range(count if layer is None else layer + 1)]
+    with KeptActivations(output, passage.shape, compute, record, change=change) as states:
         run_layers(passage, passage.origin(None), layers, states)
         states.finish()
 

@@ -2,201 +2,250 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 from peft import PeftModel
 
 from mistral_prune_lora.checkpoints.pruning_identity import read_identity
-from mistral_prune_lora.console import progress
-from mistral_prune_lora.distillation.loss import backward
-from mistral_prune_lora.distillation.settings import OptimiserSettings, TrainingSettings
-from mistral_prune_lora.distillation.student import Student, with_adapter
-from mistral_prune_lora.distillation.teacher import Teacher, TeacherFiles
+from mistral_prune_lora.distillation.adapted import AdaptedStudent
+from mistral_prune_lora.distillation.curve import COLUMNS, HELD_OUT_COLUMNS, Logger, Table, open_loggers
+from mistral_prune_lora.distillation.held_out import HeldOut, check_disjoint
+from mistral_prune_lora.distillation.loop import Loop, Outcome, Watch
+from mistral_prune_lora.distillation.prepare import Preparation, TrainingData, predictions
+from mistral_prune_lora.distillation.ranks import Ranks, local_device, started
+from mistral_prune_lora.distillation.schedule import passes_over
+from mistral_prune_lora.distillation.settings import Running, TrainingSettings
+from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.teacher_record import weight_digests
-from mistral_prune_lora.errors import NumberError, PipelineError
-from mistral_prune_lora.models.load import load_model
-from mistral_prune_lora.provenance import PACKAGE, other_files_sha256, versions
+from mistral_prune_lora.distillation.unfinished import CURVE, HELD_OUT, Unfinished
+from mistral_prune_lora.distillation.written import RECORD, write_adapter
+from mistral_prune_lora.errors import DataError, LayoutError, PipelineError
+from mistral_prune_lora.provenance import PACKAGE, versions
 from mistral_prune_lora.storage.dtypes import torch_name
-from mistral_prune_lora.storage.finite import all_finite
-from mistral_prune_lora.storage.json_file import write_json
-from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files
+from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.space import reserved_space
 from mistral_prune_lora.storage.transaction import atomic_directory
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.doubts import warn_of
 from mistral_prune_lora.text.windows import Windows
 
-_CALMER = "Use a smaller learning rate, or bf16 or fp32 instead of fp16; nothing was written"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "training.csv", "training.json")
 _SMALL_FILES = 4 << 20  # room for configuration, card and curve beside the weights
-
-
-def _recorded(content: dict) -> set[str] | None:
-    """The files of an adapter that was trained here by its record; None if it is no such record."""
-    # A record that was written before records named their command is told by all that it holds.
-    shape = {"stage", "layers", "student", "teacher", "windows", "settings", "versions"}
-    if "command" not in content:
-        return set(_ADAPTER_FILES) if shape <= content.keys() else None
-    ours = content["command"] == "train" and isinstance(content.get("files"), list)
-    return {str(name) for name in content["files"]} if ours else None
-
-
-RECORD = Record("training.json", "training", _recorded)
+FROZEN_BATCH = 4  # windows that go through a frozen layer together
 
 
 def train_adapter(
     part: str,
     student: Student,
-    teacher: TeacherFiles | None,
-    windows: Windows,
+    teacher_dir: str | Path | None,
+    data: TrainingData,
     output_dir: str | Path,
     *,
     settings: TrainingSettings,
     compute: Compute,
+    held_out: TrainingData | None = None,
+    running: Running | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Train the adapter of one part and write it as a stock PEFT directory with training.csv and training.json.
+    """Train the adapter of one part and write it as a stock PEFT directory with its curve, record and model card.
 
     Frozen weights are in the compute dtype, LoRA weights and the loss in float32. Backpropagation ends at the lowest
-    adapted layer. On the CPU the same settings give the same bytes for the same number of threads; on a GPU, kernels
-    that sum in varying order do not promise that.
+    adapted layer. On the CPU the same settings give the same bytes for the same number of threads, whether a run was
+    killed in between or not; on a GPU, kernels that sum in varying order do not promise that. Under `torchrun` all
+    processes train one adapter, each with its share of every update.
 
     Args:
-        part: "A" (adapts kept layers), "B" or "C" (adapts that bundle's layers).
+        part: "A" (adapts kept layers), "B" or "C" (adapts that bundle's layers); "AB" or "FULL" trains the parts of
+            that stage together, and the output holds a directory `A_lora`, `B_lora`, `C_lora` for each.
         student: what is trained.
-        teacher: the dense model; None trains on cross-entropy alone (kd_alpha 0), and no KL is measured.
-        windows: training windows; their order is drawn anew for every pass over them.
-        output_dir: the adapter's directory, written whole or not at all; that it can be is known before training.
+        teacher_dir: the dense model; None trains on cross-entropy alone (kd_alpha 0), and no KL is measured.
+        data: training windows; their order is drawn anew for every pass over them.
+        output_dir: the adapter's directory, written whole or not at all; that it can be is known before training. While
+            it is trained, `NAME.unfinished` lies beside it.
         settings: the adapter's shape, the loss, the optimiser.
         compute: device and dtype.
+        held_out: windows to look at meanwhile; None looks at none.
+        running: how often the state is saved, loggers.
         overwrite: replace what is no adapter that was trained here, too; never an input.
 
     Raises:
-        PipelineError: the output may not or cannot be written, see `outputs.claim` and `transaction.atomic_directory`.
+        PipelineError: the output may not or cannot be written, see `outputs.claim` and `transaction.atomic_directory`;
+            there is no teacher, and kd_alpha asks for one; another process trains this adapter.
         LayoutError, CheckpointError: the student or a bundle is not what the part needs, or of another pruning.
-        DataError: the teacher's states belong to other windows or another teacher.
-        PipelineError: there is no teacher, and kd_alpha asks for one.
+        DataError: stored states belong to other windows, weights or another teacher; windows that nothing is scored in,
+            or that are held out and trained on.
         NumberError: a loss, a gradient or a weight becomes NaN or infinity; nothing is written then.
+        SystemExit: the process was asked to end; the same call goes on from the state that was saved.
     """
-    if teacher is None and settings.loss.kd_alpha:
-        raise PipelineError(
-            "there is no teacher to learn from", where="kd_alpha", mend="name the dense model, or set it to 0"
-        )
-    read = [student.model_dir, *student.bundles, *((teacher.model_dir, teacher.states) if teacher else ())]
+    job = _Job(part, student, teacher_dir, data, held_out, settings, compute, running or Running(), Path(output_dir))
+    job.check()
+    read = [student.model_dir, *student.bundles, teacher_dir, *data.files, *(held_out.files if held_out else ())]
     check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
-    torch.manual_seed(settings.seed)
-    layers, doubts = student.layers(part), warn_of(student.checkpoint(), windows)
-    # Entered before the training, which would be lost if its result could not be written.
-    with atomic_directory(output_dir, check=check) as fresh:
-        model = _adapted(student, layers, settings, compute)
-        dense = None if teacher is None else Teacher(teacher, windows, compute.dtype, compute.device)
-        with reserved_space(fresh, _adapter_bytes(model), where=output_dir):
-            curve = _fit(model.train(), dense, windows, settings, compute.device)
-        model.save_pretrained(os.fspath(fresh))
-        curve.to_csv(fresh / "training.csv", index=False)
-        about = {
-            "command": "train",
-            "stage": part,
-            "layers": list(layers),
-            "student": {"dir": os.fspath(student.model_dir), "weights": weight_digests(student.model_dir)},
-            "bundles": {os.fspath(b): weight_digests(b) for b in student.bundles},
-            "pruning_identities": {os.fspath(d): read_identity(d) for d in (student.model_dir, *student.bundles)},
-            "teacher": {"dir": os.fspath(teacher.model_dir), "weights": dense.digests} if teacher and dense else None,
-            "windows": asdict(windows.identity),
-            "settings": {name: asdict(getattr(settings, name)) for name in ("lora", "loss", "optimiser")},
-            "dtype": torch_name(compute.dtype),
-            "seed": settings.seed,
-            "warnings": doubts,
-            "files": [*listed_files(fresh), RECORD.name],
-            "outputs": other_files_sha256(fresh, ()),
+    with started(compute.device) as ranks:
+        beside = Unfinished(output_dir, job.record(ranks))
+        if not ranks.first:
+            ranks.wait()
+            job.train(ranks, beside, None)
+            return
+        doubts = warn_of(student.checkpoint(), data.windows)
+        # Entered before the training, which would be lost if its result could not be written.
+        with atomic_directory(output_dir, check=check) as fresh, beside.held():
+            ranks.wait()
+            job.train(ranks, beside, fresh, doubts)
+        beside.remove()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one call of `train_adapter` was given."""
+
+    part: str
+    student: Student
+    teacher_dir: str | Path | None
+    data: TrainingData
+    held_out: TrainingData | None
+    settings: TrainingSettings
+    compute: Compute
+    running: Running
+    output_dir: Path
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that get an adapter."""
+        return self.student.adapted_layers(self.part, self.settings.adapt_layers)
+
+    def check(self) -> None:
+        """Raise what `train_adapter` raises for inputs that contradict each other."""
+        loss, watched = self.settings.loss, self.settings.loss.hidden
+        if self.teacher_dir is None and (loss.kd_alpha or watched):
+            raise PipelineError(
+                "there is no teacher to learn from", where="kd_alpha", mend="name the dense model, or set it to 0"
+            )
+        layers, active = self.layers, {source.index for source in self.student.sources()}
+        if watched and (watched.student_layer not in active or watched.student_layer < min(layers)):
+            raise LayoutError(
+                f"layer {watched.student_layer} is none that the student runs at or behind layer {min(layers)}",
+                where="hidden.student_layer",
+                mend="name an active layer at or above the first adapted one",
+            )
+        for windows in (each.windows for each in (self.data, self.held_out) if each):
+            empty = (predictions(windows) == 0).nonzero().flatten().tolist()
+            if empty:
+                raise DataError(
+                    f"nothing is scored in window {empty[0]}", where=windows.identity.source, mend="leave it out"
+                )
+        if self.held_out:
+            check_disjoint(self.data.windows, self.held_out.windows)
+
+    def record(self, ranks: Ranks) -> dict:
+        """Everything that the adapter's bytes depend on, but for what only moves roundings."""
+        folders = (self.student.model_dir, *self.student.bundles)
+        return {
+            "part": self.part,
+            "layers": list(self.layers),
+            "student": [weight_digests(folder) for folder in folders],
+            "teacher": weight_digests(self.teacher_dir) if self.teacher_dir else None,
+            "windows": _identity(self.data.windows),
+            "held_out": _identity(self.held_out.windows) if self.held_out else None,
+            "settings": asdict(self.settings),
+            "dtype": torch_name(self.compute.dtype),
+            "processes": ranks.world,
             "versions": versions(PACKAGE, "torch", "transformers", "peft"),
         }
-        write_json(fresh / RECORD.name, about)
+
+    def train(self, ranks: Ranks, beside: Unfinished, fresh: Path | None, doubts: list[str] | None = None) -> None:
+        """Train to the end; the first process writes the result into a fresh directory."""
+        device, layers, settings = local_device(self.compute.device), self.layers, self.settings
+        compute = Compute(device, self.compute.dtype, FROZEN_BATCH, self.compute.max_memory)
+        hidden = settings.loss.hidden
+        watched = hidden.teacher_layer if hidden else None
+        four_bit = settings.teacher_4bit
+        prepare = Preparation(self.student, layers, self.teacher_dir, watched, four_bit, compute, ranks, beside)
+        passes = passes_over(len(self.data.windows), settings.optimiser, ranks.world)
+        training, *others = prepare.read(self.data, self.held_out, passes)
+        adapted = AdaptedStudent(self.student, layers, settings, compute, with_prefix=training.shelf.entering is None)
+        held_out = HeldOut(others[0].shelf, others[0].teacher, ranks) if others else None
+        if held_out and others[0].teacher:
+            others[0].teacher.same_head(adapted.head)
+        state = beside.load(quiet=not ranks.first)
+        ranks.wait()  # nobody writes there before everybody has read
+        rows = state.tensors if state else {}
+        curve = Table(beside.file(CURVE) if fresh else None, COLUMNS, rows.get("curve"))
+        looks = Table(beside.file(HELD_OUT) if fresh else None, HELD_OUT_COLUMNS, rows.get("held_out"))
+        room = reserved_space(fresh, _adapter_bytes(adapted.model), where=self.output_dir) if fresh else nullcontext()
+        with room, self._loggers(fresh is not None) as loggers:
+            watch = Watch(curve, looks, loggers, beside.save if fresh else None, self.running.save_steps)
+            loop = Loop(adapted, training.teacher, training.shelf, held_out, settings, watch, ranks)
+            if state:
+                loop.restore(state)
+                if fresh:
+                    print(f"goes on after step {loop.step} of {settings.optimiser.steps} ({beside.path})", flush=True)
+            outcome = loop.run()
+        if fresh:
+            by_part = self._layers_by_part()
+            write_adapter(fresh, adapted.model, by_part, self._about(outcome, doubts or [], ranks), curve, looks)
+
+    def _layers_by_part(self) -> dict[str, list[int]]:
+        adapted, parts = set(self.layers), self.student.layers_by_part(self.part)
+        return {part: [layer for layer in layers if layer in adapted] for part, layers in parts.items()}
+
+    def _about(self, outcome: Outcome, doubts: list[str], ranks: Ranks) -> dict:
+        """The record of the training, but for its files."""
+        student, record = self.student, self.record(ranks)
+        folders = [os.fspath(folder) for folder in (student.model_dir, *student.bundles)]
+        settings = dict(record["settings"])
+        held_out = None if self.held_out is None else self.held_out.windows.identity.content()
+        teacher = None if self.teacher_dir is None else os.fspath(self.teacher_dir)
+        return {
+            "command": "train",
+            "stage": self.part,
+            "layers": record["layers"],
+            "student": {"dir": folders[0], "weights": record["student"][0]},
+            "bundles": dict(zip(folders[1:], record["student"][1:], strict=True)),
+            "pruning_identities": {folder: read_identity(folder) for folder in folders},
+            "teacher": {"dir": teacher, "weights": record["teacher"]} if teacher else None,
+            "windows": self.data.windows.identity.content(),
+            "scored_tokens": self.data.windows.predicted_tokens,
+            "held_out": held_out,
+            "settings": settings,
+            "dtype": record["dtype"],
+            "seed": settings.pop("seed"),
+            "processes": ranks.world,
+            "machine": _machine(self.compute),
+            "kept_step": outcome.kept_step,
+            "skipped": outcome.skipped,
+            "ended_early": outcome.ended_early,
+            "warnings": doubts,
+            "versions": record["versions"],
+        }
+
+    @contextmanager
+    def _loggers(self, first: bool) -> Iterator[list[Logger]]:
+        about = {"part": self.part, "student": os.fspath(self.student.model_dir)}
+        opened = open_loggers(self.running.loggers, self.output_dir, about) if first else []
+        try:
+            yield opened
+        finally:
+            for logger in opened:
+                logger.close()
 
 
-def _adapted(student: Student, layers: Sequence[int], settings: TrainingSettings, compute: Compute) -> PeftModel:
-    """The student with a fresh adapter, on the device."""
-    model = load_model(student.model_dir, dtype=compute.dtype, device=compute.device, bundles=student.bundles)
-    adapted = with_adapter(model, layers, settings.lora)
-    if settings.gradient_checkpointing:
-        # Reentrant checkpointing would need inputs that require gradients, and so a backward pass below the adapter.
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return adapted
+def _identity(windows: Windows) -> dict:
+    return {"ids_sha256": windows.identity.ids_sha256, "scored_sha256": windows.scored_sha256}
+
+
+def _machine(compute: Compute) -> dict:
+    """What moves roundings."""
+    return {
+        "device": compute.device.type,
+        "threads": torch.get_num_threads() if compute.device.type == "cpu" else None,
+    }
 
 
 def _adapter_bytes(model: PeftModel) -> int:
     """The size of an adapter's directory, at most."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + _SMALL_FILES
-
-
-def _fit(
-    model: PeftModel, teacher: Teacher | None, windows: Windows, settings: TrainingSettings, device: torch.device
-) -> pd.DataFrame:
-    """The training loop; one row a step: step, loss, kl, ce (means over tokens), learning_rate, grad_norm, tokens.
-
-    Raises:
-        NumberError: a loss or the gradient's norm is NaN or infinity, at once; or a weight is, at the end.
-    """
-    optimiser, order = settings.optimiser, random.Random(settings.seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    updater = torch.optim.AdamW(trained, lr=optimiser.learning_rate, weight_decay=optimiser.weight_decay)
-    batches = _endless_batches(len(windows.ids), optimiser.batch_size, order)
-    rows = []
-    with progress(total=optimiser.steps, description="train", unit="step") as bar:
-        for step in range(optimiser.steps):
-            rate = optimiser.learning_rate * _schedule(step, optimiser)
-            for group in updater.param_groups:
-                group["lr"] = rate
-            sums, tokens = torch.zeros(3, dtype=torch.float64), 0
-            chosen = [next(batches) for _ in range(optimiser.gradient_accumulation)]
-            total = sum(len(batch) for batch in chosen) * (windows.seqlen - 1)
-            for batch in chosen:
-                ids = windows.ids[batch].long().to(device)
-                taught, head = (teacher.hidden(batch), teacher.head) if teacher else (None, None)
-                sums += backward(model, ids, taught, head, settings.loss, total)
-                tokens += ids.numel()
-            norm = torch.nn.utils.clip_grad_norm_(trained, optimiser.max_grad_norm)
-            updater.step()
-            updater.zero_grad(set_to_none=True)
-            mean, length = (sums / total).tolist(), float(norm)
-            told = dict(zip(("loss", "KL", "cross-entropy"), mean, strict=True), gradient=length)
-            _check_step(step + 1, told if teacher else {name: v for name, v in told.items() if name != "KL"})
-            rows.append((step + 1, *mean, rate, length, tokens))
-            bar.set_postfix_str(f"loss {mean[0]:.4f}", refresh=False)
-            bar.update()
-    if not all(all_finite(weight) for weight in trained):
-        raise NumberError(f"after {optimiser.steps} steps weights are NaN or infinity", mend=_CALMER)
-    return pd.DataFrame(rows, columns=["step", "loss", "kl", "ce", "learning_rate", "grad_norm", "tokens"])
-
-
-def _check_step(step: int, values: Mapping[str, float]) -> None:
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    if wrong:
-        raise NumberError(f"the {wrong[0]} of step {step} is {values[wrong[0]]}, so training ends here", mend=_CALMER)
-
-
-def _endless_batches(count: int, batch_size: int, order: random.Random) -> Iterator[list[int]]:
-    """Window numbers in batches, every window once before any comes again."""
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < batch_size:
-            fresh = list(range(count))
-            order.shuffle(fresh)
-            waiting += fresh
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
-
-
-def _schedule(step: int, settings: OptimiserSettings) -> float:
-    """The share of the peak learning rate: linear warm-up, then a cosine that would reach zero after the last step."""
-    if step < settings.warmup_steps:
-        return (step + 1) / (settings.warmup_steps + 1)
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))

@@ -16,9 +16,9 @@ import torch
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
 from mistral_prune_lora.checkpoints.tensor_names import EMBEDDING
 from mistral_prune_lora.errors import CheckpointError, NumberError
-from mistral_prune_lora.evaluation.window_scores import Head, score_batch
 from mistral_prune_lora.models.config import head_name
 from mistral_prune_lora.models.ends import outside_entries
+from mistral_prune_lora.models.window_scores import Head, score_batch
 from mistral_prune_lora.provenance import record_sha256
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import open_finished
@@ -84,8 +84,9 @@ class Scoring:
 
         Raises:
             PipelineError: another process holds the journal, or a file cannot be written.
-            DataError, CheckpointError: the dense model's answers are not to these windows.
+            DataError, CheckpointError: the dense model's answers are not to these windows; these are no running text.
         """
+        passage.windows.check_running_text("perplexity")
         self.place, self.words, self._passage, self._dense = place, words, passage, dense
         self.record = run.with_head(passage.model)
         self._taught = None

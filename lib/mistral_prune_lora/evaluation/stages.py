@@ -10,9 +10,9 @@ from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.evaluation.result import StageResult, stage_result
 from mistral_prune_lora.evaluation.scoring import DenseAnswers, Scoring
 from mistral_prune_lora.evaluation.subject import Subject
-from mistral_prune_lora.evaluation.window_scores import head_bytes
 from mistral_prune_lora.layout.partition import STAGES
 from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments
+from mistral_prune_lora.models.window_scores import head_bytes
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.streaming.memory import resident_groups

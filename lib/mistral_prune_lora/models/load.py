@@ -29,6 +29,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     bundles: tuple[str | Path, ...] = (),
+    first_layer: int = 0,
 ) -> PreTrainedModel:
     """Load a model directory with PassLayers at its dropped layers and the layers of `bundles` restored.
 
@@ -40,6 +41,8 @@ def load_model(
         dtype: of all parameters.
         device: where they go.
         bundles: bundle directories to restore.
+        first_layer: layers below it are not read; PassLayers stand for them, too. For who has the hidden states that
+            enter this layer.
 
     Returns:
         The model in eval mode, with its original layer indices and `name_or_path` set to `path`.
@@ -63,7 +66,7 @@ def load_model(
                 where=checkpoint.path,
                 mend="fetch the model again, or put the manifest.json that pruning wrote beside it",
             )
-    for index in checkpoint.layout.dropped if checkpoint.layout else ():
+    for index in {*range(first_layer), *(checkpoint.layout.dropped if checkpoint.layout else ())}:
         layers[index] = PassLayer(index)
     active = [index for index, layer in enumerate(layers) if not isinstance(layer, PassLayer)]
     check_model_tensors(checkpoint.config, checkpoint.shapes, active, checkpoint.path)
@@ -78,7 +81,7 @@ def load_model(
     if (generation := generation_config(checkpoint.path)) is not None:
         model.generation_config = generation
     for bundle in bundles:
-        restore_layers(model, open_checkpoint(bundle))
+        restore_layers(model, open_checkpoint(bundle), first_layer)
     return model.eval()
 
 
@@ -95,10 +98,10 @@ def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
     return restore_layers(model, bundle)
 
 
-def restore_layers(model: PreTrainedModel, bundle: Checkpoint) -> tuple[int, ...]:
-    """As `restore_bundle`, of a bundle that is known to be of the model's pruning."""
+def restore_layers(model: PreTrainedModel, bundle: Checkpoint, first_layer: int = 0) -> tuple[int, ...]:
+    """As `restore_bundle`, of a bundle of the model's pruning; layers below the first are not read."""
     bundle.check_files()
-    for index in bundle.layers:
+    for index in (layer for layer in bundle.layers if layer >= first_layer):
         if index >= len(model.model.layers) or not isinstance(model.model.layers[index], PassLayer):
             raise LayoutError(
                 f"layer {index} of the bundle is not a dropped layer of {model.name_or_path}",

@@ -84,18 +84,26 @@ class Backbone:
             slots[source.index] = layer
 
     @torch.inference_mode()
-    def __call__(self, hidden: torch.Tensor, watch: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
-        """Run a batch, shape (n, seqlen, hidden), through the resident layers; positions start at 0.
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        watch: Callable[[int, torch.Tensor], None] | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run a batch, shape (n, seqlen, hidden), through the resident layers.
 
         Args:
             hidden: what enters the first of them.
             watch: called after each of them with its index and the hidden states that leave it.
+            positions: of the tokens in their documents, integers, shape (n, seqlen): the model's own code keeps
+                documents apart by them. None counts each row from 0.
         """
+        told = {} if positions is None else {"position_ids": positions.long().to(hidden.device)}
         with ExitStack() as hooks:
             for index, layer in enumerate(self._layers):
                 if watch and not isinstance(layer, PassLayer):
                     hooks.callback(layer.register_forward_hook(_watching(watch, index)).remove)
-            return self._model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            return self._model(inputs_embeds=hidden, use_cache=False, **told).last_hidden_state
 
 
 def _watching(watch: Callable[[int, torch.Tensor], None], index: int) -> Callable[..., None]:

@@ -12,7 +12,12 @@ from mistral_prune_lora.streaming.compute import Compute, LayerSource
 
 
 def resident_groups(
-    sources: Sequence[LayerSource], compute: Compute, config: PreTrainedConfig, seqlen: int, reserved: int = 0
+    sources: Sequence[LayerSource],
+    compute: Compute,
+    config: PreTrainedConfig,
+    seqlen: int,
+    reserved: int = 0,
+    documents_apart: bool = False,
 ) -> list[list[LayerSource]]:
     """Consecutive layers that fit into memory together, in order.
 
@@ -22,12 +27,13 @@ def resident_groups(
         config: the model's geometry.
         seqlen: token ids in a window.
         reserved: bytes that something else on the device takes, such as the head.
+        documents_apart: as for `working_bytes`.
 
     Raises:
         PipelineError: not even one layer fits.
     """
     sizes = [source.nbytes(compute.dtype) for source in sources]
-    memory, beside = compute.memory, reserved + working_bytes(compute, config, seqlen)
+    memory, beside = compute.memory, reserved + working_bytes(compute, config, seqlen, documents_apart=documents_apart)
     # On a GPU the next group is copied while one computes.
     copies = 2 if compute.device.type == "cuda" and sum(sizes) > memory - beside else 1
     budget = (memory - beside) // copies
@@ -48,9 +54,12 @@ def resident_groups(
     return groups
 
 
-def working_bytes(compute: Compute, config: PreTrainedConfig, seqlen: int) -> int:
-    """An upper estimate of what one layer's forward pass holds beside its weights, attention scores included."""
+def working_bytes(compute: Compute, config: PreTrainedConfig, seqlen: int, *, documents_apart: bool = False) -> int:
+    """An upper estimate of what one layer's forward pass holds beside its weights, attention scores included.
+
+    With documents kept apart, every window has an attention mask of its own.
+    """
     tokens = compute.batch_size * seqlen
     width = 8 * config.hidden_size + 3 * config.intermediate_size
-    mask = seqlen * seqlen if getattr(config, "sliding_window", None) else 0
-    return tokens * width * max(4, compute.dtype.itemsize) + mask
+    masks = compute.batch_size if documents_apart else 1 if getattr(config, "sliding_window", None) else 0
+    return tokens * width * max(4, compute.dtype.itemsize) + masks * seqlen * seqlen

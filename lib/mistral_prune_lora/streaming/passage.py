@@ -66,6 +66,10 @@ class Passage:
         """The token ids of a batch, int32, shape (n, seqlen)."""
         return self.windows.ids[self.windows_of(batch)]
 
+    def positions_of(self, batch: int) -> torch.Tensor | None:
+        """The positions of a batch's tokens, int32, shape (n, seqlen); None where every window is one run."""
+        return None if self.windows.positions is None else self.windows.positions[self.windows_of(batch)]
+
     def origin(self, file: str | Path | None) -> Origin:
         """Where to set out from: the boundary activations in a file, or the token ids."""
         return TokenIds(self) if file is None else Boundary(self, file)

@@ -140,7 +140,8 @@ def run_layers(passage: Passage, origin: Origin, sources: Sequence[LayerSource],
         sources, scratch = sources[there[0] :], there[1]
         origin = Boundary(passage, scratch)
     reserved = origin.nbytes + sink.nbytes
-    groups = resident_groups(sources, compute, passage.config, passage.windows.seqlen, reserved) or [[]]
+    seqlen, apart = passage.windows.seqlen, passage.windows.positions is not None
+    groups = resident_groups(sources, compute, passage.config, seqlen, reserved, apart) or [[]]
     backbone = Backbone(passage.config, compute)
     for group in backbone.resident(groups):
         if group is groups[-1]:
@@ -174,6 +175,7 @@ def run_batches(
     sink: BatchSink,
     bar: tqdm,
     watch: Callable[[int, int, torch.Tensor], None] | None = None,
+    positions: Callable[[int], torch.Tensor | None] | None = None,
 ) -> None:
     """Run all batches that a sink has not through the resident layers.
 
@@ -184,11 +186,13 @@ def run_batches(
         sink: takes what leaves the last layer.
         bar: counts token ids.
         watch: called with batch, layer and what leaves that layer.
+        positions: gives those of a batch's tokens, as `Backbone` takes them; None counts each window from 0.
     """
     compute = backbone.compute
     missing = [b for b in range(-(-windows // compute.batch_size)) if b not in sink.done]
     for batch, entering in stream_batches(read, missing, windows, compute):
-        leaving = backbone(entering, _watching(watch, batch) if watch else None)
+        told = _watching(watch, batch) if watch else None
+        leaving = backbone(entering, told, positions(batch) if positions else None)
         sink.put(batch, leaving)
         if status := sink.status():
             bar.set_postfix_str(status, refresh=False)
@@ -209,7 +213,7 @@ def _run_group(passage: Passage, backbone: Backbone, origin: Origin, group: Sequ
         ) as bar,
         layers_blamed(origin, group, passage.compute, words),
     ):
-        run_batches(backbone, origin.read, len(passage.windows), sink, bar)
+        run_batches(backbone, origin.read, len(passage.windows), sink, bar, positions=passage.positions_of)
 
 
 def _continued(

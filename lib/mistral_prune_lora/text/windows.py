@@ -1,7 +1,8 @@
-"""Windows: the blocks of token ids that perplexity is measured on, and what identifies them.
+"""Windows: the blocks of token ids that perplexity is measured and adapters are trained on, and what identifies them.
 
-A text is tokenised once as a whole and cut into non-overlapping windows; the remainder is dropped. A saved file holds
-the ids and, in its metadata, where they came from, so that a number can always be traced to its tokens.
+A text is tokenised once as a whole and cut into non-overlapping windows; the remainder is dropped. Windows may also
+hold documents of their own, beside each other, of which only some tokens are scored. A saved file holds all of it and,
+in its metadata, where it came from, so that a number can always be traced to its tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,16 @@ class WindowsIdentity:
     Attributes:
         dataset, split, source: as in `sources.Text`.
         text_sha256: of the text's UTF-8 bytes.
-        ids_sha256: of the windows' ids as little-endian int32 in reading order.
+        ids_sha256: of the windows' ids as little-endian int32 in reading order; where documents have positions of their
+            own, of these too (`ids_digest`).
         tokenizer: directory or Hub id that the tokenizer came from.
         tokenizer_sha256: over the tokenizer's files.
         utf8_bytes: bytes of the text that the windows cover.
         seqlen: token ids in a window.
         windows: how many there are.
         text_windows: how many the whole text would have given.
+        scored_sha256: of which tokens are scored (`scored_digest`); None where all but the first of a window are.
+        examples: how the documents were made of rows and put into windows; None for windows of a running text.
     """
 
     dataset: str
@@ -55,19 +59,33 @@ class WindowsIdentity:
     seqlen: int
     windows: int
     text_windows: int
+    scored_sha256: str | None = None
+    examples: dict | None = None
+
+    def content(self) -> dict:
+        """All of it as JSON takes it, without what a running text has not."""
+        absent = {name for name in ("scored_sha256", "examples") if getattr(self, name) is None}
+        return {name: value for name, value in asdict(self).items() if name not in absent}
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids to evaluate on.
+    """Token ids to evaluate or train on.
 
     Attributes:
         ids: int32, shape (windows, seqlen).
         identity: what they are.
+        positions: int32, shape (windows, seqlen): the position of each token in its document, counted anew from 0 where
+            a document begins. No token attends to another document; padding is a document of its own. None: every
+            window is one run from 0 on.
+        scored: bool, shape (windows, seqlen): whether a token is a target of the loss; the first token of a document
+            never is. None: all but the first of each window.
     """
 
     ids: torch.Tensor
     identity: WindowsIdentity
+    positions: torch.Tensor | None = None
+    scored: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -79,40 +97,111 @@ class Windows:
 
     @property
     def predicted_tokens(self) -> int:
-        """Tokens that are predicted: all but the first of each window."""
-        return len(self) * (self.seqlen - 1)
+        """Tokens that are predicted: the scored ones, or all but the first of each window."""
+        return len(self) * (self.seqlen - 1) if self.scored is None else int(self.scored.sum())
+
+    @property
+    def scored_sha256(self) -> str | None:
+        """Identifies which tokens are scored; None where all but the first of each window are."""
+        return self.identity.scored_sha256
+
+    def check_running_text(self, purpose: str) -> None:
+        """Raise a DataError for windows of examples, of which a measurement would take what must not be scored.
+
+        Args:
+            purpose: what asks for every token, as the subject of a sentence.
+        """
+        if self.positions is not None or self.scored is not None:
+            raise DataError(
+                f"{purpose} takes every token of a running text, and these windows are examples of which some are not"
+                " scored",
+                where=self.identity.source,
+                mend="Use a dataset of the shape text, whose windows run across documents",
+            )
 
     def save(self, path: str | Path) -> None:
-        """Write them to one safetensors file: tensor "ids", identity in the metadata; whole or not at all."""
-        head, _ = plan_file(
-            [TensorSpec("ids", "I32", tuple(self.ids.shape))], {"windows": json.dumps(asdict(self.identity))}
-        )
-        with atomic_file(path) as fresh:
-            fresh.write_bytes(head + tensor_bytes(self.ids))
+        """Write them to one safetensors file, whole or not at all.
+
+        It holds the tensor "ids", "positions" and "scored" where these are there, and the identity in its metadata.
+        """
+        held = {name: tensor for name, tensor in self._tensors().items() if tensor is not None}
+        specs = [TensorSpec(name, _KINDS[name][1], tuple(tensor.shape)) for name, tensor in held.items()]
+        head, ordered = plan_file(specs, {"windows": json.dumps(self.identity.content())})
+        with atomic_file(path) as fresh, open(fresh, "wb") as file:
+            file.write(head)
+            for spec in ordered:
+                file.write(tensor_bytes(held[spec.name]))
+
+    def _tensors(self) -> dict[str, torch.Tensor | None]:
+        return {"ids": self.ids, "positions": self.positions, "scored": self.scored}
 
     @classmethod
     def load(cls, path: str | Path) -> Windows:
         """Read a file that `save` wrote.
 
         Raises:
-            DataError: not such a file, or its ids are not those that its identity speaks of.
+            DataError: not such a file, its tensors are not those that its identity speaks of, or none of windows.
         """
-        mend = "Make the windows again"
-        check_plain(path, DataError, mend=mend)
+        check_plain(path, DataError, mend=_AGAIN)
         try:
             with safe_open(path, "pt") as file:
-                ids = file.get_tensor("ids")
+                held = {name: file.get_tensor(name) for name in _KINDS if name == "ids" or name in file.keys()}  # noqa: SIM118
                 identity = WindowsIdentity(**parsed(file.metadata()["windows"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"is not a file of windows: {error}", where=path, mend=mend) from None
-        if ids_digest(ids) != identity.ids_sha256 or tuple(ids.shape) != (identity.windows, identity.seqlen):
-            raise DataError("its ids are not those that it was written with", where=path, mend=mend)
-        if ids.dtype is not torch.int32 or ids.shape[0] < 1 or ids.shape[1] < 2 or int(ids.min()) < 0:
-            raise DataError("its ids are no windows of token ids", where=path, mend=mend)
-        # The types of the fields stand there as text, as all annotations of this module do.
-        if not all(type(getattr(identity, f.name)).__name__ == f.type for f in fields(identity)):
-            raise DataError("does not say what it was cut from", where=path, mend=mend)
-        return cls(ids, identity)
+            raise DataError(f"is not a file of windows: {error}", where=path, mend=_AGAIN) from None
+        windows = cls(held["ids"], identity, held.get("positions"), held.get("scored"))
+        if fault := _fault(windows):
+            raise DataError(fault, where=path, mend=_AGAIN)
+        return windows
+
+
+_AGAIN = "Make the windows again"
+_KINDS = {"ids": (torch.int32, "I32"), "positions": (torch.int32, "I32"), "scored": (torch.bool, "BOOL")}
+
+
+def _fault(windows: Windows) -> str | None:
+    """What is wrong with windows that were read, in words."""
+    ids, positions, scored, identity = windows.ids, windows.positions, windows.scored, windows.identity
+    held = {name: tensor for name, tensor in windows._tensors().items() if tensor is not None}
+    # Digests are of little-endian numbers of known widths; what has another dtype has another digest.
+    digests = (ids_digest(ids, positions), None if scored is None else scored_digest(scored))
+    wanted = (identity.ids_sha256, identity.scored_sha256)
+    if digests != wanted or any(tuple(t.shape) != (identity.windows, identity.seqlen) for t in held.values()):
+        return "its ids are not those that it was written with"
+    if (
+        ids.shape[0] < 1
+        or ids.shape[1] < 2
+        or int(ids.min()) < 0
+        or any(tensor.dtype is not _KINDS[name][0] for name, tensor in held.items())
+    ):
+        return "its ids are no windows of token ids"
+    if positions is not None and not _are_positions(positions):
+        return "its positions do not count documents from 0 on"
+    if scored is not None and bool((scored & _first_tokens(ids, positions)).any()):
+        return "the first token of a document is scored, which nothing predicts"
+    if not all(_is_of(getattr(identity, field.name), str(field.type)) for field in fields(identity)):
+        return "does not say what it was cut from"
+    return None
+
+
+def _are_positions(positions: torch.Tensor) -> bool:
+    """Whether every row begins at 0, and every number is one more than the one before it, or 0."""
+    follows = positions[:, 1:] == positions[:, :-1] + 1
+    return bool((positions[:, 0] == 0).all()) and bool((follows | (positions[:, 1:] == 0)).all())
+
+
+def _first_tokens(ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Where a document begins, bool, shape as the ids."""
+    if positions is not None:
+        return positions == 0
+    first = torch.zeros(ids.shape, dtype=torch.bool)
+    first[:, 0] = True
+    return first
+
+
+def _is_of(value: object, kind: str) -> bool:
+    """Whether a field's value is of its type, which stands there as text, as all annotations of this module do."""
+    return (value is None and kind.endswith(" | None")) or type(value).__name__ == kind.removesuffix(" | None")
 
 
 def make_windows(
@@ -174,16 +263,22 @@ def make_windows(
 
 def first_windows(windows: Windows, count: int) -> Windows:
     """The first `count` windows; their share of the text's bytes is taken in proportion."""
-    if count >= len(windows):
-        return windows
-    ids = windows.ids[:count].contiguous()
-    known = {f.name: getattr(windows.identity, f.name) for f in fields(WindowsIdentity)}
-    known |= {
-        "ids_sha256": ids_digest(ids),
-        "utf8_bytes": round(windows.identity.utf8_bytes * count / len(windows)),
-        "windows": count,
-    }
-    return Windows(ids, WindowsIdentity(**known))
+    return windows if count >= len(windows) else windows_between(windows, 0, count)
+
+
+def windows_between(windows: Windows, first: int, last: int) -> Windows:
+    """The windows first..last-1; their share of the text's bytes is taken in proportion."""
+    held = (windows.ids, windows.positions, windows.scored)
+    ids, positions, scored = (None if t is None else t[first:last].contiguous() for t in held)
+    assert ids is not None
+    identity = replace(
+        windows.identity,
+        ids_sha256=ids_digest(ids, positions),
+        scored_sha256=None if scored is None else scored_digest(scored),
+        utf8_bytes=round(windows.identity.utf8_bytes * len(ids) / len(windows)),
+        windows=len(ids),
+    )
+    return Windows(ids, identity, positions, scored)
 
 
 def flat_ids(encoding) -> torch.Tensor:
@@ -217,9 +312,24 @@ def flat_ids(encoding) -> torch.Tensor:
     return ids.to(torch.int32)
 
 
-def ids_digest(ids: torch.Tensor) -> str:
-    """The sha256 of token ids as little-endian int32 in reading order."""
-    return hashlib.sha256(ids.to(torch.int32).numpy().astype("<i4").tobytes()).hexdigest()
+def ids_digest(ids: torch.Tensor, positions: torch.Tensor | None = None) -> str:
+    """The sha256 of token ids, and of positions after them where there are some.
+
+    Both are taken as little-endian int32 in reading order; between them stands the word "positions".
+    """
+    digest = hashlib.sha256(_int32_bytes(ids))
+    if positions is not None:
+        digest.update(b"positions" + _int32_bytes(positions))
+    return digest.hexdigest()
+
+
+def scored_digest(scored: torch.Tensor) -> str:
+    """The sha256 of which tokens are scored: a byte each, 1 or 0, in reading order."""
+    return hashlib.sha256(scored.to(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _int32_bytes(numbers: torch.Tensor) -> bytes:
+    return numbers.to(torch.int32).numpy().astype("<i4").tobytes()
 
 
 def _choose(there: int, wanted: int, seed: int) -> list[int]:

@@ -102,12 +102,12 @@ def score_batch(
     for window in range(len(hidden)):
         for part in blocks:
             taught = None if teacher is None or dense is None else teacher[0].logits(dense[window, part])
-            sums[window] += _score_block(head.logits(normed[window, part]), targets[window, part], taught)
+            sums[window] += score_tokens(head.logits(normed[window, part]), targets[window, part], taught)
     columns: list[np.ndarray] = list(sums.T.contiguous().cpu().numpy())
     return WindowScores(*(columns if teacher else columns[:2]))
 
 
-def _score_block(logits: torch.Tensor, targets: torch.Tensor, dense: torch.Tensor | None) -> torch.Tensor:
+def score_tokens(logits: torch.Tensor, targets: torch.Tensor, dense: torch.Tensor | None) -> torch.Tensor:
     """NLL, correct, KL and agreement, summed over a block of tokens; float64, shape (4,)."""
     best = logits.argmax(-1)
     log_q = logits.log_softmax(-1)
