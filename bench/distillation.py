@@ -7,6 +7,7 @@
 
 The contenders run in turn, each in a process of its own, `--repeats` times, in float32 on the CPU; OMP_NUM_THREADS says
 with how many threads. Time is of the whole process, from its start to its end; memory is its largest resident size.
+Ratios are medians over the turns. Those of CPU seconds stand beside those of seconds, for a machine that others use.
 
   ours    the training command, with the states of teacher and frozen layers in files. A finds none; B and C find what
           the parts before them left
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -33,12 +35,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from distillation_bound import Geometry, Work, weight_bytes, work
-from distillation_case import COMMAND, KINDS, Case, prepare
+from distillation_case import KINDS, Case, prepare
 from other_packages import environment
 
 from mistral_prune_lora.errors import reports_errors
@@ -58,11 +60,13 @@ class Run:
 
     Attributes:
         seconds: wall clock, of its whole process.
+        cpu_seconds: of its process, user and system: what others do on the machine lengthens these least.
         peak: bytes resident at the highest.
         losses: of its steps.
     """
 
     seconds: float
+    cpu_seconds: float
     peak: int
     losses: list[float]
 
@@ -84,7 +88,10 @@ def main_parser() -> argparse.ArgumentParser:
 
 @reports_errors
 def main() -> None:
-    args = main_parser().parse_args()
+    parser = main_parser()
+    args = parser.parse_args()
+    if "again" in args.contenders and "ours" not in args.contenders:
+        parser.error("again goes on with the files that ours left: name both")
     others = environment("trl") if {"trl", "liger"} & set(args.contenders) else None
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         case = prepare(args.model, Path(folder), args.parts, args.windows, args.seqlen)
@@ -116,14 +123,17 @@ def turn(
             if name in ("plain", "trl"):
                 python = others if name == "trl" and others else sys.executable
                 told, run = watched([python, WORKERS, name, file, part, output])
-                run = Run(run.seconds, run.peak, json.loads(told.splitlines()[-1])["losses"])
-            elif name == "alone" and (part != "C" or not knows("--prefix_states")):
+                run = replace(run, losses=json.loads(told.splitlines()[-1])["losses"])
+            elif name == "alone" and part != "C":
                 continue
             else:
                 _, run = watched(ours(case, folder, part, output, name))
-                run = Run(run.seconds, run.peak, losses(output))
+                run = replace(run, losses=losses(output))
             runs[name, part] = run
-            print(f"{name:<6} {part} {run.seconds:8.1f} s {run.peak / 1e6:8.0f} MB", flush=True)
+            print(
+                f"{name:<6} {part} {run.seconds:8.1f} s {run.cpu_seconds:8.1f} CPU s {run.peak / 1e6:8.0f} MB",
+                flush=True,
+            )
     shutil.rmtree(folder)
     return runs
 
@@ -135,7 +145,7 @@ def ours(case: Case, folder: Path, part: str, output: Path, name: str) -> list[s
         # A is not among the parts that are measured.
         shutil.copy2(case.teacher_states, teacher)
     words = [*case.command(part, output, seed=int(name == "again")), "--teacher_states", str(teacher)]
-    if not knows("--prefix_states") or part == "A":
+    if part == "A":
         return words
     prefix = folder / f"prefix-{part}{'-alone' if name == 'alone' else ''}.states"
     words += ["--prefix_states", str(prefix)]
@@ -145,27 +155,22 @@ def ours(case: Case, folder: Path, part: str, output: Path, name: str) -> list[s
     return words
 
 
-def knows(flag: str) -> bool:
-    """Whether the training command has a flag."""
-    told = subprocess.run([sys.executable, "-m", COMMAND, "--help"], capture_output=True, text=True, check=True)
-    return flag in told.stdout
-
-
 def watched(command: Sequence) -> tuple[str, Run]:
     """Run a command; returns what it prints on stdout, and its time and memory."""
-    began, peak = time.perf_counter(), 0
+    spent, began, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([str(word) for word in command], stdout=told, stderr=errors)
         # Not wait4's ru_maxrss: that starts from the size of the process that forked, which is this one.
         while process.poll() is None:
             peak = max(peak, high_water(process.pid))
             time.sleep(0.02)
-        seconds = time.perf_counter() - began
+        seconds, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = used.ru_utime + used.ru_stime - spent.ru_utime - spent.ru_stime
         errors.seek(0)
         told.seek(0)
         if process.returncode:
             raise SystemExit(f"{' '.join(map(str, command))} failed:\n{errors.read()}")
-        return told.read(), Run(seconds, peak, [])
+        return told.read(), Run(seconds, cpu, peak, [])
 
 
 def high_water(pid: int) -> int:
@@ -206,40 +211,48 @@ def bounds(case: Case) -> dict[str, Work]:
 
 def report(case: Case, model: str, turns: list[dict[tuple[str, str], Run]], title: str) -> None:
     """The contenders as markdown, with what they are to be measured by."""
-    needed, geometry = bounds(case), Geometry(**case.geometry)
+    needed = bounds(case)
     print(f"\n{model}, {title}; {case.windows} windows of {case.seqlen} tokens, {case.steps} steps;", end=" ")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| part | contender | seconds | median | plain / it | bound | wanted | peak, MB | of plain's | last loss |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| part | contender | seconds | median | plain / it | CPU | bound | wanted | MB | of plain's | last loss |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name, part in sorted(turns[0], key=lambda key: (key[1], CONTENDERS.index(key[0]))):
-        runs, beside = [runs[name, part] for runs in turns], [runs.get(("plain", part)) for runs in turns]
-        seconds = ", ".join(f"{run.seconds:.1f}" for run in runs)
-        peak = max(run.peak for run in runs)
-        faster = of_memory = bound = ""
         wanted = TARGETS.get((name, part)) if model == "random" else None
-        if all(beside):
-            ratio = statistics.median(p.seconds / run.seconds for p, run in zip(beside, runs, strict=True) if p)
-            faster = f"{ratio:.2f}" + (verdict(ratio >= wanted) if wanted else "")
-            share = peak / max(p.peak for p in beside if p)
-            of_memory = f"{share:.2f}" + (verdict(share <= MEMORY_TARGET) if wanted else "")
-        amount = {"ours": needed[part].first, "again": needed[part].later, "alone": needed[part].alone}.get(name)
-        bound = f"{needed[part].plain / amount:.2f}" if amount else ""
-        print(f"| {part} | {name} | {seconds} | {statistics.median(r.seconds for r in runs):.1f} | {faster} | {bound} |"
-              f" {wanted or ''} | {peak / 1e6:.0f} | {of_memory} | {runs[-1].losses[-1]:.6f} |")  # fmt: skip
-    for part in {part for _, part in turns[0]}:
+        print(row(turns, name, part, needed[part], wanted))
+    for part in sorted({part for _, part in turns[0]}):
         pair = [turns[0].get((name, part)) for name in ("ours", "plain")]
         if pair[0] and pair[1]:
             off = max(abs(a / b - 1) for a, b in zip(pair[0].losses, pair[1].losses, strict=True))
             print(f"losses of {part}: ours and plain differ by {off:.1e} at most{verdict(off <= SAME_LOSS)}")
-        active = len(case.parts[part].active)
-        teacher, student = weight_bytes(geometry, geometry.layers), weight_bytes(geometry, active)
-        above = active - case.parts[part].adapted[0]
-        needed_here = weight_bytes(geometry, above, embeddings=0, heads=2)
-        print(
-            f"weights of {part}: {(teacher + student) / 1e6:.0f} MB teacher and student,"
-            f" {needed_here / 1e6:.0f} MB from the first adapted layer on with both heads"
-        )
+        print(weights(case, part))
     print(flush=True)
+
+
+def row(turns: list[dict[tuple[str, str], Run]], name: str, part: str, needed: Work, wanted: float | None) -> str:
+    """One contender's line; its ratios to plain are medians over the turns, by wall clock and by CPU seconds."""
+    runs, beside = ([runs[who, part] for runs in turns if (who, part) in runs] for who in (name, "plain"))
+    peak, faster, cpu, share = max(run.peak for run in runs), "", "", ""
+    if beside:
+        pairs = list(zip(beside, runs, strict=True))
+        ratio = statistics.median(plain.seconds / run.seconds for plain, run in pairs)
+        faster = f"{ratio:.2f}" + (verdict(ratio >= wanted) if wanted else "")
+        cpu = f"{statistics.median(plain.cpu_seconds / run.cpu_seconds for plain, run in pairs):.2f}"
+        of_plain = peak / max(plain.peak for plain in beside)
+        share = f"{of_plain:.2f}" + (verdict(of_plain <= MEMORY_TARGET) if wanted else "")
+    amount = {"ours": needed.first, "again": needed.later, "alone": needed.alone}.get(name)
+    bound = f"{needed.plain / amount:.2f}" if amount else ""
+    seconds, middle = ", ".join(f"{run.seconds:.1f}" for run in runs), statistics.median(run.seconds for run in runs)
+    cells = [part, name, seconds, f"{middle:.1f}", faster, cpu, bound, f"{wanted}" if wanted else ""]
+    return f"| {' | '.join([*cells, f'{peak / 1e6:.0f}', share, f'{runs[-1].losses[-1]:.6f}'])} |"
+
+
+def weights(case: Case, part: str) -> str:
+    """What the weights alone take: of both models, and of what a training from stored states needs."""
+    geometry, given = Geometry(**case.geometry), case.parts[part]
+    both = weight_bytes(geometry, geometry.layers) + weight_bytes(geometry, len(given.active))
+    above = weight_bytes(geometry, len(given.active) - given.adapted[0], embeddings=0, heads=2)
+    told = f"{both / 1e6:.0f} MB of teacher and student"
+    return f"weights of {part}: {told}, {above / 1e6:.0f} MB from the first adapted layer on, with both heads"
 
 
 def report_loss(file: Path, others: Path, repeats: int) -> None:
@@ -266,7 +279,8 @@ def report_step(file: Path, part: str) -> None:
     found = json.loads(told.splitlines()[-1])
     print(
         f"step of {part}: {found['step'] * 1e3:.0f} ms, its matrix products {found['products'] * 1e3:.0f} ms,"
-        f" ratio {found['ratio']:.3f}{verdict(found['ratio'] <= STEP_TARGET)} (at most {STEP_TARGET})"
+        f" ratio {found['ratio']:.3f}{verdict(found['ratio'] <= STEP_TARGET)} (at most {STEP_TARGET});"
+        f" weights {found['weights'] / 1e6:.0f} MB, kept for the backward pass {found['kept'] / 1e6:.0f} MB"
     )
     for share, name in found["other"]:
         print(f"  {share:6.1%} {name}")

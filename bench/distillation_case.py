@@ -22,7 +22,7 @@ from random_model import mistral_config, write_model
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
 from mistral_prune_lora.dense.fetch import fetch_dense
-from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings
+from mistral_prune_lora.distillation.settings import PROJECTIONS
 from mistral_prune_lora.exporting.export import export_stage
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.merge import merge_adapters
@@ -31,6 +31,9 @@ from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import make_windows
 
 RANDOM = {"layers": 32, "hidden": 1024, "intermediate": 3584, "heads": 32, "kv_heads": 8, "vocabulary": 8000}
+LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": list(PROJECTIONS)}
+LOSS = {"kd_alpha": 0.9, "temperature": 2.0}
+LEARNING_RATE = 2e-4
 STAGES = {"A": "A", "B": "AB", "C": "FULL"}  # what a part's student is, as a stage
 COMMAND = "mistral_prune_lora.mistral_optimized_kd_lora"
 CHARACTERS_OF_A_TOKEN = 6  # more than any text here has on average
@@ -87,9 +90,10 @@ class Case:
         geometry: of `distillation_bound.Geometry`.
         text, ids: the text, and the same windows as token ids in a JSON file.
         seqlen, windows, steps: token ids of a window, windows, updates of a window each.
-        teacher_states: made in preparation, for parts that are measured without A; absent if A alone is prepared.
+        teacher_states: made in preparation, for parts that are measured without A; not there if A is the
+            last part that is prepared.
         learning_rate: its peak; no warm-up, cosine decay.
-        lora, loss: the library's own defaults.
+        lora, loss: the adapter's shape, the loss.
         parts: by name.
     """
 
@@ -120,6 +124,9 @@ class Case:
         words += [word for bundle in given.bundles for word in ("--bundle", bundle)]
         words += ["--text_file", self.text, "--seqlen", str(self.seqlen), "--nsamples", str(self.windows)]
         words += ["--steps", str(steps or self.steps), "--batch_size", "1", "--gradient_accumulation", "1"]
+        words += [word for name in ("rank", "alpha", "dropout") for word in (f"--{name}", str(self.lora[name]))]
+        words += [word for name, value in self.loss.items() for word in (f"--{name}", str(value))]
+        words += ["--target_modules", ",".join(self.lora["target_modules"])]
         words += ["--learning_rate", str(self.learning_rate), "--warmup_steps", "0", "--seed", str(seed)]
         return [*words, "--device", "cpu", "--dtype", "fp32", "--output_dir", os.fspath(output)]
 
@@ -158,9 +165,9 @@ def prepare(model: str, folder: Path, parts: Sequence[str], windows: int | None,
         seqlen=seqlen,
         windows=windows,
         steps=2 * windows,
-        learning_rate=2e-4,
-        lora=asdict(LoraSettings()),
-        loss=asdict(LossSettings()),
+        learning_rate=LEARNING_RATE,
+        lora=LORA,
+        loss=LOSS,
         parts={},
     )
     _add_parts(case, layout, "ABC"[: 1 + max("ABC".index(part) for part in parts)])
