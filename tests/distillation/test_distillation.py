@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from training_jobs import train_job
 
+from mistral_prune_lora.distillation import schedule
 from mistral_prune_lora.distillation.settings import LoraSettings, LossSettings, OptimiserSettings
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import CheckpointError, DataError, LayoutError, NumberError, PipelineError
@@ -94,8 +95,8 @@ def spoil(file, tensor, value):
     ("changes", "told"),
     [
         # B starts at zero, so the loss of the first step is that of the student; its gradient is beyond float32.
-        ({"lora": LoraSettings(rank=2, alpha=1e38)}, r"the gradient's norm of step 1 \\(windows 2, 4\\) is (inf|nan)"),
-        ({"loss": LossSettings(0.5, 1e300)}, "the loss of step 1 is (inf|nan)"),
+        ({"lora": LoraSettings(rank=2, alpha=1e38)}, r"the gradient's norm of step 1 \(windows 2, 4\) is (inf|nan)"),
+        ({"loss": LossSettings(0.5, 1e300)}, "the loss of step 1 .* is (inf|nan)"),
         (
             {"optimiser": OptimiserSettings(1, 2, 1, 1e-2, 0, weight_decay=1e300)},
             "after 1 steps weights are NaN or inf",
@@ -120,7 +121,7 @@ def test_training_ends_where_a_number_is_none_and_writes_nothing(parts, tmp_path
 def test_no_adapter_comes_from_a_teacher_or_student_of_nan(parts, tmp_path, tensor, value):
     dense, a, _ = parts
     spoil(dense / "model.safetensors", tensor, value)
-    with pytest.raises(NumberError, match="of step 1 is"):
+    with pytest.raises(NumberError, match=r"of step 1 .* is"):
         train(parts, "A", tmp_path / "adapter")
     if tensor != "lm_head.weight":  # which comes after the states
         with pytest.raises(NumberError, match=rf"tensor {tensor} holds NaN or infinity"):
@@ -128,7 +129,7 @@ def test_no_adapter_comes_from_a_teacher_or_student_of_nan(parts, tmp_path, tens
         assert not (tmp_path / "states").exists()
     save_dense(tmp_path / "sound")
     spoil(a / "model.safetensors", tensor, value)
-    with pytest.raises(NumberError, match="of step 1 is"):
+    with pytest.raises(NumberError, match=r"of step 1 .* is"):
         train((tmp_path / "sound", a, parts[2]), "A", tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

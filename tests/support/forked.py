@@ -23,6 +23,7 @@ _SERVER.set_forkserver_preload(
         "mistral_prune_lora.pruning.mistral_merge_adapter",
         "mistral_prune_lora.export_stage",
         "mistral_prune_lora.merging.merge",
+        "training_jobs",
         # What the tests' own modules import, which a fork imports for the sake of the function that it is given.
         "evaluation_project",
         "merge_oracle",

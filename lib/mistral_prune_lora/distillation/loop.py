@@ -191,9 +191,8 @@ class Loop:
         roots, gradients = [final], [gradient.div_(total)]
         if watched is not None and taught_layer is not None and self._settings.loss.hidden:
             weight = self._settings.loss.hidden.weight
-            near = functional.cosine_similarity(
-                batch.scored(watched).float(), batch.scored(taught_layer).float(), dim=-1
-            )
+            ours, theirs = (_precise(batch.scored(states)) for states in (watched, taught_layer))
+            near = functional.cosine_similarity(ours, theirs, dim=-1)
             away = (1 - near).sum()
             sums[0] += weight * away.detach()
             roots.append(away)
@@ -311,6 +310,11 @@ class Loop:
         rank = math.inf if facts["best_rank"] is None else facts["best_rank"]
         self._best = _Best(rank, facts["best_step"], facts["stale"], weights)
         self.outcome.skipped = facts["skipped"]
+
+
+def _precise(states: torch.Tensor) -> torch.Tensor:
+    """Hidden states in float32, or in float64 if they are."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 @contextmanager

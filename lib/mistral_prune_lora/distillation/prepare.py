@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,8 +17,12 @@ from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.teacher import Teacher, TeacherFiles
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.distillation.unfinished import HELD_OUT_PREFIX, HELD_OUT_TEACHER, PREFIX, Unfinished
+from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.text.windows import Windows
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,16 @@ class Preparation:
         shelf, first = Shelf(data.windows, self.compute.device), min(self.layers)
         if kept is None:
             return shelf
-        path = data.prefix_states or self.beside.file(kept)
-        if data.prefix_states is None:
-            self._made(path, lambda: prefix_states(self.student, first, data.windows, path, compute=self.compute))
-        dtype, device = self.compute.dtype, self.compute.device
-        return replace(shelf, entering=open_prefix(path, self.student, first, data.windows, dtype, device))
+        compute = self.compute
+
+        def opened(path: str | Path) -> ActivationReader:
+            return open_prefix(path, self.student, first, data.windows, compute.dtype, compute.device)
+
+        if data.prefix_states:
+            return replace(shelf, entering=opened(data.prefix_states))
+        path = self.beside.file(kept)
+        make = partial(prefix_states, self.student, first, data.windows, path, compute=compute)
+        return replace(shelf, entering=self._kept(path, opened, make))
 
     def _teacher(self, data: TrainingData) -> Teacher | None:
         if self.teacher_dir is None:
@@ -116,18 +127,26 @@ class Preparation:
         """The teacher of the held-out windows: the one in memory, if there is one; else its states, made if need be."""
         if teacher is None or self.teacher_dir is None or teacher.states is None:
             return teacher
-        path = held_out.teacher_states or self.beside.file(HELD_OUT_TEACHER)
-        if held_out.teacher_states is None:
-            dense, windows = self.teacher_dir, held_out.windows
-            self._made(path, lambda: teacher_states(dense, windows, path, compute=self.compute))
-        files = TeacherFiles(self.teacher_dir, path)
-        return Teacher(files, held_out.windows, self.compute.dtype, self.compute.device)
+        dense, windows, compute = self.teacher_dir, held_out.windows, self.compute
 
-    def _made(self, path: str | Path, make: Callable[[], None]) -> None:
-        """Let the first process make a file that a run which was killed has not finished."""
-        if self.ranks.first and not Path(path).exists():
-            make()
+        def opened(path: str | Path) -> Teacher:
+            return Teacher(TeacherFiles(dense, path), windows, compute.dtype, compute.device)
+
+        if held_out.teacher_states:
+            return opened(held_out.teacher_states)
+        path = self.beside.file(HELD_OUT_TEACHER)
+        return self._kept(path, opened, partial(teacher_states, dense, windows, path, compute=compute))
+
+    def _kept(self, path: Path, opened: Callable[[Path], Opened], make: Callable[[], None]) -> Opened:
+        """A file beside the adapter, opened; the first process makes it, unless a killed run has made this very one."""
+        if self.ranks.first:
+            try:
+                opened(path)
+            except PipelineError:  # it is not there, or is of another training
+                path.unlink(missing_ok=True)
+                make()
         self.ranks.wait()
+        return opened(path)
 
 
 def _answered(shelf: Shelf, teacher: Teacher | None) -> Shelf:
