@@ -185,13 +185,13 @@ def main() -> None:
         trained = Trained(case, part, Path(folder))
         in_turn = InTurn(Products(trained.student, trained.teacher.head, case["geometry"], case["seqlen"]))
         trained.run(steps + 1, (in_turn,))
-        first, ratios = 1, [a / b for a, b in zip(in_turn.steps, in_turn.bare, strict=True)]  # the first one warms up
+        turns = list(zip(in_turn.steps, in_turn.bare, strict=True))[1:]  # the first one warms up
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             trained.run(PROFILED)
         found = {
-            "step": statistics.median(in_turn.steps[first:]),
-            "products": statistics.median(in_turn.bare[first:]),
-            "ratio": statistics.median(ratios[first:]),
+            "step": statistics.median(step for step, _ in turns),
+            "products": statistics.median(bare for _, bare in turns),
+            "ratio": statistics.median(step / bare for step, bare in turns),
             "other": _shares(profiled),
             "kept": trained.saved_bytes(),
             "weights": sum(p.numel() * p.element_size() for p in trained.student.model.parameters()),
