@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mistral_prune_lora.distillation.settings import TrainingSettings
+from mistral_prune_lora.distillation.settings import KD_LOSSES, LOGGERS, Running, TrainingSettings
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.workflow.configuration import (
@@ -36,7 +36,7 @@ def test_the_example_names_every_key_that_has_a_default(example):
     before = copy.deepcopy(example)
     check_config(example, SCHEMA)
     # Shown as comments, beside the datasets that they make sense for; and finer points of the optimiser.
-    left_out = {"mirror", "column", "weight_decay", "max_grad_norm"}
+    left_out = {"mirror", "column", "weight_decay", "max_grad_norm", "adapt_layers"}
     left_out |= {"revision", "config", "streaming", "shape", "documents", "preset", "template", "columns"}
     left_out |= {"packing", "padding_side"}
 

@@ -19,7 +19,9 @@ def trained(project):
     experiment = project.config["experiments"]["tiny"]
     experiment["adapters"] = {"A": "train", "B": "train", "C": "train"}
     experiment["perplexity"]["variants"] = ["merged"]
-    experiment["baselines"] = ["no-kd", "joint-AB", "joint-FULL"]
+    experiment["layers"]["C"] = []
+    experiment["perplexity"] |= {"stages": ["A", "AB"], "compare_with_dense": False}
+    experiment["baselines"] = ["no-kd", "joint-AB"]
     experiment["distill"] = {
         "dataset": "corpus", "seqlen": 32, "windows": 6, "dtype": "fp32", "share_teacher_states": True,
         "share_prefix_states": True, "lora": {"rank": 2}, "parts": {part: OPTIMISER for part in "ABC"},
@@ -31,16 +33,14 @@ def trained(project):
 
 def test_what_is_shared_is_made_once_and_every_variant_has_its_rows(trained):
     jobs = trained.jobs()
-    # Three A, B, C with and without a teacher, and two stages as a whole; states of training and held-out windows, and
-    # of the watched layer; the prefixes of B and C, of both, with and without a teacher.
-    assert (jobs["train_adapter"], jobs["train_joint_AB"], jobs["train_joint_FULL"]) == (6, 1, 1)
-    assert (jobs["teacher_states"], jobs["prefix_states"], jobs["merge_A"], jobs["merge_C_5to6"]) == (3, 8, 4, 3)
+    # A and B with and without a teacher, and the stage as a whole; states of training and held-out windows, and of the
+    # watched layer; B's prefix, of training and held-out windows, with and without a teacher.
+    assert (jobs["train_adapter"], jobs["train_joint_AB"]) == (4, 1)
+    assert (jobs["teacher_states"], jobs["prefix_states"], jobs["merge_A"], jobs["merge_B_3to4"]) == (3, 4, 3, 3)
     table = pd.read_csv(trained.folder / "results/summary.csv")
     rows = table.groupby("variant", sort=False).stage.apply(list).to_dict()
-    assert rows == {
-        "merged": ["A", "AB", "FULL"], "no-kd": ["A", "AB", "FULL"], "joint-AB": ["AB"], "joint-FULL": ["FULL"],
-    }  # fmt: skip
-    assert table.ppl.nunique() == 8
+    assert rows == {"merged": ["A", "AB"], "no-kd": ["A", "AB"], "joint-AB": ["AB"]}
+    assert table.ppl.nunique() == 5
     assert b"<svg" in trained.path("training.svg").read_bytes()[:400]
     joint_is_the_adapter_of_the_stage(trained, table)
     the_held_out_windows_follow(trained)
@@ -51,7 +51,7 @@ def test_what_is_shared_is_made_once_and_every_variant_has_its_rows(trained):
     assert trained.planned() == {}
     distill["seed"] = 1
     planned = trained.planned()
-    assert planned["train_adapter"] == 6 and not {"teacher_states", "windows"} & planned.keys()
+    assert planned["train_adapter"] == 4 and not {"teacher_states", "windows"} & planned.keys()
 
 
 def joint_is_the_adapter_of_the_stage(project, table) -> None:

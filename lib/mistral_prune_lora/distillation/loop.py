@@ -116,8 +116,12 @@ class Loop:
         head = None if teacher is None else teacher.same_head(student.head)
         self._loss = HeadLoss(settings.loss, student.head, head)
         optimiser = settings.optimiser
+        # An adapter is hundreds of small matrices: on a CPU, one call instead of several for each.
         self._updater = torch.optim.AdamW(
-            student.trained, lr=optimiser.learning_rate, weight_decay=optimiser.weight_decay
+            student.trained,
+            lr=optimiser.learning_rate,
+            weight_decay=optimiser.weight_decay,
+            fused=shelf.device.type == "cpu" or None,
         )
         self.step, self.outcome, self._best = 0, Outcome(), _Best()
 

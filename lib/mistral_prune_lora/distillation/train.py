@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from mistral_prune_lora.checkpoints.pruning_identity import read_identity
+from mistral_prune_lora.device import give_back_freed_memory
 from mistral_prune_lora.distillation.adapted import AdaptedStudent
 from mistral_prune_lora.distillation.curve import COLUMNS, HELD_OUT_COLUMNS, Logger, Table, open_loggers
 from mistral_prune_lora.distillation.held_out import HeldOut, check_disjoint
@@ -83,6 +84,7 @@ def train_adapter(
     """
     job = _Job(part, student, teacher_dir, data, held_out, settings, compute, running or Running(), Path(output_dir))
     job.check()
+    give_back_freed_memory()
     read = [student.model_dir, *student.bundles, teacher_dir, *data.files, *(held_out.files if held_out else ())]
     check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     with started(compute.device) as ranks:
