@@ -192,3 +192,26 @@ def test_other_threads_go_on_and_the_record_says_what_ran_last(parts, tmp_path):
     torch.set_num_threads(2)
     train_job("B", **job(parts, output))
     assert json.loads((output / "training.json").read_text())["machine"] == {"device": "cpu", "threads": 2}
+
+
+def test_frozen_layers_run_once_and_are_read_in_every_pass(parts, tmp_path, monkeypatch):
+    from collections import Counter
+
+    from mistral_prune_lora.distillation import prefix
+    from mistral_prune_lora.storage.activations import ActivationReader
+
+    runs, reads, read, run_layers = [], Counter(), ActivationReader.read, prefix.run_to_file
+
+    def counted(self, first, last):
+        reads[self.path.name] += last - first
+        return read(self, first, last)
+
+    monkeypatch.setattr(ActivationReader, "read", counted)
+    monkeypatch.setattr(prefix, "run_to_file", lambda *given: runs.append(given[2]) or run_layers(*given))
+    two_passes = OptimiserSettings(6, 1, 2, 1e-2, 1)  # 12 windows of 6
+    train_job("B", **job(parts, tmp_path / "adapter", optimiser=two_passes, held_out_windows=None))
+    assert [[source.index for source in run] for run in runs] == [[0, 1, 2]]
+    assert reads["prefix.safetensors"] == 12
+    # In one pass there is nothing to be gained: those layers run as a part of each step.
+    train_job("B", **job(parts, tmp_path / "other", optimiser=OptimiserSettings(3, 1, 2), held_out_windows=None))
+    assert len(runs) == 1

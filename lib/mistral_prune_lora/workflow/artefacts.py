@@ -323,9 +323,13 @@ class Training:
 
     def source(self, part: str) -> Source:
         """The adapter of a part as jobs read it."""
-        folder = self.folder if len(self.parts) == 1 else f"{self.folder}/{part}_lora"
-        made = (f"{self.folder}/training.json",)
-        return Source(folder, made, f"{self.name}/{part}", maker=self.rule, made=self.name)
+        if len(self.parts) == 1:
+            folder, depends = self.folder, (f"{self.folder}/training.json",)
+        else:
+            # The record lies above, and a job finds the directory by what it depends on.
+            folder = f"{self.folder}/{part}_lora"
+            depends = (f"{folder}/adapter_config.json", f"{folder}/adapter_model.safetensors")
+        return Source(folder, depends, f"{self.name}/{part}", maker=self.rule, made=self.name)
 
 
 @dataclass(frozen=True)
