@@ -47,8 +47,8 @@ def slow_command(folder, seconds: float, words: list[str]) -> int:
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     forward = Backbone.__call__
 
-    def noted(self, hidden, watch=None):
-        result = forward(self, hidden, watch)
+    def noted(self, hidden, *others):
+        result = forward(self, hidden, *others)
         resident = [i for i, layer in enumerate(self._model.layers) if not isinstance(layer, PassLayer)]
         with open("passes.txt", "a") as file:
             file.write(f"{resident} {hidden.sum().item()!r}\n")
@@ -121,11 +121,11 @@ def counted(folder, monkeypatch):
     def run(work_dir, broken_after: int | None = None):
         calls.clear()
 
-        def call(self, hidden, watch=None):
+        def call(self, *given):
             if len(calls) == broken_after:
                 raise KeyboardInterrupt
             calls.append(1)
-            return forward(self, hidden, watch)
+            return forward(self, *given)
 
         monkeypatch.setattr(Backbone, "__call__", call)
         compute = Compute(torch.device("cpu"), torch.bfloat16, 2)
