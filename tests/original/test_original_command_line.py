@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from cut_model import cut, save_dense
 from evaluation_project import LAYOUT, MERGED, PRUNED, evaluate
+from question_rows import save_questions
 from safetensors.torch import load_file
 from tiny import save_tokenizer
 
@@ -30,14 +31,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def original(stage, base_dir, bundles_dir, *more, use_kd=True):
+def original(stage, base_dir, bundles_dir, *more, use_kd=True, here=HERE):
     """The line of one stage, in the order that the original's own examples have."""
     taught = ["--use_kd", "--teacher_model", "./dense", "--teacher_device", "cpu", "--kd_alpha", "0.1", "--kd_T", "2.0"]
     return train([
         "--base_dir", base_dir, "--bundles_dir", bundles_dir, "--stage", str(stage), "--out_adapters", ADAPTERS,
         "--max_samples", "8", "--seq_len", "32", "--lr", "3e-3", "--epochs", "1", "--bs", "2", "--grad_acc", "2",
         "--warmup_ratio", "0.1", "--logging_steps", "20", "--eval_steps", "0", "--save_steps", "0",
-        *(taught if use_kd else []), *more, *HERE,
+        *(taught if use_kd else []), *more, *here,
     ])  # fmt: skip
 
 
@@ -69,6 +70,24 @@ def test_three_stages_are_trained_merged_and_evaluated_by_the_lines_of_the_guide
     done = evaluate(folder, "--model_path", *parts, "--text_file", "corpus.txt", "--seqlen", "64")
     assert done.code == 0, done.err
     assert all(f"A_merged[{label}]" in done.out for label in ("A", "AB", "ABC"))
+
+
+def test_three_stages_are_trained_on_answers_as_the_original_is(folder, capsys):
+    save_questions(folder / "rows")
+    here = ["--qa_dataset", "rows/train-v2.0.json", "--max_eval_samples", "4", "--device", "cpu", "--dtype", "fp32"]
+    here += ["--seq_len", "96", "--save_total_limit", "2"]
+    assert original(1, f"./{PRUNED}/A", f"./{PRUNED}/bundles", here=here[:2] + here[4:]) == 0
+    assert "examples are learnt" in capsys.readouterr().out
+    merged("A", f"./{PRUNED}/A")
+    assert original(2, f"./{MERGED}/A_merged", f"./{PRUNED}/bundles", here=[*here, "--eval_steps", "1"]) == 0
+    merged("B", f"./{PRUNED}/bundles/B")
+    looks = pd.read_csv(f"{ADAPTERS}/{NESTED['B']}/held_out.csv")
+    assert looks.kl.notna().all() and looks.step.iloc[0] == 0
+    c = (f"./{MERGED}/A_merged", f"./{PRUNED}/bundles/C", "--b_merged_dir", f"./{MERGED}/B_merged")
+    assert original(3, *c, here=here[:2] + here[4:]) == 0
+    merged("C", f"./{PRUNED}/bundles/C")
+    parts = [f"./{MERGED}/{part}_merged" for part in "ABC"]
+    assert evaluate(folder, "--model_path", *parts, "--text_file", "corpus.txt", "--seqlen", "64").code == 0
 
 
 @pytest.mark.parametrize(
@@ -104,7 +123,7 @@ def test_without_use_kd_no_teacher_is_loaded_and_no_kl_is_measured(folder, capsy
     ("stage", "more", "told"),
     [
         (1, ["--qa_dataset", "squad"], "--text_file and --qa_dataset name two texts"),
-        (1, ["--teacher_4bit"], "--teacher_4bit (the teacher is not quantised"),
+        (1, ["--teacher_4bit"], "a teacher of four bits needs a GPU and bitsandbytes: the device is cpu"),
         (1, ["--seqlen", "32"], "--seq_len and --seqlen say one thing twice"),
         (2, ["--b_merged_dir", f"{PRUNED}/bundles/B"], "only C's adapter is trained with the merged B"),
         (3, ["--b_merged_dir", f"{PRUNED}/bundles/B"], "this bundle is not a merged one"),

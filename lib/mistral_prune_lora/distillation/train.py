@@ -26,6 +26,7 @@ from mistral_prune_lora.distillation.teacher_record import weight_digests
 from mistral_prune_lora.distillation.unfinished import CURVE, HELD_OUT, Unfinished
 from mistral_prune_lora.distillation.written import RECORD, write_adapter
 from mistral_prune_lora.errors import DataError, LayoutError, PipelineError
+from mistral_prune_lora.models.four_bits import check_four_bits
 from mistral_prune_lora.provenance import PACKAGE, versions
 from mistral_prune_lora.storage.dtypes import torch_name
 from mistral_prune_lora.storage.outputs import Output, claim
@@ -127,6 +128,8 @@ class _Job:
             raise PipelineError(
                 "there is no teacher to learn from", where="kd_alpha", mend="name the dense model, or set it to 0"
             )
+        if self.settings.teacher_4bit:
+            check_four_bits(self.compute.device)
         layers, active = self.layers, {source.index for source in self.student.sources()}
         if watched and (watched.student_layer not in active or watched.student_layer < min(layers)):
             raise LayoutError(

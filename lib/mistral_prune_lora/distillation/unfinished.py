@@ -100,6 +100,7 @@ class Unfinished:
             yield
         finally:
             os.close(lock)
+            self._remove_if_empty()
 
     def save(self, state: State) -> None:
         """Put a state in place of the former one: whole or not at all, whatever happens meanwhile.
@@ -136,6 +137,11 @@ class Unfinished:
             _say(f"{path} is of a training with another {', '.join(others)}; this one begins anew", quiet)
             return None
         return State(step, tensors, facts)
+
+    def _remove_if_empty(self) -> None:
+        """Delete it if there is nothing to go on from: what was wrong came before the first update."""
+        if self.path.is_dir() and not self.file(CURVE).exists() and os.listdir(self.path) == [_LOCK]:
+            self.remove()
 
     def remove(self) -> None:
         """Delete it: the adapter is in its place."""

@@ -24,6 +24,16 @@ def load_in_four_bits(
     Raises:
         DeviceError: the device is no GPU, or bitsandbytes is not installed.
     """
+    check_four_bits(device)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config, dtype=dtype, device_map={"": torch.device(device)}, trust_remote_code=False
+    )
+    return model.eval()
+
+
+def check_four_bits(device: torch.device | str) -> None:
+    """Raise a DeviceError unless a model can be quantised to four bits on a device."""
     place = torch.device(device)
     missing = [] if place.type == "cuda" else [f"the device is {place}"]
     missing += [] if importlib.util.find_spec("bitsandbytes") else ["the package bitsandbytes is not installed"]
@@ -33,8 +43,3 @@ def load_in_four_bits(
             where="--teacher_4bit",
             mend="leave it out; --teacher_states FILE runs the teacher before the student is loaded",
         )
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=config, dtype=dtype, device_map={"": place}, trust_remote_code=False
-    )
-    return model.eval()

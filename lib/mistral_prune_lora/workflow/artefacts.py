@@ -324,7 +324,8 @@ class Training:
     def source(self, part: str) -> Source:
         """The adapter of a part as jobs read it."""
         if len(self.parts) == 1:
-            folder, depends = self.folder, (f"{self.folder}/training.json",)
+            folder = self.folder
+            depends: tuple[str, ...] = (f"{folder}/training.json",)
         else:
             # The record lies above, and a job finds the directory by what it depends on.
             folder = f"{self.folder}/{part}_lora"
