@@ -35,7 +35,7 @@ def test_adapters_are_trained_on_what_stands_before_them(project):
         "lora": {"rank": 2},
         "parts": {part: optimiser for part in "ABC"},
     }
-    trained = {"windows": 2, "teacher_states": 1, "train_adapter": 3}
+    trained = {"windows": 2, "teacher_states": 1, "train_adapter": 3, "plot_training": 1}
     measured = {"segment": 3, "perplexity": 3}
     everything = EVERYTHING | trained | measured
     assert project.jobs() == everything
@@ -45,13 +45,14 @@ def test_adapters_are_trained_on_what_stands_before_them(project):
 
     # Another C adapter of one's own: nothing is trained again.
     experiment["adapters"]["C"] = "adapters/C"
-    assert project.planned() == {"merge_C_5to6": 1, "segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
+    measured = {"segment": 1, "perplexity": 1, "summary": 1, "plot_perplexity": 1}
+    assert project.planned() == {"merge_C_5to6": 1, "plot_training": 1, **measured}
     # Other training of B: what is trained on B runs again too.
     experiment["adapters"]["C"] = "train"
     experiment["distill"]["parts"] = {**experiment["distill"]["parts"], "B": {**optimiser, "learning_rate": 0.01}}
     assert project.planned() == {
         "train_adapter": 2, "merge_B_3to4": 1, "merge_C_5to6": 1, "segment": 2, "perplexity": 2, "summary": 1,
-        "plot_perplexity": 1,
+        "plot_perplexity": 1, "plot_training": 1,
     }  # fmt: skip
 
 

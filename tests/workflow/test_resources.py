@@ -16,8 +16,8 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from mistral_prune_lora.checkpoints.family_tensors import family_tensors
 from mistral_prune_lora.device import granted
 from mistral_prune_lora.distillation import loss
+from mistral_prune_lora.distillation.adapted import with_adapter
 from mistral_prune_lora.distillation.settings import LoraSettings
-from mistral_prune_lora.distillation.student import with_adapter
 from mistral_prune_lora.errors import CheckpointError
 from mistral_prune_lora.models.config import model_config
 from mistral_prune_lora.models.window_scores import head_bytes
@@ -229,7 +229,8 @@ def test_training_holds_weights_optimiser_and_a_block_of_the_loss(geometry):
     tiny = Geometry(8, 64, 112, 96, 48, 96)
     assert trained <= 8 * resources._lora_parameters(tiny, TRAINING.rank) <= 1.5 * trained
     optimiser = 4 * 4 * geometry.layers * resources._lora_parameters(geometry, TRAINING.rank)
-    blocks = 4 * 4 * loss.BLOCK_LOGITS
+    assert loss._BLOCK["cpu"] == resources._LOSS_LOGITS
+    blocks = 3 * 4 * loss._BLOCK["cpu"]
     assert needs.mem_mb * 10**6 > geometry.weights_bytes() + optimiser + blocks
 
 
