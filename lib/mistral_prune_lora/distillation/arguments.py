@@ -71,6 +71,7 @@ ORIGINAL_DEFAULTS = {
     "alpha": 16,
     "dropout": 0.05,
     "kd_alpha": 0.1,
+    "temperature": 2.0,
     "steps": None,
     "epochs": 1,
     "gradient_accumulation": 32,

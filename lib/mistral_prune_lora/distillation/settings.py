@@ -96,7 +96,7 @@ class LossSettings:
     """
 
     kd_alpha: float = 0.9
-    temperature: float = 2.0
+    temperature: float = 1.0
     kd_loss: str = "forward_kl"
     hidden: HiddenLoss | None = None
 
