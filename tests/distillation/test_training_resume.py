@@ -1,5 +1,6 @@
 """A training that is killed and started again ends with the bytes of one that was not."""
 
+import errno
 import json
 import os
 import random
@@ -11,7 +12,6 @@ import pytest
 import torch
 from cut_model import cut, random_windows, save_dense
 from forked import Forked
-from safetensors.torch import load_file
 from training_jobs import train_job
 
 from mistral_prune_lora.distillation.settings import (
@@ -173,17 +173,29 @@ def test_a_folder_of_somebody_s_is_left_alone(parts, tmp_path):
     assert (beside / "notes.txt").read_text() == "mine"
 
 
-def test_a_full_disk_keeps_the_former_state(parts, undisturbed, tmp_path):
-    from forked import run_limited
+def test_a_full_disk_keeps_the_former_state_and_ends_no_training(parts, undisturbed, tmp_path, monkeypatch, capsys):
+    from mistral_prune_lora.distillation import unfinished
 
-    output, state = tmp_path / "adapter", tmp_path / "adapter.unfinished" / "state.safetensors"
-    assert Forked(interrupted, job(parts, output), 9).wait().code != 0
-    former = load_file(state)
-    ended = Forked(run_limited, state.stat().st_size // 2, run, job(parts, output)).wait()
-    assert ended.code != 0 and not output.exists()
-    assert all(torch.equal(former[name], tensor) for name, tensor in load_file(state).items())
-    assert Forked(run, job(parts, output)).wait().code == 0
-    assert content(output) == undisturbed[0]
+    saved, save = [], unfinished.save_file
+
+    def full(tensors, path, metadata):
+        saved.append(json.loads(metadata["state"])["step"])
+        if len(saved) == 2:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, metadata)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(unfinished, "save_file", full)
+    torch.set_num_threads(1)
+    with pytest.raises(KeyboardInterrupt):
+        train_job("B", **job(parts, tmp_path / "adapter"))
+    assert saved == [7, 14, 21]
+    assert "the state after step 14 is not saved" in capsys.readouterr().err
+    train_job("B", **job(parts, tmp_path / "adapter"))
+    assert "goes on after step 7 of 30" in capsys.readouterr().out
+    assert content(tmp_path / "adapter") == undisturbed[0]
 
 
 def test_other_threads_go_on_and_the_record_says_what_ran_last(parts, tmp_path):

@@ -57,7 +57,7 @@ def test_a_search_is_not_begun_for_a_place_that_cannot_be_written(user_folder, t
 
 
 def test_training_is_not_begun_without_room_for_the_adapter(user_folder, tmp_path, capsys, monkeypatch, mount):
-    monkeypatch.setattr(distillation, "_fit", lambda *args: pytest.fail("began"))
+    monkeypatch.setattr(distillation.Loop, "run", lambda *args: pytest.fail("began"))
     small = mount(tmp_path / "small", "-t", "tmpfs", "-o", "size=1m", "none")
     assert COMMANDS["train"].run(output_dir=small / "out") == 1
     assert "B are needed and are not there: No space left on device" in error_line(capsys)
@@ -66,7 +66,7 @@ def test_training_is_not_begun_without_room_for_the_adapter(user_folder, tmp_pat
 
 def test_room_is_held_while_training(user_folder, tmp_path, capsys, monkeypatch, mount):
     """Somebody fills the disk meanwhile; the adapter is written all the same."""
-    disk, fit = mount(tmp_path / "disk", "-t", "tmpfs", "-o", "size=8m", "none"), distillation._fit
+    disk, fit = mount(tmp_path / "disk", "-t", "tmpfs", "-o", "size=8m", "none"), distillation.Loop.run
 
     def filling(*args):
         with open(disk / "filler", "wb") as file, pytest.raises(OSError, match="No space left"):
@@ -75,7 +75,7 @@ def test_room_is_held_while_training(user_folder, tmp_path, capsys, monkeypatch,
                 file.flush()
         return fit(*args)
 
-    monkeypatch.setattr(distillation, "_fit", filling)
+    monkeypatch.setattr(distillation.Loop, "run", filling)
     assert COMMANDS["train"].run(output_dir=disk / "out") == 0
     assert PeftConfig.from_pretrained(disk / "out").r == 2
     assert "reserved" not in os.listdir(disk / "out")
@@ -92,14 +92,14 @@ def test_pruning_is_not_begun_without_room_for_all_parts(user_folder, tmp_path, 
 
 
 def test_a_trained_adapter_that_cannot_be_put_in_place_is_kept(user_folder, tmp_path, capsys, monkeypatch):
-    out, fit = tmp_path / "out", distillation._fit
+    out, fit = tmp_path / "out", distillation.Loop.run
 
     def meanwhile(*args):
         out.mkdir()
         (out / "thesis.txt").write_text("years of work")
         return fit(*args)
 
-    monkeypatch.setattr(distillation, "_fit", meanwhile)
+    monkeypatch.setattr(distillation.Loop, "run", meanwhile)
     assert COMMANDS["train"].run(output_dir=out) == 1
     line = error_line(capsys)
     assert "the result is finished but cannot be put in place: holds no record of training" in line

@@ -6,6 +6,7 @@ import csv
 import importlib
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,10 +46,10 @@ class Table:
             path.write_text(self.text(), encoding="utf-8")
 
     def add(self, row: Sequence[float]) -> None:
-        """Append a row."""
+        """Append a row. A disk that is full ends no training: the file then lacks what the result will have."""
         self.rows.append(tuple(row))
         if self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line(self._shown(row)))
 
     def text(self) -> str:

@@ -31,7 +31,7 @@ from mistral_prune_lora.distillation.schedule import batches_of_updates, rate_sh
 from mistral_prune_lora.distillation.settings import TrainingSettings
 from mistral_prune_lora.distillation.teacher import Teacher
 from mistral_prune_lora.distillation.unfinished import State
-from mistral_prune_lora.errors import NumberError
+from mistral_prune_lora.errors import NumberError, PipelineError
 from mistral_prune_lora.storage.finite import all_finite
 
 _CALMER = (
@@ -280,8 +280,13 @@ class Loop:
             raise NumberError(f"after {self.step} steps weights are NaN or infinity", mend=_CALMER)
 
     def _save(self) -> None:
-        if self._watch.save is not None:
+        """Save the state. Where that cannot be, the former one stays, and the training goes on all the same."""
+        if self._watch.save is None:
+            return
+        try:
             self._watch.save(self.state())
+        except PipelineError as error:
+            print(f"warning: the state after step {self.step} is not saved: {error}", file=sys.stderr, flush=True)
 
     def state(self) -> State:
         """Everything that the next update depends on, and what is told at the end."""

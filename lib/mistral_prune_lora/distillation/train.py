@@ -179,10 +179,10 @@ class _Job:
         state = beside.load(quiet=not ranks.first)
         ranks.wait()  # nobody writes there before everybody has read
         rows = state.tensors if state else {}
-        curve = Table(beside.file(CURVE) if fresh else None, COLUMNS, rows.get("curve"))
-        looks = Table(beside.file(HELD_OUT) if fresh else None, HELD_OUT_COLUMNS, rows.get("held_out"))
         room = reserved_space(fresh, _adapter_bytes(adapted.model), where=self.output_dir) if fresh else nullcontext()
         with room, self._loggers(fresh is not None) as loggers:
+            curve = Table(beside.file(CURVE) if fresh else None, COLUMNS, rows.get("curve"))
+            looks = Table(beside.file(HELD_OUT) if fresh else None, HELD_OUT_COLUMNS, rows.get("held_out"))
             watch = Watch(curve, looks, loggers, beside.save if fresh else None, self.running.save_steps)
             loop = Loop(adapted, training.teacher, training.shelf, held_out, settings, watch, ranks)
             if state:

@@ -110,8 +110,11 @@ class Unfinished:
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         told = record_text({"record": self._record, "step": state.step, "facts": state.facts})
-        with atomic_file(self.file(STATE)) as fresh:
-            save_file(tensors, fresh, {"state": told, "crc32": _checksum(told, tensors)})
+        try:
+            with atomic_file(self.file(STATE)) as fresh:
+                save_file(tensors, fresh, {"state": told, "crc32": _checksum(told, tensors)})
+        except (OSError, SafetensorError) as error:
+            raise PipelineError(f"cannot be written: {error}", where=self.file(STATE), mend="make room there") from None
 
     def load(self, *, quiet: bool = False) -> State | None:
         """The saved state of the same training; None if there is none, and of any other this says so on stderr.
