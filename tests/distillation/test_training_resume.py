@@ -198,6 +198,13 @@ def test_a_full_disk_keeps_the_former_state_and_ends_no_training(parts, undistur
     assert content(tmp_path / "adapter") == undisturbed[0]
 
 
+def test_no_byte_depends_on_the_process(parts, undisturbed, tmp_path):
+    """Sets of names have another order in another process; those that are forked here share one."""
+    torch.set_num_threads(1)
+    train_job("B", **job(parts, tmp_path / "adapter"))
+    assert content(tmp_path / "adapter") == undisturbed[0]
+
+
 def test_other_threads_go_on_and_the_record_says_what_ran_last(parts, tmp_path):
     output = tmp_path / "adapter"
     assert Forked(interrupted, job(parts, output), 9).wait().code != 0

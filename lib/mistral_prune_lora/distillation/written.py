@@ -52,6 +52,10 @@ def write_adapter(
         about: the record but for what only the files tell.
         curve, held_out: the tables; the second may have no rows.
     """
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    # PEFT holds the names in a set, whose order differs from process to process.
+    config.target_modules = sorted(config.target_modules or ())
     if len(layers_by_part) == 1:
         model.save_pretrained(os.fspath(folder))
     else:
