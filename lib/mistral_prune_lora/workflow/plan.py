@@ -92,6 +92,7 @@ class Plan:
         return [
             *(pruning.root for pruning in self.prunings.values()),
             *(made.folder for made in self.trainings.values()),
+            *(f"{made.folder}.unfinished" for made in self.trainings.values()),
             *(merge.folder.rsplit("/", 1)[0] for merge in self.merges.values()),
             *(file for cut in self.windows.values() for file in (cut.file, cut.record)),
             *(states.file for states in self.teachers.values()),
