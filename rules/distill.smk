@@ -85,7 +85,7 @@ for rule_name, trainings in by_rule(PLAN.trainings):
         resources:
             **granted(lambda wildcards: needs.of_training(PLAN.trainings[wildcards.made])),
             save_steps=lambda wildcards: PLAN.trainings[wildcards.made].running["save_steps"],
-            loggers=lambda wildcards: ",".join(PLAN.trainings[wildcards.made].running["loggers"]),
+            loggers=lambda wildcards: ",".join(PLAN.trainings[wildcards.made].running["loggers"]) or "none",
         params:
             part=lambda wildcards: PLAN.trainings[wildcards.made].part,
             settings=lambda wildcards: PLAN.trainings[wildcards.made].settings,

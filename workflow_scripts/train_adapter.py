@@ -22,7 +22,7 @@ with job(snakemake.log[0]):
     if files.held_out:
         stored = (files.held_out_teacher or None, None, files.held_out_prefix or None)
         held_out = TrainingData(Windows.load(windows_file(files.held_out)), *stored)
-    loggers = resources.get("loggers") or ""
+    loggers = [name for name in resources.get("loggers").split(",") if name != "none"]
     train_adapter(
         snakemake.params.part,
         Student(folder(files.student), tuple(folders(files.bundles))),
@@ -32,6 +32,6 @@ with job(snakemake.log[0]):
         settings=training_settings(settings),
         compute=Compute.named(given.device, settings["dtype"]),
         held_out=held_out,
-        running=Running(resources.get("save_steps"), tuple(filter(None, loggers.split(",")))),
+        running=Running(resources.get("save_steps"), tuple(loggers)),
         overwrite=True,
     )
