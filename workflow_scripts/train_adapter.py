@@ -30,7 +30,7 @@ with job(snakemake.log[0]):
         TrainingData(Windows.load(windows_file(files.windows)), *states),
         Path(snakemake.output.record).parent,
         settings=training_settings(settings),
-        compute=Compute.named(given.device, settings["dtype"]),
+        compute=Compute.named(given.device, settings["dtype"], max_memory=given.memory_bytes),
         held_out=held_out,
         running=Running(resources.get("save_steps"), tuple(loggers)),
         overwrite=True,

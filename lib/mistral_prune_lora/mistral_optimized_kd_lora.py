@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from mistral_prune_lora.argument_types import (
     dropout,
@@ -25,6 +26,7 @@ from mistral_prune_lora.distillation.arguments import (
     PARTS,
     training_request,
 )
+from mistral_prune_lora.distillation.schedule import processes
 from mistral_prune_lora.distillation.settings import KD_LOSSES, KEEP
 from mistral_prune_lora.errors import CheckpointError, reports_errors
 from mistral_prune_lora.quick_imports import quick_imports
@@ -203,11 +205,11 @@ def main(argv: list[str] | None = None) -> None:
         from mistral_prune_lora.checkpoints.families import read_config
         from mistral_prune_lora.checkpoints.model_place import model_directory
         from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-        from mistral_prune_lora.distillation.prefix import holds_prefix, prefix_output, prefix_states
+        from mistral_prune_lora.distillation.prefix import holds_prefix, open_prefix, prefix_output, prefix_states
         from mistral_prune_lora.distillation.prepare import TrainingData
         from mistral_prune_lora.distillation.student import Student
         from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
-        from mistral_prune_lora.distillation.train import FROZEN_BATCH, train_adapter
+        from mistral_prune_lora.distillation.train import FROZEN_BATCH, check_training, train_adapter
         from mistral_prune_lora.distillation.written import RECORD
         from mistral_prune_lora.storage.outputs import Output, claim
         from mistral_prune_lora.storage.transaction import check_place
@@ -236,22 +238,23 @@ def main(argv: list[str] | None = None) -> None:
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
     if told := windows.identity.examples:
         print(f"answers: {windows.predicted_tokens} tokens of {told['examples']} examples are learnt", flush=True)
-    if teacher and states and not holds_states(states):
-        teacher_states(teacher, windows, states, compute=compute, overwrite=overwrite)
-    if prefix and not holds_prefix(prefix):
+    data = TrainingData(windows, states if teacher else None, prefix_states=prefix)
+    looked = None if held_out is None else TrainingData(held_out)
+    how: dict[str, Any] = {"settings": request.training(len(windows)), "compute": compute, "held_out": looked}
+    how["running"] = request.running()
+    check_training(part, student, teacher, data, request.output_dir, **how)
+    missing = [
+        path for path, is_there in ((prefix, holds_prefix), (states, holds_states)) if path and not is_there(path)
+    ]
+    if missing and processes() > 1:
+        raise CheckpointError("is not there yet", where=missing[0], mend="make it first, with a single process")
+    if prefix and prefix in missing:
         prefix_states(student, first, windows, prefix, compute=compute, start=start, overwrite=overwrite)
-    train_adapter(
-        part,
-        student,
-        teacher,
-        TrainingData(windows, states if teacher else None, prefix_states=prefix),
-        request.output_dir,
-        settings=request.training(len(windows)),
-        compute=compute,
-        held_out=None if held_out is None else TrainingData(held_out),
-        running=request.running(),
-        overwrite=overwrite,
-    )
+    elif prefix:
+        open_prefix(prefix, student, first, windows, compute.dtype, compute.device)
+    if teacher and states and states in missing:
+        teacher_states(teacher, windows, states, compute=compute, overwrite=overwrite)
+    train_adapter(part, student, teacher, data, request.output_dir, overwrite=overwrite, **how)
     print(f"adapter of {part}: {request.output_dir}")
 
 

@@ -118,10 +118,11 @@ def oracle(parts, trained, windows, settings) -> dict[str, torch.Tensor]:
                 told = dense(ids[None], output_hidden_states=True, use_cache=False)
             loss = loss + formula(out, told, ids[1:], want, settings.loss, active)
             total += int(want.sum())
-    (loss / total).backward()
+    # Divided by afterwards, as ours: transformers' norm is float32 inside, and rounds another number otherwise.
+    loss.backward()
     parameters = dict(model.named_parameters())
     assert all(parameters[name].dtype == torch.float64 for name in names)
-    return {original(name, active): parameters[name].grad for name in names}
+    return {original(name, active): parameters[name].grad / total for name in names}
 
 
 def formula(out, told, targets, want, loss, active):
@@ -171,8 +172,8 @@ def ours(parts, trained, windows, settings, folder, *, prefix: bool, states: boo
     )
     total = windows.predicted_tokens
     for batch in shelf.ahead([[0, 1], [2, 3]]):
-        loop._add_gradients(batch, total)
-    return {name: p.grad for name, p in adapted.model.named_parameters() if p.requires_grad}
+        loop._add_gradients(batch)
+    return {name: p.grad / total for name, p in adapted.model.named_parameters() if p.requires_grad}
 
 
 def assert_same(found, wanted) -> None:

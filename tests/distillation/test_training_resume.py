@@ -128,7 +128,7 @@ def test_asked_to_end_it_saves_its_state_and_says_how_it_goes_on(parts, undistur
     [
         ({"seed": 1}, "another settings.seed; this one begins anew"),
         ({"loss": LossSettings(0.6, 2.0)}, "another settings.loss.kd_alpha; this one begins anew"),
-        ({"windows": random_windows(7, 16)}, "another windows.ids_sha256; this one begins anew"),
+        ({"windows": random_windows(7, 16)}, "another windows.ids_sha256, windows.shape; this one begins anew"),
     ],
 )
 def test_a_state_of_another_training_is_not_gone_on_with(parts, tmp_path, changes, told):

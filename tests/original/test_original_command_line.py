@@ -96,7 +96,11 @@ def test_three_stages_are_trained_on_answers_as_the_original_is(folder, capsys):
         ("A", True, ["--teacher", "./dense", "--kd_alpha", "0.1", "--temperature", "2"]),
         ("A", False, ["--kd_alpha", "0"]),
         ("A", False, ["--teacher", "./dense", "--kd_alpha", "0"]),
-        ("B", True, ["--teacher", "./dense", "--kd_alpha", "0.1", "--bundle", f"{PRUNED}/bundles/B"]),
+        (
+            "B",
+            True,
+            ["--teacher", "./dense", "--kd_alpha", "0.1", "--temperature", "2", "--bundle", f"{PRUNED}/bundles/B"],
+        ),
     ],
 )
 def test_the_same_settings_in_our_flags_give_the_same_bytes(folder, part, use_kd, more):

@@ -31,8 +31,8 @@ def test_an_adapter_is_trained_on_answers(project, monkeypatch):
     training = Plan.of(check_config(config, ROOT / "rules/config.schema.yaml"), Content("memory")).experiments["tiny"]
     made = training.training("A")
     project.snakemake(*made.files)
-    windows = Windows.load(made.windows.file)
+    windows = Windows.load(made.data.windows.file)
     assert (len(windows), windows.identity.examples["examples"]) == (2, 3)
-    assert json.loads(Path(made.windows.record).read_text()) == windows.identity.content()
+    assert json.loads(Path(made.data.windows.record).read_text()) == windows.identity.content()
     told = json.loads(Path(made.folder, "training.json").read_text())
     assert told["windows"]["scored_sha256"] == windows.scored_sha256

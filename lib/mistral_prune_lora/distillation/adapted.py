@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from transformers import PreTrainedModel
 
 from mistral_prune_lora.distillation.batches import Batch
 from mistral_prune_lora.distillation.settings import LoraSettings, TrainingSettings
-from mistral_prune_lora.distillation.student import Student
-from mistral_prune_lora.errors import AdapterError
+from mistral_prune_lora.distillation.student import Student, matching_modules
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.streaming.compute import Compute
 
@@ -55,6 +53,10 @@ class AdaptedStudent:
         model = load_model(
             student.model_dir, dtype=compute.dtype, device=compute.device, bundles=student.bundles, first_layer=first
         )
+        # Dropout is in adapters alone; what is frozen gives the same at every pass.
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0  # type: ignore[assignment]  # torch: attributes are tensors or modules
         torch.manual_seed(settings.seed)
         self.model: PeftModel = with_adapter(model, layers, settings.lora)
         if settings.gradient_checkpointing:
@@ -99,7 +101,7 @@ def with_adapter(student: PreTrainedModel, layers: Sequence[int], lora: LoraSett
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank; its annotation says int
         lora_dropout=lora.dropout,
-        target_modules=_matching(lora.target_modules, known, "target_modules"),
+        target_modules=matching_modules(lora.target_modules, known, "target_modules"),
         layers_to_transform=list(layers),
         rank_pattern=_spread(lora.rank_pattern, known, "rank_pattern"),
         alpha_pattern=_spread(lora.alpha_pattern, known, "alpha_pattern"),
@@ -110,23 +112,6 @@ def with_adapter(student: PreTrainedModel, layers: Sequence[int], lora: LoraSett
     return get_peft_model(student, config)
 
 
-def _matching(patterns: Sequence[str], known: Sequence[str], where: str) -> list[str]:
-    """The modules that names or patterns speak of, as PEFT takes them; AdapterError for one that speaks of none.
-
-    A plain last name such as q_proj stays as it is.
-    """
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        names = [n for n in known if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)]
-        if not names:
-            raise AdapterError(
-                f"there are no modules {pattern} in the layers", where=where, mend=f"use some of {', '.join(known)}"
-            )
-        last = {name.rpartition(".")[2] for name in names}
-        found |= dict.fromkeys([pattern] if last == {pattern} else names)
-    return list(found)
-
-
 def _spread(values: Mapping[str, Any], known: Sequence[str], where: str) -> dict[str, Any]:
     """Values by pattern as values by module; of two patterns for one module the later one counts."""
-    return {name: value for pattern, value in values.items() for name in _matching([pattern], known, where)}
+    return {name: value for pattern, value in values.items() for name in matching_modules([pattern], known, where)}

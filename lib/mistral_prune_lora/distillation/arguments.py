@@ -16,7 +16,7 @@ from typing import Any
 from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
 from mistral_prune_lora.checkpoints.manifest import read_layout
 from mistral_prune_lora.distillation.card import loss_words
-from mistral_prune_lora.distillation.schedule import passes_over
+from mistral_prune_lora.distillation.schedule import passes_over, processes
 from mistral_prune_lora.distillation.settings import (
     HeldOutSettings,
     HiddenLoss,
@@ -157,7 +157,8 @@ class TrainingRequest:
         given = self.settings
         steps, warmup = given["steps"], given["warmup_steps"]
         if given["epochs"] is not None:
-            steps = math.ceil(given["epochs"] * windows / (given["batch_size"] * given["gradient_accumulation"]))
+            update = given["batch_size"] * given["gradient_accumulation"] * processes()
+            steps = math.ceil(given["epochs"] * windows / update)
         if given["warmup_ratio"] is not None:
             warmup = math.ceil(given["warmup_ratio"] * steps)
         names = ("batch_size", "gradient_accumulation", "learning_rate", "weight_decay", "max_grad_norm")
@@ -178,7 +179,8 @@ class TrainingRequest:
             loss = f"{loss_words(asdict(self.training(windows).loss), True)}, teacher {self.teacher}"
         cut = f" ({self.limit})" if windows < text_windows else ""
         batch = f"{fit['batch_size']} x {fit['gradient_accumulation']}"
-        passes = passes_over(windows, self.training(windows).optimiser)
+        batch += f" x {processes()} processes" if processes() > 1 else ""
+        passes = passes_over(windows, self.training(windows).optimiser, processes())
         lines = [
             f"student: {self.student}{restored}; adapter of {part}",
             f"loss:    {loss}",
@@ -215,6 +217,10 @@ def training_request(given: Mapping[str, Any]) -> TrainingRequest:
         _refuse_unused_teacher(given)
         settings["kd_alpha"] = 0.0
     _check_held_out(settings, given)
+    if "prefix_from" in given and "prefix_states" not in given:
+        raise PipelineError(
+            "no states are made", where="--prefix_from", mend="give --prefix_states FILE, or leave it out"
+        )
     _check_teacher(settings, "--teacher_model" if original else "--teacher")
     settings |= _text(given)
     student = _needed(settings, "student", "base_dir")
@@ -277,6 +283,12 @@ def _check_teacher(settings: Mapping, flag: str) -> None:
             where="--teacher_4bit",
             mend="leave it out, or --teacher_states",
         )
+    if settings["hidden_loss"] and "teacher_states" in settings:
+        raise PipelineError(
+            "stored states are the teacher's final ones, and those of another layer are asked for too",
+            where="--hidden_loss",
+            mend="leave out --teacher_states, so that the teacher runs along; the workflow stores both",
+        )
     place = settings.get("teacher_device", "auto")
     if place not in ("auto", settings["device"]):
         raise PipelineError(
@@ -291,7 +303,7 @@ def _check_held_out(settings: Mapping, given: Mapping) -> None:
     """Raise a PipelineError for what only held-out windows can decide, where none are looked at."""
     if settings["eval_steps"]:
         return
-    said = [name for name in ("patience", "eval_dataset", "eval_samples") if name in given]
+    said = [name for name in ("patience", "eval_dataset", "eval_samples", "max_eval_samples") if name in given]
     said += ["keep"] if settings["keep"] == "best" else []
     if said:
         raise PipelineError(

@@ -52,8 +52,9 @@ def model_card(about: Mapping, held_out: Sequence[Mapping] = ()) -> str:
         f" {', '.join(lora['target_modules'])}",
         "data": f"{windows['windows']} windows of {windows['seqlen']} tokens of {windows['dataset']}"
         f" ({windows['split']}), {about['scored_tokens']} tokens scored",
-        "updates": f"{optimiser['steps']} of {batch} windows, learning rate {optimiser['learning_rate']:g} after"
-        f" {optimiser['warmup_steps']} of warm-up, then a cosine to zero",
+        "updates": f"{about['updates']} of {optimiser['steps']}, each of {batch} windows",
+        "learning rate": f"{optimiser['learning_rate']:g} after {optimiser['warmup_steps']} updates of warm-up, then a"
+        " cosine to zero",
         "kept": f"the adapter after update {about['kept_step']}"
         + (f"; {about['skipped']} updates were left out as spikes" if about["skipped"] else ""),
         "dtype": f"{about['dtype']} of frozen weights, float32 of the adapter; seed {about['seed']}",

@@ -86,6 +86,12 @@ def open_loggers(names: Sequence[str], output_dir: Path, about: Mapping[str, obj
     return [made[name](output_dir, about) for name in names]
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise a PipelineError if the package of a logger is not installed."""
+    for name in names:
+        _package({"tensorboard": "torch.utils.tensorboard", "trackio": "trackio"}[name], name)
+
+
 class _TensorBoard:
     def __init__(self, output_dir: Path, about: Mapping[str, object]) -> None:
         writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter

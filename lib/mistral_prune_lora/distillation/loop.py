@@ -46,11 +46,13 @@ class Outcome:
     """What a training has come to besides its weights.
 
     Attributes:
+        updates: how many were made, those that were left out included.
         kept_step: the update after which the adapter that is kept stood.
         skipped: updates that were left out for their loss.
         ended_early: whether patience ended it.
     """
 
+    updates: int = 0
     kept_step: int = 0
     skipped: int = 0
     ended_early: bool = False
@@ -149,8 +151,7 @@ class Loop:
                 self._tell(bar, time.monotonic() - started)
                 last = self.step == total or self._look_if_due()
                 if self._ranks.any(bool(asked)) and not last:
-                    self._save()
-                    _end(asked, self.step)
+                    _end(asked, self.step, saved=self._save())
                 if last:
                     break
                 if self._watch.save_steps and self.step % self._watch.save_steps == 0:
@@ -170,8 +171,12 @@ class Loop:
         total = sum(self._shelf.predictions(batch) for batch in update)
         sums = torch.zeros(3, dtype=torch.float64, device=self._shelf.device)
         for _ in self._ranks.share(update):
-            sums += self._add_gradients(next(batches), total)
-        self._ranks.sum(sums, *(p.grad for p in self._student.trained if p.grad is not None))
+            sums += self._add_gradients(next(batches))
+        gradients = [p.grad for p in self._student.trained if p.grad is not None]
+        self._ranks.sum(sums, *gradients)
+        # Here, in float32: in the 16 bits that they come through, numbers so much smaller would be lost.
+        for gradient in gradients:
+            gradient.div_(total)
         norm = torch.nn.utils.clip_grad_norm_(self._student.trained, optimiser.max_grad_norm)
         loss, kl, ce, length = torch.cat([sums / total, norm.double().view(1)]).tolist()
         self._check(update, {"loss": loss, "cross-entropy": ce, "gradient's norm": length}, kl)
@@ -184,15 +189,15 @@ class Loop:
         tokens = sum(map(len, update)) * self._shelf.windows.seqlen
         self._watch.curve.add((self.step, loss, kl, ce, rate, length, tokens, skipped))
 
-    def _add_gradients(self, batch: Batch, total: int) -> torch.Tensor:
-        """Add the gradients of one batch; returns loss, divergence and cross-entropy, summed over its tokens."""
+    def _add_gradients(self, batch: Batch) -> torch.Tensor:
+        """Add the gradients of one batch, summed over its tokens; returns loss, divergence and cross-entropy, too."""
         hidden, watched = self._student.hidden(batch)
         final, taught, taught_layer = batch.scored(hidden), None, None
         if self._teacher is not None:
             answer, taught_layer = self._teacher.answer(batch)
             taught = batch.scored(answer)
         sums, gradient = self._loss(final.detach(), batch.targets, taught)
-        roots, gradients = [final], [gradient.div_(total)]
+        roots, gradients = [final], [gradient]
         if watched is not None and taught_layer is not None and self._settings.loss.hidden:
             weight = self._settings.loss.hidden.weight
             ours, theirs = (_precise(batch.scored(states)) for states in (watched, taught_layer))
@@ -200,7 +205,7 @@ class Loop:
             away = (1 - near).sum()
             sums[0] += weight * away.detach()
             roots.append(away)
-            gradients.append(torch.full_like(away, weight / total))
+            gradients.append(torch.full_like(away, weight))
         torch.autograd.backward(roots, gradients)
         return sums
 
@@ -223,9 +228,9 @@ class Loop:
         if factor is None:
             return False
         columns = self._watch.curve.columns
-        at, left_out = columns.index("loss"), columns.index("skipped")
-        taken = [row[at] for row in self._watch.curve.rows if not row[left_out]][-_SPIKE_HISTORY:]
-        return len(taken) == _SPIKE_HISTORY and loss > factor * statistics.median(taken)
+        # With those that were left out: what stays high for half of them is no spike, and is trained on again.
+        former = [row[columns.index("loss")] for row in self._watch.curve.rows[-_SPIKE_HISTORY:]]
+        return len(former) == _SPIKE_HISTORY and loss > factor * statistics.median(former)
 
     def _tell(self, bar: tqdm, seconds: float) -> None:
         row = dict(zip(self._watch.curve.columns, self._watch.curve.rows[-1], strict=True))
@@ -270,7 +275,7 @@ class Loop:
         looked = {row[0] for row in self._watch.held_out.rows}
         if self.step not in looked:
             self._look()
-        self.outcome.kept_step = self.step
+        self.outcome.updates = self.outcome.kept_step = self.step
         if self._keeps_best and self._best.weights:
             self.outcome.kept_step = self._best.step
             with torch.no_grad():
@@ -279,14 +284,16 @@ class Loop:
         if not all(all_finite(weight) for weight in self._student.trained):
             raise NumberError(f"after {self.step} steps weights are NaN or infinity", mend=_CALMER)
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
         """Save the state. Where that cannot be, the former one stays, and the training goes on all the same."""
         if self._watch.save is None:
-            return
+            return False
         try:
             self._watch.save(self.state())
         except PipelineError as error:
             print(f"warning: the state after step {self.step} is not saved: {error}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def state(self) -> State:
         """Everything that the next update depends on, and what is told at the end."""
@@ -349,8 +356,10 @@ def _asked_to_end() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _end(asked: list[int], step: int) -> None:
+def _end(asked: list[int], step: int, *, saved: bool) -> None:
     number = asked[0] if asked else int(signal.SIGTERM)
+    if not saved:
+        raise SystemExit(128 + number)
     print(
         f"ended by {signal.Signals(number).name} after step {step}: the same command goes on from there",
         file=sys.stderr,

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn import functional
 
 from mistral_prune_lora.distillation.settings import LossSettings
 
@@ -67,6 +66,8 @@ class HeadLoss:
             Loss, divergence and cross-entropy, each summed over tokens, float64, shape (3,), on the device; without a
             teacher the divergence is NaN. And the gradient of the summed loss by `hidden`, of its shape and dtype.
         """
+        if len(hidden) != len(targets) or (taught is not None and len(taught) != len(targets)):
+            raise ValueError(f"{len(hidden)} hidden states, {len(targets)} targets, and a teacher's of another number")
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden)
         student, teacher, *scratch = self._room(len(targets))
@@ -74,16 +75,29 @@ class HeadLoss:
             for start in range(0, len(targets), self._rows):
                 block = slice(start, min(start + self._rows, len(targets)))
                 count = block.stop - block.start
-                z, q = _logits(hidden[block], self._head, student[:count]), None
+                z, q = self._logits(hidden[block], self._head, student[:count]), None
                 if taught is not None and self._teacher_head is not None:
-                    q = _logits(taught[block], self._teacher_head, teacher[:count])
+                    q = self._logits(taught[block], self._teacher_head, teacher[:count])
                 for first in range(0, count, self._slice):
                     rows = slice(first, min(first + self._slice, count))
                     room = [buffer[: rows.stop - rows.start] for buffer in scratch]
                     here = targets[block][rows]
                     sums += _rows_loss(z[rows], None if q is None else q[rows], here, self._settings, room)
-                torch.mm(z.to(hidden.dtype), self._head, out=gradient[block])
+                self._product(z, self._head, gradient[block])
         return sums, gradient
+
+    def _logits(self, hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The logits in `out`: as the compute dtype has them, then as float32."""
+        return self._product(hidden, head.T, out)
+
+    def _product(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """left @ right in the dtype of `right`, into `out`; slice by slice where that is another one than theirs."""
+        if left.dtype == right.dtype == out.dtype:
+            return torch.mm(left, right, out=out)
+        for first in range(0, len(left), self._slice):
+            rows = slice(first, first + self._slice)
+            out[rows] = torch.mm(left[rows].to(right.dtype), right)
+        return out
 
     def _room(self, tokens: int) -> list[torch.Tensor]:
         rows = min(self._rows, tokens)
@@ -92,13 +106,6 @@ class HeadLoss:
             shape = self._head.shape[0]
             self._buffers = [self._head.new_empty((size, shape), dtype=self._dtype) for size in sizes]
         return self._buffers
-
-
-def _logits(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The logits in `out`: as the compute dtype has them, then as float32."""
-    if head.dtype == out.dtype:
-        return torch.mm(hidden, head.T, out=out)
-    return out.copy_(functional.linear(hidden, head))
 
 
 def _rows_loss(
@@ -115,9 +122,7 @@ def _rows_loss(
     true = z.gather(1, chosen)
     if q is None:
         weight = 1 - alpha
-        z.exp_()
-        total = z.sum(-1, keepdim=True)
-        z.mul_(weight / total)
+        total = _weighted_softmax(z, weight)
         divergence = torch.full_like(total, math.nan)
     else:
         s = torch.exp(z if t == 1 else torch.mul(z, 1 / t, out=s), out=s)
@@ -129,14 +134,21 @@ def _rows_loss(
             total = normaliser
             torch.mul(s, weight, out=z)
         else:
-            z.exp_()
-            total = z.sum(-1, keepdim=True)
-            z.mul_(weight / total)
+            total = _weighted_softmax(z, weight)
         z.add_(q, alpha=alpha)
     ce = total.log() - true
     z.scatter_add_(1, chosen, torch.full_like(true, -weight))
     loss = weight * ce if q is None else alpha * (t * t) * divergence + weight * ce
     return torch.cat([loss, divergence, ce], dim=1).double().sum(0)
+
+
+def _weighted_softmax(z: torch.Tensor, weight: float) -> torch.Tensor:
+    """Replace logits less their maximum by weight * softmax, with the roundings of softmax first; returns the sums."""
+    total = z.exp_().sum(-1, keepdim=True)
+    z.div_(total)
+    if weight != 1:
+        z.mul_(weight)
+    return total
 
 
 # Each takes the student's logits z less their maximum, the teacher's q, the student's s = softmax(z / T) and the

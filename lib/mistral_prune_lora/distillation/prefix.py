@@ -53,10 +53,12 @@ def prefix_states(
         overwrite: replace what holds no such states, too; never an input.
 
     Raises:
-        DataError: `start` is of other windows, or not of layers that lie below; a token id without an embedding.
+        DataError: `start` is of other windows, or not of layers that lie below; a token id without an embedding; no
+            layer lies below the first.
         CheckpointError: weights are missing or do not fit.
         PipelineError: the output may not be written; memory or disk space does not suffice.
     """
+    _check_any(student, first, output)
     claim([prefix_output(output)], [student.model_dir, *student.bundles, start], overwrite=overwrite)
     passage, sources = Passage(student.checkpoint(), windows, compute), prefix_sources(student, first)
     origin = passage.origin(start)
@@ -81,10 +83,18 @@ def open_prefix(
         DataError: they are of other windows, layers or weights, or of another dtype.
         CheckpointError: it is no file of activations.
     """
+    _check_any(student, first, path)
     reader = ActivationReader(path)
     wanted = _record(student, prefix_sources(student, first), windows, Compute(device, dtype))
     _check_same(RunRecord.parse(reader.run, path), wanted, path)
     return reader
+
+
+def _check_any(student: Student, first: int, path: str | Path) -> None:
+    """Raise a DataError where no layer lies below the first adapted one, and so nothing is frozen there."""
+    if not prefix_sources(student, first):
+        told = f"the student runs no layer below layer {first}, the first that is adapted"
+        raise DataError(told, where=path, mend="leave the prefix states out")
 
 
 def prefix_output(path: str | Path) -> Output:
@@ -109,6 +119,8 @@ def _check_same(found: RunRecord, wanted: RunRecord, path: str | Path) -> None:
     """Raise a DataError unless two records are of the same windows, layers and weights; machines may differ."""
     for key, words in (
         ("ids_sha256", "windows"),
+        ("windows", "windows"),
+        ("seqlen", "windows"),
         ("config_sha256", "model"),
         ("dtype", "dtype"),
         ("layers", "layers"),

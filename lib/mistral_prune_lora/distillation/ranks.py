@@ -10,9 +10,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed
+
+from mistral_prune_lora.distillation.schedule import processes
+
+_LONGEST_WAIT = timedelta(days=7)  # while the first process runs all windows through frozen layers
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,12 @@ def started(device: torch.device) -> Iterator[Ranks]:
     Args:
         device: that is computed on; tells what the processes talk through.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes()
     if world == 1:
         yield Ranks()
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    local_device(device)  # before anything is sent from a GPU
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
     try:
         yield Ranks(distributed.get_rank(), world)
     finally:

@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Iterator
 
@@ -32,6 +33,11 @@ def batches_of_updates(count: int, optimiser: OptimiserSettings, seed: int, proc
             waiting += fresh
         yield [waiting[i * size : (i + 1) * size] for i in range(passes)]
         waiting = waiting[size * passes :]
+
+
+def processes() -> int:
+    """How many processes `torchrun` has started to train one adapter; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def passes_over(count: int, optimiser: OptimiserSettings, processes: int = 1) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
-from mistral_prune_lora.errors import CheckpointError, LayoutError
+from mistral_prune_lora.distillation.settings import LoraSettings
+from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.streaming.compute import LayerSource
 
@@ -80,6 +82,18 @@ class Student:
             raise LayoutError(told, where="adapt_layers", mend=f"use some of {list(layers)}, or all")
         return tuple(sorted(set(wanted)))
 
+    def check_modules(self, layers: Sequence[int], lora: LoraSettings) -> None:
+        """Raise an AdapterError for names or patterns that no linear module of the layers has; from headers alone."""
+        source = next(source for source in self.sources() if source.index == layers[0])
+        shapes = source.checkpoint.layer(layers[0])
+        known = [name.removesuffix(".weight") for name, entry in shapes.items() if len(entry.shape) == 2]
+        for where, patterns in (
+            ("target_modules", lora.target_modules),
+            ("rank_pattern", tuple(lora.rank_pattern)),
+            ("alpha_pattern", tuple(lora.alpha_pattern)),
+        ):
+            matching_modules(patterns, known, where)
+
     def sources(self) -> list[LayerSource]:
         """All layers that it runs, in order, where their weights lie."""
         held = [open_checkpoint(folder) for folder in (self.model_dir, *self.bundles)]
@@ -109,3 +123,20 @@ class Student:
                     "C": "give the merged bundle B and bundle C for part C",
                 }[part],
             )
+
+
+def matching_modules(patterns: Sequence[str], known: Sequence[str], where: str) -> list[str]:
+    """The modules that names or patterns speak of, as PEFT takes them; AdapterError for one that speaks of none.
+
+    A plain last name such as q_proj stays as it is.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = [n for n in known if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)]
+        if not names:
+            raise AdapterError(
+                f"there are no modules {pattern} in the layers", where=where, mend=f"use some of {', '.join(known)}"
+            )
+        last = {name.rpartition(".")[2] for name in names}
+        found |= dict.fromkeys([pattern] if last == {pattern} else names)
+    return list(found)

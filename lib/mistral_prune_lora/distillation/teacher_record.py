@@ -30,7 +30,7 @@ def weight_digests(path: str | Path) -> dict[str, str]:
 
 
 def teacher_record(windows: Windows, teacher_dir: str | Path) -> dict:
-    """The record that is kept with the states: ids_sha256, teacher (the digests of its weights), config_sha256.
+    """The record that is kept with the states: ids_sha256, shape, teacher (its weights' digests), config_sha256.
 
     Args:
         windows: the training windows.
@@ -38,6 +38,8 @@ def teacher_record(windows: Windows, teacher_dir: str | Path) -> dict:
     """
     return {
         "ids_sha256": windows.identity.ids_sha256,
+        # The digest is of ids in reading order: windows of half the length, twice as many, have the same.
+        "shape": list(windows.ids.shape),
         "teacher": weight_digests(teacher_dir),
         "config_sha256": config_sha256(open_checkpoint(teacher_dir)),
     }
@@ -59,7 +61,7 @@ def open_teacher_states(
         CheckpointError: it is no file of activations.
     """
     reader = ActivationReader(path)
-    if reader.run.get("ids_sha256") != wanted["ids_sha256"]:
+    if reader.run.get("ids_sha256") != wanted["ids_sha256"] or list(reader.shape[:2]) != wanted["shape"]:
         raise DataError("the teacher's states belong to other windows", where=path, mend=_AGAIN)
     if any(reader.run.get(key) != wanted[key] for key in ("teacher", "config_sha256")):
         raise DataError("the teacher's states belong to another teacher", where=path, mend=_AGAIN)

@@ -11,10 +11,18 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.pruning_identity import read_identity
 from mistral_prune_lora.device import give_back_freed_memory
 from mistral_prune_lora.distillation.adapted import AdaptedStudent
-from mistral_prune_lora.distillation.curve import COLUMNS, HELD_OUT_COLUMNS, Logger, Table, open_loggers
+from mistral_prune_lora.distillation.curve import (
+    COLUMNS,
+    HELD_OUT_COLUMNS,
+    Logger,
+    Table,
+    check_loggers,
+    open_loggers,
+)
 from mistral_prune_lora.distillation.held_out import HeldOut, check_disjoint
 from mistral_prune_lora.distillation.loop import Loop, Outcome, Watch
 from mistral_prune_lora.distillation.prepare import Preparation, TrainingData, predictions
@@ -33,6 +41,7 @@ from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.storage.space import reserved_space
 from mistral_prune_lora.storage.transaction import atomic_directory
 from mistral_prune_lora.streaming.compute import Compute
+from mistral_prune_lora.streaming.record import config_sha256
 from mistral_prune_lora.text.doubts import warn_of
 from mistral_prune_lora.text.windows import Windows
 
@@ -96,10 +105,28 @@ def train_adapter(
             return
         doubts = warn_of(student.checkpoint(), data.windows)
         # Entered before the training, which would be lost if its result could not be written.
-        with atomic_directory(output_dir, check=check) as fresh, beside.held():
-            ranks.wait()
-            job.train(ranks, beside, fresh, doubts)
-        beside.remove()
+        with beside.held():
+            with atomic_directory(output_dir, check=check) as fresh:
+                ranks.wait()
+                job.train(ranks, beside, fresh, doubts)
+            beside.remove()
+
+
+def check_training(
+    part: str,
+    student: Student,
+    teacher_dir: str | Path | None,
+    data: TrainingData,
+    output_dir: str | Path,
+    *,
+    settings: TrainingSettings,
+    compute: Compute,
+    held_out: TrainingData | None = None,
+    running: Running | None = None,
+) -> None:
+    """Raise what `train_adapter` would raise of its arguments, from headers alone: before states are made for it."""
+    running = running or Running()
+    _Job(part, student, teacher_dir, data, held_out, settings, compute, running, Path(output_dir)).check()
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,20 @@ class _Job:
             )
         if self.settings.teacher_4bit:
             check_four_bits(self.compute.device)
+            if self.data.teacher_states:
+                raise PipelineError(
+                    "stored states are those of the teacher as it is, not of a quantised one",
+                    where="teacher_4bit",
+                    mend="leave one of them out",
+                )
+        check_loggers(self.running.loggers)
+        self.student.check_modules(self.layers, self.settings.lora)
+        if empty := [part for part, layers in self.layers_by_part().items() if not layers]:
+            raise LayoutError(
+                f"names no layer of {' and '.join(empty)}, which {self.part} trains too",
+                where="adapt_layers",
+                mend="name layers of each part, or leave it out",
+            )
         layers, active = self.layers, {source.index for source in self.student.sources()}
         if watched and (watched.student_layer not in active or watched.student_layer < min(layers)):
             raise LayoutError(
@@ -154,6 +195,7 @@ class _Job:
             "layers": list(self.layers),
             "student": [weight_digests(folder) for folder in folders],
             "teacher": weight_digests(self.teacher_dir) if self.teacher_dir else None,
+            "configs": [config_sha256(open_checkpoint(each)) for each in (folders[0], self.teacher_dir) if each],
             "windows": _identity(self.data.windows),
             "held_out": _identity(self.held_out.windows) if self.held_out else None,
             "settings": asdict(self.settings),
@@ -191,10 +233,11 @@ class _Job:
                     print(f"goes on after step {loop.step} of {settings.optimiser.steps} ({beside.path})", flush=True)
             outcome = loop.run()
         if fresh:
-            by_part = self._layers_by_part()
+            by_part = self.layers_by_part()
             write_adapter(fresh, adapted.model, by_part, self._about(outcome, doubts or [], ranks), curve, looks)
 
-    def _layers_by_part(self) -> dict[str, list[int]]:
+    def layers_by_part(self) -> dict[str, list[int]]:
+        """The adapted layers of each part that is trained."""
         adapted, parts = set(self.layers), self.student.layers_by_part(self.part)
         return {part: [layer for layer in layers if layer in adapted] for part, layers in parts.items()}
 
@@ -221,6 +264,7 @@ class _Job:
             "seed": settings.pop("seed"),
             "processes": ranks.world,
             "machine": _machine(self.compute),
+            "updates": outcome.updates,
             "kept_step": outcome.kept_step,
             "skipped": outcome.skipped,
             "ended_early": outcome.ended_early,
@@ -240,7 +284,8 @@ class _Job:
 
 
 def _identity(windows: Windows) -> dict:
-    return {"ids_sha256": windows.identity.ids_sha256, "scored_sha256": windows.scored_sha256}
+    told = {"ids_sha256": windows.identity.ids_sha256, "scored_sha256": windows.scored_sha256}
+    return told | {"shape": list(windows.ids.shape)}
 
 
 def _machine(compute: Compute) -> dict:

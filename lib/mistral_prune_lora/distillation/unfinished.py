@@ -15,7 +15,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,20 +87,30 @@ class Unfinished:
         if strangers := sorted(name for name in there if name not in _OURS and not name.startswith(".")):
             told = f"holds files that are of no training: {', '.join(strangers[:5])}"
             raise PipelineError(told, where=self.path, mend="move them away")
-        lock = open_own(self.file(_LOCK))
+        lock = self._locked()
         try:
+            yield
+        finally:
+            self._remove_if_empty()
+            os.close(lock)
+
+    def _locked(self) -> int:
+        """The descriptor of the folder's lock, once it is held."""
+        while True:
+            lock = open_own(self.file(_LOCK))
             try:
                 free = locked(lock)
             except NoLocks:
-                free = True
+                return lock
             if not free:
+                os.close(lock)
                 raise PipelineError(
                     "another process trains this adapter right now", where=self.path, mend="wait for it, or end it"
                 )
-            yield
-        finally:
-            os.close(lock)
-            self._remove_if_empty()
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self.file(_LOCK))):
+                    return lock
+            os.close(lock)  # another process has finished and removed the folder between the two steps
 
     def save(self, state: State) -> None:
         """Put a state in place of the former one: whole or not at all, whatever happens meanwhile.

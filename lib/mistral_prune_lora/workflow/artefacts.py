@@ -279,6 +279,7 @@ class Training:
             "windows": self.data.windows.name,
             "teacher": self.data.teacher.name if self.data.teacher else None,
             "held_out": self.held_out.windows.name if self.held_out else None,
+            "prefix": self.data.prefix.name if self.data.prefix else None,
             "settings": self.settings,
         }
         return f"{self.part}-{short_key(recipe)}"

@@ -249,8 +249,18 @@ def _training_faults(
         yield f"{path}.distill.held_out.dataset: needed where distill.windows takes the whole text for training"
     if held and held["dataset"] is None and config["datasets"].get(distill["dataset"], {}).get("packing"):
         yield f"{path}.distill.held_out.dataset: needed where several examples are packed into a window"
+    if distill["teacher_4bit"] and distill["share_teacher_states"]:
+        yield f"{path}.distill.teacher_4bit: shared states are those of the teacher as it is"
+    hidden = distill["loss"]["hidden"]
+    if hidden and hidden["teacher_layer"] >= layout.num_layers:
+        yield f"{path}.distill.loss.hidden.teacher_layer: the model has {layout.num_layers} layers"
     for part in trained:
         wanted, layers = distill["parts"][part]["adapt_layers"], layout.layers_of(part)
+        active = [layer for p in "ABC"[: "ABC".index(part) + 1] for layer in layout.layers_of(p)]
+        first = min(layers if wanted == "all" else wanted, default=0)
+        if hidden and (hidden["student_layer"] not in active or hidden["student_layer"] < first):
+            told = f"is none that {part}'s student runs at or behind its first adapted layer, {first}"
+            yield f"{path}.distill.loss.hidden.student_layer: {hidden['student_layer']} {told}"
         if wanted != "all" and (foreign := sorted(set(wanted) - set(layers))):
             yield f"{path}.distill.parts.{part}.adapt_layers: {foreign} are not layers of {part}: {list(layers)}"
 
