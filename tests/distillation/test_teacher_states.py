@@ -69,6 +69,7 @@ def test_they_say_which_teacher_and_which_ids_they_belong_to(tmp_path, dense):
         "teacher": {"model.safetensors": file_sha256(dense / "model.safetensors")},
         "config_sha256": config_sha256(open_checkpoint(dense)),
         "batch_size": 2,
+        "shape": [3, 16],
     }
 
 
