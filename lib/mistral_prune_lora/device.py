@@ -14,7 +14,7 @@ import torch
 from mistral_prune_lora.errors import DeviceError
 
 _MMAP_THRESHOLD = -3  # malloc.h
-_SMALLEST_MAPPED = 1 << 18  # bytes; a hidden state of a small model's window is about twice as large
+_SMALLEST_MAPPED = 1 << 21  # bytes; each such tensor costs the system a call and new pages, so not for small ones
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
 _PROCESS_BYTES = 800_000_000  # Python with torch and transformers imported, and their buffers
 
