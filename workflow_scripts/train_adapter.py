@@ -1,6 +1,8 @@
 from pathlib import Path
 
-from mistral_prune_lora.quick_imports import quick_imports
+from mistral_prune_lora.quick_imports import huge_pages, quick_imports
+
+huge_pages()
 
 with quick_imports():
     from mistral_prune_lora.console import job

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from mistral_prune_lora.errors import DeviceError
 
-_MMAP_THRESHOLD = -3  # malloc.h
-_SMALLEST_MAPPED = 1 << 21  # bytes; each such tensor costs the system a call and new pages, so not for small ones
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
 _PROCESS_BYTES = 800_000_000  # Python with torch and transformers imported, and their buffers
 
@@ -75,17 +71,6 @@ def granted(threads: int, gpus: int | None, mem_mb: int | None) -> Granted:
     if mem_mb is None or device.type != "cpu":
         return Granted(str(device), None)
     return Granted(str(device), max(mem_mb * 10**6 - _PROCESS_BYTES, mem_mb * 10**6 // 2))
-
-
-def give_back_freed_memory() -> None:
-    """Let the C library hand large tensors back to the system as soon as they are freed.
-
-    By default glibc moves ever larger blocks into its heap once one of their size was freed, where the tensors of a
-    training's steps leave holes: a peak of 4.4 GB was measured where 3.0 GB were in use. Other C libraries are left
-    as they are.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _SMALLEST_MAPPED)
 
 
 def use_threads(count: int) -> None:

