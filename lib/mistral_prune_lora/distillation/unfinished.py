@@ -15,7 +15,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,10 +25,9 @@ from safetensors.torch import save_file
 
 from mistral_prune_lora.errors import PipelineError, printable
 from mistral_prune_lora.provenance import record_text
-from mistral_prune_lora.storage.journal import open_own
+from mistral_prune_lora.storage.journal import open_held
 from mistral_prune_lora.storage.json_file import parsed
 from mistral_prune_lora.storage.safetensors_file import tensor_bytes
-from mistral_prune_lora.storage.scratch import NoLocks, locked
 from mistral_prune_lora.storage.transaction import atomic_file
 
 STATE, CURVE, HELD_OUT, PREFIX = "state.safetensors", "training.csv", "held_out.csv", "prefix.safetensors"
@@ -87,30 +86,13 @@ class Unfinished:
         if strangers := sorted(name for name in there if name not in _OURS and not name.startswith(".")):
             told = f"holds files that are of no training: {', '.join(strangers[:5])}"
             raise PipelineError(told, where=self.path, mend="move them away")
-        lock = self._locked()
+        told = "another process trains this adapter right now"
+        lock = open_held(self.file(_LOCK), told, where=self.path)
         try:
             yield
         finally:
             self._remove_if_empty()
             os.close(lock)
-
-    def _locked(self) -> int:
-        """The descriptor of the folder's lock, once it is held."""
-        while True:
-            lock = open_own(self.file(_LOCK))
-            try:
-                free = locked(lock)
-            except NoLocks:
-                return lock
-            if not free:
-                os.close(lock)
-                raise PipelineError(
-                    "another process trains this adapter right now", where=self.path, mend="wait for it, or end it"
-                )
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(self.file(_LOCK))):
-                    return lock
-            os.close(lock)  # another process has finished and removed the folder between the two steps
 
     def save(self, state: State) -> None:
         """Put a state in place of the former one: whole or not at all, whatever happens meanwhile.

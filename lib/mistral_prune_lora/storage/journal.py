@@ -39,7 +39,7 @@ class Journal:
             PipelineError: another process holds it, or it cannot be opened or written.
         """
         self.path, self._header = path, json.loads(json.dumps(dict(header)))
-        self._file = self._held()
+        self._file = open_held(path, "another process is computing this right now")
         try:
             self.entries, lost = self._read()
             if lost is None:
@@ -54,24 +54,6 @@ class Journal:
         except BaseException:
             os.close(self._file)
             raise
-
-    def _held(self) -> int:
-        """The descriptor of the file, locked where the file system knows locks."""
-        while True:
-            descriptor = open_own(self.path)
-            try:
-                free = locked(descriptor)
-            except NoLocks:
-                return descriptor
-            if not free:
-                os.close(descriptor)
-                raise PipelineError(
-                    "another process is computing this right now", where=self.path, mend="Wait for it, or end it"
-                )
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
-                    return descriptor
-            os.close(descriptor)  # finished and removed by another process between the two steps
 
     def _read(self) -> tuple[list[dict], int | None]:
         """The entries, and how many lines are none; None instead of a count if the header is another one."""
@@ -151,6 +133,32 @@ def open_own(path: Path) -> int:
         os.close(descriptor)
         raise PipelineError("is not a regular file", where=path, mend=_ELSEWHERE)
     return descriptor
+
+
+def open_held(path: Path, told: str, *, where: Path | None = None) -> int:
+    """Open a file of unfinished work as `open_own` does and hold it, where the file system knows locks.
+
+    Args:
+        path: the file.
+        told: what is said where another process holds it.
+        where: what is named then; None names the file.
+
+    Raises:
+        PipelineError: another process holds it, or it cannot be opened.
+    """
+    while True:
+        descriptor = open_own(path)
+        try:
+            free = locked(descriptor)
+        except NoLocks:
+            return descriptor
+        if not free:
+            os.close(descriptor)
+            raise PipelineError(told, where=where or path, mend="Wait for it, or end it")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # finished and removed by another process between the two steps
 
 
 def say_left_out(path: Path, count: int) -> None:
