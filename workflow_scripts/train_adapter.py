@@ -10,7 +10,7 @@ with quick_imports():
     from mistral_prune_lora.distillation.prepare import TrainingData
     from mistral_prune_lora.distillation.settings import Running, training_settings
     from mistral_prune_lora.distillation.student import Student
-    from mistral_prune_lora.distillation.train import train_adapter
+    from mistral_prune_lora.distillation.train import TrainingJob, train_adapter
     from mistral_prune_lora.streaming.compute import Compute
     from mistral_prune_lora.text.windows import Windows
     from mistral_prune_lora.workflow.job import folder, folders, windows_file
@@ -25,15 +25,15 @@ with job(snakemake.log[0]):
         stored = (files.held_out_teacher or None, None, files.held_out_prefix or None)
         held_out = TrainingData(Windows.load(windows_file(files.held_out)), *stored)
     loggers = [name for name in resources.get("loggers").split(",") if name != "none"]
-    train_adapter(
+    training = TrainingJob(
         snakemake.params.part,
         Student(folder(files.student), tuple(folders(files.bundles))),
         folder(files.dense) if loss["kd_alpha"] or loss["hidden"] else None,
         TrainingData(Windows.load(windows_file(files.windows)), *states),
         Path(snakemake.output.record).parent,
-        settings=training_settings(settings),
-        compute=Compute.named(given.device, settings["dtype"], max_memory=given.memory_bytes),
-        held_out=held_out,
-        running=Running(resources.get("save_steps"), tuple(loggers)),
-        overwrite=True,
+        training_settings(settings),
+        Compute.named(given.device, settings["dtype"], max_memory=given.memory_bytes),
+        held_out,
+        Running(resources.get("save_steps"), tuple(loggers)),
     )
+    train_adapter(training, overwrite=True)

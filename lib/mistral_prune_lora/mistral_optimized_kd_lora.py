@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from mistral_prune_lora.argument_types import (
     dropout,
@@ -210,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         from mistral_prune_lora.distillation.prepare import TrainingData
         from mistral_prune_lora.distillation.student import Student
         from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
-        from mistral_prune_lora.distillation.train import FROZEN_BATCH, check_training, train_adapter
+        from mistral_prune_lora.distillation.train import FROZEN_BATCH, TrainingJob, train_adapter
         from mistral_prune_lora.distillation.written import RECORD
         from mistral_prune_lora.storage.outputs import Output, claim
         from mistral_prune_lora.storage.transaction import check_place
@@ -240,10 +239,18 @@ def main(argv: list[str] | None = None) -> None:
     if told := windows.identity.examples:
         print(f"answers: {windows.predicted_tokens} tokens of {told['examples']} examples are learnt", flush=True)
     data = TrainingData(windows, states if teacher else None, prefix_states=prefix)
-    looked = None if held_out is None else TrainingData(held_out)
-    how: dict[str, Any] = {"settings": request.training(len(windows)), "compute": compute, "held_out": looked}
-    how["running"] = request.running()
-    check_training(part, student, teacher, data, request.output_dir, **how)
+    job = TrainingJob(
+        part,
+        student,
+        teacher,
+        data,
+        Path(request.output_dir),
+        request.training(len(windows)),
+        compute,
+        None if held_out is None else TrainingData(held_out),
+        request.running(),
+    )
+    job.check()
     missing = [
         path for path, is_there in ((prefix, holds_prefix), (states, holds_states)) if path and not is_there(path)
     ]
@@ -255,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         open_prefix(prefix, student, first, windows, compute.dtype, compute.device)
     if teacher and states and states in missing:
         teacher_states(teacher, windows, states, compute=compute, overwrite=overwrite)
-    train_adapter(part, student, teacher, data, request.output_dir, overwrite=overwrite, **how)
+    train_adapter(job, overwrite=overwrite)
     print(f"adapter of {part}: {request.output_dir}")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from mistral_prune_lora.distillation.prepare import TrainingData
 from mistral_prune_lora.distillation.settings import Running, TrainingSettings
 from mistral_prune_lora.distillation.student import Student
-from mistral_prune_lora.distillation.train import train_adapter
+from mistral_prune_lora.distillation.train import TrainingJob, train_adapter
 from mistral_prune_lora.streaming.compute import Compute
 
 
@@ -16,15 +18,15 @@ def train_job(
     save_steps=50, loggers=(), dtype=torch.bfloat16, overwrite=False, **settings,
 ) -> None:  # fmt: skip
     """Train an adapter on the CPU; the rest by the names of TrainingSettings' fields."""
-    train_adapter(
+    job = TrainingJob(
         part,
         Student(student_dir, tuple(bundles)),
         teacher_dir,
         TrainingData(windows, states, prefix_states=prefix),
-        output_dir,
-        settings=TrainingSettings(**settings),
-        compute=Compute(torch.device("cpu"), dtype),
-        held_out=None if held_out_windows is None else TrainingData(held_out_windows),
-        running=Running(save_steps, tuple(loggers)),
-        overwrite=overwrite,
+        Path(output_dir),
+        TrainingSettings(**settings),
+        Compute(torch.device("cpu"), dtype),
+        None if held_out_windows is None else TrainingData(held_out_windows),
+        Running(save_steps, tuple(loggers)),
     )
+    train_adapter(job, overwrite=overwrite)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,27 +48,11 @@ _SMALL_FILES = 4 << 20  # room for configuration, card and curve beside the weig
 FROZEN_BATCH = 4  # windows that go through a frozen layer together
 
 
-def train_adapter(
-    part: str,
-    student: Student,
-    teacher_dir: str | Path | None,
-    data: TrainingData,
-    output_dir: str | Path,
-    *,
-    settings: TrainingSettings,
-    compute: Compute,
-    held_out: TrainingData | None = None,
-    running: Running | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Train the adapter of one part and write it as a stock PEFT directory with its curve, record and model card.
+@dataclass(frozen=True)
+class TrainingJob:
+    """One adapter to train.
 
-    Frozen weights are in the compute dtype, LoRA weights and the loss in float32. Backpropagation ends at the lowest
-    adapted layer. On the CPU the same settings give the same bytes for the same number of threads, whether a run was
-    killed in between or not; on a GPU, kernels that sum in varying order do not promise that. Under `torchrun` all
-    processes train one adapter, each with its share of every update.
-
-    Args:
+    Attributes:
         part: "A" (adapts kept layers), "B" or "C" (adapts that bundle's layers); "AB" or "FULL" trains the parts of
             that stage together, and the output holds a directory `A_lora`, `B_lora`, `C_lora` for each.
         student: what is trained.
@@ -80,66 +64,17 @@ def train_adapter(
         compute: device and dtype.
         held_out: windows to look at meanwhile; None looks at none.
         running: how often the state is saved, loggers.
-        overwrite: replace what is no adapter that was trained here, too; never an input.
-
-    Raises:
-        PipelineError: the output may not or cannot be written, see `outputs.claim` and `transaction.atomic_directory`;
-            there is no teacher, and kd_alpha asks for one; another process trains this adapter.
-        LayoutError, CheckpointError: the student or a bundle is not what the part needs, or of another pruning.
-        DataError: stored states belong to other windows, weights or another teacher; windows that nothing is scored in,
-            or that are held out and trained on.
-        NumberError: a loss, a gradient or a weight becomes NaN or infinity; nothing is written then.
-        SystemExit: the process was asked to end; the same call goes on from the state that was saved.
     """
-    job = _Job(part, student, teacher_dir, data, held_out, settings, compute, running or Running(), Path(output_dir))
-    job.check()
-    read = [student.model_dir, *student.bundles, teacher_dir, *data.files, *(held_out.files if held_out else ())]
-    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
-    with started(compute.device) as ranks:
-        beside = Unfinished(output_dir, job.record(ranks))
-        if not ranks.first:
-            ranks.wait()
-            job.train(ranks, beside, None)
-            return
-        doubts = warn_of(student.checkpoint(), data.windows)
-        # Entered before the training, which would be lost if its result could not be written.
-        with beside.held():
-            with atomic_directory(output_dir, check=check) as fresh:
-                ranks.wait()
-                job.train(ranks, beside, fresh, doubts)
-            beside.remove()
-
-
-def check_training(
-    part: str,
-    student: Student,
-    teacher_dir: str | Path | None,
-    data: TrainingData,
-    output_dir: str | Path,
-    *,
-    settings: TrainingSettings,
-    compute: Compute,
-    held_out: TrainingData | None = None,
-    running: Running | None = None,
-) -> None:
-    """Raise what `train_adapter` would raise of its arguments, from headers alone: before states are made for it."""
-    running = running or Running()
-    _Job(part, student, teacher_dir, data, held_out, settings, compute, running, Path(output_dir)).check()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What one call of `train_adapter` was given."""
 
     part: str
     student: Student
     teacher_dir: str | Path | None
     data: TrainingData
-    held_out: TrainingData | None
+    output_dir: Path
     settings: TrainingSettings
     compute: Compute
-    running: Running
-    output_dir: Path
+    held_out: TrainingData | None = None
+    running: Running = field(default_factory=Running)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -147,7 +82,13 @@ class _Job:
         return self.student.adapted_layers(self.part, self.settings.adapt_layers)
 
     def check(self) -> None:
-        """Raise what `train_adapter` raises for inputs that contradict each other."""
+        """Raise what speaks against it, from headers alone: before states are made for it.
+
+        Raises:
+            PipelineError: there is no teacher, and the loss asks for one; states and a teacher that contradict each
+                other; a logger's package is not installed.
+            LayoutError, CheckpointError, AdapterError, DataError: as for `train_adapter`.
+        """
         loss, watched = self.settings.loss, self.settings.loss.hidden
         if self.teacher_dir is None and (loss.kd_alpha or watched):
             raise PipelineError(
@@ -279,6 +220,46 @@ class _Job:
         finally:
             for logger in opened:
                 logger.close()
+
+
+def train_adapter(job: TrainingJob, *, overwrite: bool = False) -> None:
+    """Train the adapter of one part and write it as a stock PEFT directory with its curve, record and model card.
+
+    Frozen weights are in the compute dtype, LoRA weights and the loss in float32. Backpropagation ends at the lowest
+    adapted layer. On the CPU the same settings give the same bytes for the same number of threads, whether a run was
+    killed in between or not; on a GPU, kernels that sum in varying order do not promise that. Under `torchrun` all
+    processes train one adapter, each with its share of every update.
+
+    Args:
+        job: what is trained, on what, how, and where to.
+        overwrite: replace what is no adapter that was trained here, too; never an input.
+
+    Raises:
+        PipelineError: the output may not or cannot be written, see `outputs.claim` and `transaction.atomic_directory`;
+            another process trains this adapter; as for `TrainingJob.check`.
+        LayoutError, CheckpointError: the student or a bundle is not what the part needs, or of another pruning.
+        DataError: stored states belong to other windows, weights or another teacher; windows that nothing is scored in,
+            or that are held out and trained on.
+        NumberError: a loss, a gradient or a weight becomes NaN or infinity; nothing is written then.
+        SystemExit: the process was asked to end; the same call goes on from the state that was saved.
+    """
+    job.check()
+    student, data, held_out, output_dir = job.student, job.data, job.held_out, job.output_dir
+    read = [student.model_dir, *student.bundles, job.teacher_dir, *data.files, *(held_out.files if held_out else ())]
+    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
+    with started(job.compute.device) as ranks:
+        beside = Unfinished(output_dir, job.record(ranks))
+        if not ranks.first:
+            ranks.wait()
+            job.train(ranks, beside, None)
+            return
+        doubts = warn_of(student.checkpoint(), data.windows)
+        # Entered before the training, which would be lost if its result could not be written.
+        with beside.held():
+            with atomic_directory(output_dir, check=check) as fresh:
+                ranks.wait()
+                job.train(ranks, beside, fresh, doubts)
+            beside.remove()
 
 
 def _identity(windows: Windows) -> dict:
