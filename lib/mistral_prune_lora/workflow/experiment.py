@@ -11,20 +11,11 @@ from functools import cached_property, wraps
 
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments, stage_run
-from mistral_prune_lora.workflow.artefacts import (
-    Merge,
-    PrefixStates,
-    Pruning,
-    Reading,
-    Run,
-    Source,
-    TeacherStates,
-    Training,
-    Windows,
-)
+from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, Windows
 from mistral_prune_lora.workflow.configuration import experiment_layout, merged_parts, trained_parts
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.given import dense_model, given_adapter, given_part, text_files, text_identity
+from mistral_prune_lora.workflow.healing import PrefixStates, Reading, TeacherStates, Training
 
 NO_KD = "no-kd"  # healed without a teacher
 JOINT = {"joint-AB": "AB", "joint-FULL": "FULL"}  # all parts of a stage healed together

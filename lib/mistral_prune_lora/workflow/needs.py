@@ -7,9 +7,10 @@ from pathlib import Path
 
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.workflow import resources
-from mistral_prune_lora.workflow.artefacts import Merge, PrefixStates, Pruning, Run, Source, TeacherStates, Training
+from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source
 from mistral_prune_lora.workflow.experiment import Experiment
 from mistral_prune_lora.workflow.geometry import Geometry
+from mistral_prune_lora.workflow.healing import PrefixStates, TeacherStates, Training
 from mistral_prune_lora.workflow.resources import Needs, Pass
 
 

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mistral_prune_lora.workflow.artefacts import (
-    Merge,
-    PrefixStates,
-    Pruning,
-    Run,
-    TeacherStates,
-    Training,
-    Windows,
-)
+from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Windows
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.experiment import Experiment
+from mistral_prune_lora.workflow.healing import PrefixStates, TeacherStates, Training
 
 
 @dataclass(frozen=True)
