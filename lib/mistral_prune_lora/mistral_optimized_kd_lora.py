@@ -208,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         from mistral_prune_lora.distillation.prefix import holds_prefix, open_prefix, prefix_output, prefix_states
         from mistral_prune_lora.distillation.prepare import TrainingData
         from mistral_prune_lora.distillation.student import Student
+        from mistral_prune_lora.distillation.teacher_record import check_teacher
         from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
         from mistral_prune_lora.distillation.train import FROZEN_BATCH, TrainingJob, train_adapter
         from mistral_prune_lora.distillation.written import RECORD
@@ -229,8 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     check_place(*(path for path in (states, prefix) if path), directory=False)
     teacher = model_directory(request.teacher) if request.teacher else None
     if teacher:
-        _check_whole(teacher)
-        _check_vocabularies(request.student, teacher)
+        check_teacher(teacher, request.student)
     read_config(request.student)  # refused before the text is fetched
     student = Student(request.student, request.bundles)
     first = min(student.adapted_layers(part, given["adapt_layers"]))
@@ -309,32 +309,6 @@ def _question_windows(questions: DatasetSpec, tokenizer, seqlen: int, count: int
             raise
         mend = f"{error.mend}; a local copy is given as --qa_dataset {questions.preset}=PATH"
         raise DataError(error.what, where=error.where, mend=mend) from None
-
-
-def _check_whole(teacher: Path) -> None:
-    """Raise a CheckpointError for a pruned model: nobody wants to be taught what its missing layers come to."""
-    from mistral_prune_lora.checkpoints.manifest import read_layout
-
-    layout = read_layout(teacher)
-    if layout and layout.dropped:
-        raise CheckpointError(
-            f"the teacher is a pruned model: its manifest.json drops layers {list(layout.dropped)}",
-            where=teacher,
-            mend="name the dense model that the student was cut from, or one tuned from it",
-        )
-
-
-def _check_vocabularies(student: str, teacher: Path) -> None:
-    """Raise a CheckpointError where the two models' logits are not of the same tokens."""
-    from mistral_prune_lora.checkpoints.families import read_config
-
-    sizes = [read_config(folder).get("vocab_size") for folder in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"the teacher's vocabulary has {sizes[1]} tokens, the student's {sizes[0]}",
-            where=teacher,
-            mend="name the dense model that the student was cut from, or one tuned from it",
-        )
 
 
 if __name__ == "__main__":

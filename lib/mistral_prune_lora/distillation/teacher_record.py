@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.errors import DataError
+from mistral_prune_lora.checkpoints.families import read_config
+from mistral_prune_lora.checkpoints.manifest import read_layout
+from mistral_prune_lora.errors import CheckpointError, DataError
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.digests import file_digest
 from mistral_prune_lora.storage.dtypes import torch_name
@@ -72,3 +74,19 @@ def open_teacher_states(
         found, asked = torch_name(reader.dtype), torch_name(dtype)
         raise DataError(f"the teacher's states are {found}, and training computes in {asked}", where=path, mend=_AGAIN)
     return reader
+
+
+def check_teacher(teacher: str | Path, student: str | Path) -> None:
+    """Raise a CheckpointError for a teacher that is no dense model of the student's tokens; from small files alone.
+
+    Nobody wants to be taught what missing layers come to, or compares logits of other tokens.
+    """
+    mend = "name the dense model that the student was cut from, or one tuned from it"
+    layout = read_layout(teacher)
+    if layout and layout.dropped:
+        told = f"the teacher is a pruned model: its manifest.json drops layers {list(layout.dropped)}"
+        raise CheckpointError(told, where=teacher, mend=mend)
+    sizes = [read_config(folder).get("vocab_size") for folder in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        told = f"the teacher's vocabulary has {sizes[1]} tokens, the student's {sizes[0]}"
+        raise CheckpointError(told, where=teacher, mend=mend)

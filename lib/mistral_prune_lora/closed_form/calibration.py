@@ -1,0 +1,123 @@
+"""The passes that a calibration makes: to what enters a corrected layer, to what is wanted behind it, and its moments.
+
+Runs of equal layers are made once: boundary activations are named by everything that they depend on, so the student's
+way is the dense model's as far as their layers agree, and a calibration that was killed goes on from what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mistral_prune_lora.closed_form.correction import FeatureTap
+from mistral_prune_lora.closed_form.regression import Moments, Sums
+from mistral_prune_lora.closed_form.settings import CalibrationText
+from mistral_prune_lora.console import progress
+from mistral_prune_lora.storage.activations import ActivationReader, open_finished
+from mistral_prune_lora.streaming.backbone import Backbone
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+from mistral_prune_lora.streaming.faults import layers_blamed
+from mistral_prune_lora.streaming.passage import Boundary, Origin, Passage
+from mistral_prune_lora.streaming.run import run_batches, run_to_file
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One text on its way through student and dense model.
+
+    Attributes:
+        text: its windows.
+        student, dense: the passages; equal windows and arithmetic.
+        folder: where boundary activations go, hidden.
+    """
+
+    text: CalibrationText
+    student: Passage
+    dense: Passage
+    folder: Path
+
+    def entering(self, sources: Sequence[LayerSource]) -> Origin:
+        """What leaves the student's first layers; the token ids if there are none."""
+        return self._end(self.student, sources)
+
+    def wanted(self, sources: Sequence[LayerSource]) -> ActivationReader:
+        """What leaves the dense model's first layers."""
+        end = self._end(self.dense, sources)
+        assert isinstance(end, Boundary)
+        return ActivationReader(end.path)
+
+    def moments(self, origin: Origin, source: LayerSource, wanted: ActivationReader) -> tuple[Moments, Moments | None]:
+        """The moments of a layer's features and of what its output lacks, of the windows solved for and held out.
+
+        Args:
+            origin: what enters the layer.
+            source: the layer.
+            wanted: what its output is to come to.
+        """
+        passage, tap = self.student, FeatureTap()
+        backbone = Backbone(passage.config, passage.compute)
+        tapped = LayerSource(source.index, source.checkpoint, (*source.adapters, tap))
+        sink = _Regressed(self.text, wanted, tap, passage.compute)
+        words = f"layer {source.index}"
+        for _ in backbone.resident([[tapped]]):
+            with (
+                progress(
+                    total=passage.windows.ids.numel(), description=f"regress {words}", unit="tok", unit_scale=True
+                ) as bar,
+                layers_blamed(origin, [source], passage.compute, words),
+            ):
+                run_batches(backbone, origin.read, len(passage.windows), sink, bar)
+        return sink.moments()
+
+    def _end(self, passage: Passage, sources: Sequence[LayerSource]) -> Origin:
+        """What leaves the last of some layers, run on from the furthest point that is there."""
+        start: Origin = passage.origin(None)
+        records = [start.record]
+        for source in sources:
+            records.append(records[-1].after([source], passage.compute))
+        files = [self.folder / f".{record.sha256[:24]}.safetensors" for record in records]
+        done = next(
+            (n for n in range(len(sources), 0, -1) if open_finished(files[n], records[n].content())), 0
+        )  # fmt: skip
+        if done:
+            start = Boundary(passage, files[done])
+        if done < len(sources):
+            run_to_file(passage, start, sources[done:], files[-1])
+            start = Boundary(passage, files[-1])
+        return start
+
+
+class _Regressed:
+    """A sink that counts a layer's features and what its output lacks."""
+
+    done: frozenset[int] = frozenset()
+
+    def __init__(self, text: CalibrationText, wanted: ActivationReader, tap: FeatureTap, compute: Compute) -> None:
+        self._text, self._wanted, self._tap, self._compute = text, wanted, tap, compute
+        self._sums: list[Sums] = []
+
+    def put(self, batch: int, hidden: torch.Tensor) -> None:
+        """Count a batch."""
+        first, features = batch * self._compute.batch_size, self._tap.features
+        lacking = self._wanted.read(first, first + len(hidden)).to(hidden.device).double() - hidden.double()
+        if not self._sums:
+            count = 1 + bool(self._text.held_out)
+            self._sums = [Sums(features.shape[-1], hidden.shape[-1], hidden.device) for _ in range(count)]
+        cut = min(max(self._text.solved - first, 0), len(hidden))
+        for sums, part in zip(self._sums, (slice(0, cut), slice(cut, None)), strict=False):
+            sums.add(features[part].flatten(0, 1), lacking[part].flatten(0, 1))
+
+    def flush(self) -> None:
+        """Nothing is on its way."""
+
+    def status(self) -> str:
+        """Nothing to say."""
+        return ""
+
+    def moments(self) -> tuple[Moments, Moments | None]:
+        """Of the windows solved for, and of those held out if there are any."""
+        found = [sums.moments() for sums in self._sums]
+        return found[0], found[1] if len(found) > 1 else None

@@ -1,0 +1,177 @@
+"""An adapter in closed form as it is written: a stock PEFT directory with its record and its model card."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from mistral_prune_lora.checkpoints.adapter import WEIGHTS_FILE
+from mistral_prune_lora.checkpoints.pruning_identity import read_identity
+from mistral_prune_lora.checkpoints.tensor_names import layer_prefix
+from mistral_prune_lora.closed_form.correction import MODULE, Correction
+from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormSettings
+from mistral_prune_lora.closed_form.solve import ClosedForm
+from mistral_prune_lora.distillation.student import Student
+from mistral_prune_lora.distillation.teacher_record import weight_digests
+from mistral_prune_lora.distillation.unfinished import Unfinished
+from mistral_prune_lora.layout.partition import spans
+from mistral_prune_lora.provenance import PACKAGE, other_files_sha256, versions
+from mistral_prune_lora.storage.dtypes import torch_name
+from mistral_prune_lora.storage.json_file import write_json
+from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files
+from mistral_prune_lora.storage.transaction import atomic_directory
+from mistral_prune_lora.streaming.compute import Compute
+
+COMMAND = "closed_form"
+
+
+def _recorded(content: dict) -> set[str] | None:
+    ours = content.get("command") == COMMAND and isinstance(content.get("files"), list)
+    return {str(name) for name in content["files"]} if ours else None
+
+
+RECORD = Record("closed_form.json", "a calibration", _recorded)
+
+_CARD = """---
+library_name: peft
+base_model: {base}
+tags:
+- lora
+- layer-pruning
+---
+
+# LoRA adapter of part {part}, in closed form
+
+Computed by {package} {version} without training, for layers {layers} (original indices) of a model that was cut into a
+fast-starting part A and the restorable bundles B and C. What the missing layers did to the stream was regressed on what
+enters `down_proj` of the layers below, and the solution is this adapter.
+
+| layer | brings the stream to what enters layer | rank | ridge | left of what it lacked | on held-out tokens |
+|---|---|---|---|---|---|
+{rows}
+
+Calibrated on:
+
+{texts}
+
+`closed_form.json` has the digests of everything that went in. The adapter's indices are those of the dense model: merge
+it with `python -m mistral_prune_lora.pruning.mistral_merge_adapter`, or load it with PEFT onto {base}.
+Its licence is that of the model it was made for.
+"""
+
+
+@dataclass(frozen=True)
+class ClosedFormJob:
+    """One adapter to compute.
+
+    Attributes:
+        part: "A", "B" or "C".
+        student: the pruned A for A; for B and C what their adapters are trained on.
+        dense_dir: the dense model.
+        texts: what to calibrate on.
+        settings: rank, ridge, places.
+        compute: device, dtype, batch size, memory.
+        output_dir: the adapter's directory, written whole or not at all. While it is computed, `NAME.unfinished` lies
+            beside it.
+    """
+
+    part: str
+    student: Student
+    dense_dir: str | Path
+    texts: Sequence[CalibrationText]
+    settings: ClosedFormSettings
+    compute: Compute
+    output_dir: Path
+
+    def run(self, *, overwrite: bool = False) -> None:
+        """Compute the adapter and write it.
+
+        Args:
+            overwrite: replace what is no such adapter, too; never an input.
+
+        Raises:
+            PipelineError: the output may not or cannot be written, see `outputs.claim`; another process computes this
+                adapter. Others as for `ClosedForm`.
+        """
+        closed_form = ClosedForm(self.part, self.student, self.dense_dir, self.texts, self.settings, self.compute)
+        folders = [self.student.model_dir, *self.student.bundles]
+        output = Output.directory(self.output_dir, "--output_dir", RECORD)
+        check = claim([output], [*folders, self.dense_dir], overwrite=overwrite)
+        about = self._about(folders)
+        beside = Unfinished(self.output_dir, about)
+        # Entered before the passes, which would be lost if their result could not be written.
+        with beside.held():
+            with atomic_directory(self.output_dir, check=check) as fresh:
+                corrections = closed_form.corrections(beside.path)
+                _write(fresh, corrections, self.student, about)
+            beside.remove()
+
+    def _about(self, folders: Sequence[str | Path]) -> dict:
+        names = [os.fspath(folder) for folder in folders]
+        return {
+            "command": COMMAND,
+            "stage": self.part,
+            "student": {"dir": names[0], "weights": weight_digests(names[0])},
+            "bundles": {name: weight_digests(name) for name in names[1:]},
+            "pruning_identities": {name: read_identity(name) for name in names},
+            "dense": {"dir": os.fspath(self.dense_dir), "weights": weight_digests(self.dense_dir)},
+            "texts": [
+                {**text.windows.identity.content(), "held_out": text.held_out, "weight": text.weight}
+                for text in self.texts
+            ],
+            "settings": asdict(self.settings),
+            "dtype": torch_name(self.compute.dtype),
+            "versions": versions(PACKAGE, "torch", "transformers", "peft"),
+        }
+
+
+def _write(folder: Path, corrections: Sequence[Correction], student: Student, about: Mapping) -> None:
+    layers, rank = [correction.layer for correction in corrections], len(corrections[0].a)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[MODULE.rpartition(".")[2]],
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=os.fspath(student.model_dir),
+        inference_mode=True,
+    )
+    config.save_pretrained(os.fspath(folder))
+    tensors: dict[str, torch.Tensor] = {}
+    for correction in corrections:
+        name = f"base_model.model.{layer_prefix(correction.layer)}{MODULE}"
+        tensors |= {f"{name}.lora_A.weight": correction.a, f"{name}.lora_B.weight": correction.b}
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    found = [correction.about for correction in corrections]
+    (folder / "README.md").write_text(_card(about, found), encoding="utf-8")
+    files = {"files": [*listed_files(folder), RECORD.name], "outputs": other_files_sha256(folder, ())}
+    write_json(folder / RECORD.name, {**about, "layers": layers, "corrections": found, **files})
+
+
+def _card(about: Mapping, found: Sequence[Mapping]) -> str:
+    package, version = next(iter(about["versions"].items()))
+    rows = [
+        f"| {each['layer']} | {each['before']} | {each['rank']} | {each['ridge']:.1e} | {each['residual']:.3f} |"
+        f" {'' if each['held_out_residual'] is None else format(each['held_out_residual'], '.3f')} |"
+        for each in found
+    ]
+    texts = [
+        f"- {text['windows'] - text['held_out']} windows of {text['seqlen']} tokens of {text['dataset']}"
+        f" ({text['split']}), weight {text['weight']:g}; {text['held_out']} more to choose the ridge on"
+        for text in about["texts"]
+    ]
+    return _CARD.format(
+        base=about["student"]["dir"],
+        part=about["stage"],
+        package=package,
+        version=version,
+        layers=spans(each["layer"] for each in found),
+        rows="\n".join(rows),
+        texts="\n".join(texts),
+    )
