@@ -71,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
         help="the dense model: a directory or a Hub id; needed unless --kd_alpha is 0")  # fmt: skip
     p.add_argument("--student", metavar="DIR", help="the pruned A for stage A, else the merged A")
     p.add_argument("--bundle", action="append", metavar="DIR", help="a bundle to restore; may be repeated")
+    p.add_argument("--start_adapter", metavar="DIR",
+        help="a LoRA adapter of this part to start from, say in closed form; the result holds it too")  # fmt: skip
     p.add_argument("--output_dir", metavar="DIR", help="the adapter's directory; a former one is replaced")
     p.add_argument("--overwrite", action="store_true",
         help="replace what is there even if it is no such adapter; never an input")  # fmt: skip
@@ -220,7 +222,15 @@ def main(argv: list[str] | None = None) -> None:
     part = request.part
     compute, states = Compute.named(given["device"], given["dtype"], FROZEN_BATCH), given.get("teacher_states")
     prefix, start = given.get("prefix_states"), given.get("prefix_from")
-    read = [request.teacher, request.student, *request.bundles, *given.get("text_file", ()), given["dataset"], start]
+    read = [
+        request.teacher,
+        request.student,
+        *request.bundles,
+        *given.get("text_file", ()),
+        given["dataset"],
+        start,
+        given.get("start_adapter"),
+    ]
     questions = None if given["qa_dataset"] is None else question_dataset(given["qa_dataset"])
     read += [questions.dataset] if questions else []
     outputs = [Output.directory(request.output_dir, "--output_dir", RECORD)]
@@ -249,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         compute,
         None if held_out is None else TrainingData(held_out),
         request.running(),
+        given.get("start_adapter"),
     )
     job.check()
     missing = [

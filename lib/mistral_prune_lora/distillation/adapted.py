@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mistral_prune_lora.distillation.batches import Batch
 from mistral_prune_lora.distillation.settings import LoraSettings, TrainingSettings
+from mistral_prune_lora.distillation.start import StartAdapter
 from mistral_prune_lora.distillation.student import Student, matching_modules
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.streaming.compute import Compute
@@ -34,6 +35,7 @@ class AdaptedStudent:
         compute: Compute,
         *,
         with_prefix: bool = True,
+        start: StartAdapter | None = None,
     ) -> None:
         """Load it and add the adapter, whose first weights come from the seed.
 
@@ -44,6 +46,7 @@ class AdaptedStudent:
             compute: device and dtype.
             with_prefix: whether the layers below the first adapted one are needed; without them, batches must bring
                 what enters that layer.
+            start: an adapter to start from, merged into the weights.
 
         Raises:
             CheckpointError, LayoutError: as for `load_model`.
@@ -53,6 +56,8 @@ class AdaptedStudent:
         model = load_model(
             student.model_dir, dtype=compute.dtype, device=compute.device, bundles=student.bundles, first_layer=first
         )
+        if start:
+            start.merge_into(model)
         # Dropout is in adapters alone; what is frozen gives the same at every pass.
         for module in model.modules():
             if hasattr(module, "attention_dropout"):

@@ -46,6 +46,7 @@ def model_card(about: Mapping, held_out: Sequence[Mapping] = ()) -> str:
     batch += f" x {about['processes']} processes" if about["processes"] > 1 else ""
     rows = {
         "student": _student(about),
+        **({"started from": about["start"]["dir"]} if about.get("start") else {}),
         "teacher": about["teacher"]["dir"] if about["teacher"] else "none",
         "loss": loss_words(about["settings"]["loss"], bool(about["teacher"])),
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on"
