@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mistral_prune_lora.distillation.batches import Batch
 from mistral_prune_lora.distillation.settings import LoraSettings, TrainingSettings
+from mistral_prune_lora.distillation.staged import StagedDecoder
 from mistral_prune_lora.distillation.start import StartAdapter
 from mistral_prune_lora.distillation.student import Student, matching_modules
 from mistral_prune_lora.models.load import load_model
@@ -71,6 +72,19 @@ class AdaptedStudent:
         self._whole, watched = model, settings.loss.hidden
         self._watched = None if watched is None else watched.student_layer
         self.head: torch.Tensor = model.lm_head.weight
+        self._staged = StagedDecoder(model.model, student.layout, list(settings.stages)) if settings.stages else None
+        self._shares = [share / sum(settings.stages.values()) for share in settings.stages.values()]
+
+    def finals(self, batch: Batch) -> list[tuple[float, torch.Tensor]]:
+        """The final hidden states after the norm at every stage that is trained, each with its share of the loss.
+
+        Returns:
+            One pair, with a share of 1, unless several stages are trained; shape (n, seqlen, hidden) each.
+        """
+        if self._staged is None:
+            return [(1.0, self.hidden(batch)[0])]
+        found = self._staged({"input_ids": batch.ids}, batch.positions)
+        return list(zip(self._shares, found, strict=True))
 
     def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The final hidden states after the norm, and those that leave the watched layer, if any is watched.

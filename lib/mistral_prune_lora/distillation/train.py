@@ -83,7 +83,8 @@ class TrainingJob:
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that get an adapter."""
-        return self.student.adapted_layers(self.part, self.settings.adapt_layers)
+        settings = self.settings
+        return self.student.adapted_layers(self.part, settings.adapt_layers, tuple(settings.stages))
 
     @cached_property
     def start(self) -> StartAdapter | None:
@@ -125,6 +126,7 @@ class TrainingJob:
                 mend="name layers of each part, or leave it out",
             )
         _ = self.start
+        self._check_stages()
         layers, active = self.layers, {source.index for source in self.student.sources()}
         if watched and (watched.student_layer not in active or watched.student_layer < min(layers)):
             raise LayoutError(
@@ -140,6 +142,19 @@ class TrainingJob:
                 )
         if self.held_out:
             check_disjoint(self.data.windows, self.held_out.windows)
+
+    def _check_stages(self) -> None:
+        """Raise a PipelineError for several stages where one is all that can be trained."""
+        if not self.settings.stages:
+            return
+        faults = {
+            f"{self.part}'s adapter is trained at one stage": self.part != "A",
+            "a hidden state is watched at one stage": self.settings.loss.hidden is not None,
+            "prefix states are of one stage": any(data.prefix_states for data in (self.data, self.held_out) if data),
+        }
+        for told, wrong in faults.items():
+            if wrong:
+                raise PipelineError(f"{told}, and several are named", where="stages", mend="leave one of the two out")
 
     def record(self, ranks: Ranks) -> dict:
         """Everything that the adapter's bytes depend on, but for what only moves roundings."""
@@ -167,7 +182,8 @@ class TrainingJob:
         watched = hidden.teacher_layer if hidden else None
         four_bit = settings.teacher_4bit
         prepare = Preparation(self.student, layers, self.teacher_dir, watched, four_bit, compute, ranks, beside)
-        passes = passes_over(len(self.data.windows), settings.optimiser, ranks.world)
+        # What is below the first adapted layer is another thing at every stage.
+        passes = 1 if settings.stages else passes_over(len(self.data.windows), settings.optimiser, ranks.world)
         training, *others = prepare.read(self.data, self.held_out, passes)
         whole = training.shelf.entering is None
         adapted = AdaptedStudent(self.student, layers, settings, compute, with_prefix=whole, start=self.start)
@@ -194,7 +210,7 @@ class TrainingJob:
 
     def layers_by_part(self) -> dict[str, list[int]]:
         """The adapted layers of each part that is trained."""
-        adapted, parts = set(self.layers), self.student.layers_by_part(self.part)
+        adapted, parts = set(self.layers), self.student.layers_by_part(self.part, tuple(self.settings.stages))
         return {part: [layer for layer in layers if layer in adapted] for part, layers in parts.items()}
 
     def _about(self, outcome: Outcome, doubts: list[str], ranks: Ranks) -> dict:
