@@ -16,6 +16,7 @@ from mistral_prune_lora.argument_types import (
     positive_number,
     seed,
     share,
+    stage_shares,
     temperature,
 )
 from mistral_prune_lora.distillation.arguments import (
@@ -135,6 +136,9 @@ def _add_training(fit) -> None:
         " --warmup_ratio 0.1 comes to)")  # fmt: skip
     fit.add_argument("--weight_decay", type=share, metavar="X", help=_default("weight_decay"))
     fit.add_argument("--max_grad_norm", type=positive_number, metavar="X", help=_default("max_grad_norm"))
+    fit.add_argument("--stages", type=stage_shares, metavar="A=X,AB=Y,FULL=Z",
+        help="train A's adapter for several stages at once, each with its share of the loss, with the bundles of the"
+        " largest restored (default: for stage A)")  # fmt: skip
     fit.add_argument("--hidden_loss", type=hidden_loss, metavar="S:T[:W]",
         help="also W (1 - cosine) of what leaves the student's layer S and the teacher's T (default: no)")  # fmt: skip
     fit.add_argument("--skip_spikes", type=positive_number, metavar="X",
@@ -243,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         check_teacher(teacher, request.student)
     read_config(request.student)  # refused before the text is fetched
     student = Student(request.student, request.bundles)
-    first = min(student.adapted_layers(part, given["adapt_layers"]))
+    first = min(student.adapted_layers(part, given["adapt_layers"], tuple(given["stages"])))
     windows, held_out = _windows(given, questions, load_tokenizer(teacher or request.student))
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
     if told := windows.identity.examples:
