@@ -21,6 +21,7 @@ from mistral_prune_lora.errors import LayoutError, PipelineError, printable, sho
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 
 _LONGEST_LINE = 500
+SHARED_STAGES = "shared"  # of `restore`: one adapter of A serves all stages
 TRAIN, CLOSED_FORM = "train", "closed-form"  # adapters that are made here; anything else is the path of one
 # In C where libyaml was there when PyYAML was built: a hundred experiments take a second less.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -239,6 +240,11 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
         yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
     if trained:
         yield from _training_faults(config, experiment["distill"], layout, path, trained)
+    if experiment["restore"] == SHARED_STAGES:
+        if "A" not in trained:
+            yield f"{path}.restore: shared trains A's adapter for all stages, and adapters.A is not trained"
+        if experiment["distill"]["loss"]["hidden"]:
+            yield f"{path}.distill.loss.hidden: is of one stage, and with restore as shared several are trained"
     yield from _closed_form_faults(experiment, layout, path)
     if experiment["adapter_indices"] == "compact" and "A" in (*trained, *closed_form_parts(experiment, layout)):
         yield f"{path}.adapter_indices: A's adapter is made here, under original indices; compact is for a given one"

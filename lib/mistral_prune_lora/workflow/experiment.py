@@ -14,6 +14,7 @@ from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_seg
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, Windows
 from mistral_prune_lora.workflow.configuration import (
     CLOSED_FORM,
+    SHARED_STAGES,
     TRAIN,
     calibration_texts,
     closed_form_parts,
@@ -177,6 +178,9 @@ class Experiment:
         parts = "".join(PARTS_OF_STAGE.get(trained, trained))
         student, bundles = self._student(trained, parts, variant)
         settings = {key: wanted[key] for key in _DECIDING}
+        if shared := trained == "A" and self.settings["restore"] == SHARED_STAGES:
+            bundles = {part: self.part("pruned", part) for part in "BC" if self.layout.layers_of(part)}
+            settings["stages"] = wanted["stages"]
         # What a training is compared with starts from nothing.
         start = self.closed_form(trained) if wanted["start"] and variant == "merged" else None
         if variant == NO_KD:
@@ -186,7 +190,8 @@ class Experiment:
         layers = [layer for part in parts for layer in self.layout.layers_of(part)]
         adapted = [layer for layer in layers if settings["adapt_layers"] is None or layer in settings["adapt_layers"]]
         active = [layer for part in ("A", *bundles) for layer in self.layout.layers_of(part)]
-        prefix = tuple(layer for layer in sorted(active) if layer < min(adapted, default=0))
+        first = 0 if shared else min(adapted, default=0)  # below it, every stage comes to something else
+        prefix = tuple(layer for layer in sorted(active) if layer < first)
         held = self._held_out_windows()
         data = self._reading(self.windows("distill", wanted["dataset"]), taught, student, bundles, prefix)
         return Training(
