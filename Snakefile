@@ -23,6 +23,7 @@ include: "rules/export.smk"
 include: "rules/perplexity.smk"
 include: "rules/place.smk"
 include: "rules/summary.smk"
+include: "rules/report.smk"
 
 
 CODE.keep()  # every rule has asked for its script's digest by now
@@ -40,6 +41,7 @@ rule all:
         [f"results/seeds{OF_CONFIG}.csv", f"results/baseline{OF_CONFIG}.csv"] if SWEEPS or BASELINES else [],
         PLAN.files,
         [experiment.files for experiment in EXPERIMENTS.values()],
+        REPORT if CONFIG["report"] else [],
 
 
 onsuccess:

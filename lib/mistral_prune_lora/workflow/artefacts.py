@@ -207,6 +207,11 @@ class Merge:
         return [f"{self.folder}/{name}" for name in self.names]
 
     @property
+    def strength(self) -> str:
+        """Where it is told how much the adapter changes each weight."""
+        return f"{SHARED}/strength/{self.name}.csv"
+
+    @property
     def source(self) -> Source:
         """The merged part as jobs read it."""
         return Source(self.folder, (f"{self.folder}/merge.json",), self.name, maker=self.rule, made=self.name)

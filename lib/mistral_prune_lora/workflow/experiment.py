@@ -316,10 +316,15 @@ class Experiment:
     @cached_property
     def merges(self) -> list[Merge]:
         """All merges: of the healed parts, and of those that they are compared with."""
-        own = [self.merge(part) for part in self.merged_parts]
+        return list(self.labelled_merges.values())
+
+    @cached_property
+    def labelled_merges(self) -> dict[tuple[str, str], Merge]:
+        """All merges by variant and part."""
+        own = {("merged", part): self.merge(part) for part in self.merged_parts}
         for variant in self.settings["baselines"]:
             parts = PARTS_OF_STAGE[JOINT[variant]] if variant in JOINT else "ABC"
-            own += [self.merge(part, variant) for part in parts if self.layout.layers_of(part)]
+            own |= {(variant, part): self.merge(part, variant) for part in parts if self.layout.layers_of(part)}
         return own
 
     @_once
