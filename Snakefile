@@ -17,6 +17,7 @@ include: "rules/inputs.smk"
 include: "rules/dense.smk"
 include: "rules/windows.smk"
 include: "rules/prune.smk"
+include: "rules/choose.smk"
 include: "rules/distill.smk"
 include: "rules/merge.smk"
 include: "rules/export.smk"
@@ -40,6 +41,7 @@ rule all:
         [f"results/seeds{OF_CONFIG}.csv", f"results/baseline{OF_CONFIG}.csv"] if SWEEPS or BASELINES else [],
         PLAN.files,
         [experiment.files for experiment in EXPERIMENTS.values()],
+        all_decided,
 
 
 onsuccess:
