@@ -37,7 +37,7 @@ def checked(project):
 
 
 def test_layers_are_chosen_in_one_run_and_taken_by_the_next(choosing):
-    told = choosing.snakemake(succeeds=False)
+    told = choosing.snakemake("--dry-run", succeeds=False)
     assert f"there is no {CHOICE}; run `snakemake {CHOICE} --cores N` first" in told
     assert choosing.jobs(CHOICE) == {"windows": 1, "choose": 1}
     record = json.loads(choosing.path("choice.json").read_text())
@@ -52,11 +52,9 @@ def test_layers_are_chosen_in_one_run_and_taken_by_the_next(choosing):
     manifest = json.loads(choosing.path("pruning/A/manifest.json").read_text())
     assert manifest["stages"]["A"]["dropped_layers"] == record["dropped"] == [*map(int, block.dropped.split())]
     assert manifest["stages"]["B"]["removed_layers"] == record["B"]
-    assert choosing.planned() == {} and choosing.planned(CHOICE) == {}
     # With other settings it is not what this configuration would choose, and nothing is measured with it.
     choosing.config["experiments"]["tiny"]["choose"]["drop"] = 3
-    assert "was chosen with other settings" in choosing.snakemake(succeeds=False)
-    assert choosing.planned(CHOICE) == {"choose": 1}
+    assert "was chosen with other settings" in choosing.snakemake("--dry-run", succeeds=False)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from mistral_prune_lora.choosing.walk import Walk
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import NumberError
 from mistral_prune_lora.layout.partition import spans
+from mistral_prune_lora.models.config import head_name
 from mistral_prune_lora.models.window_scores import Head, head_bytes, score_models
 from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.finite import mend_for
@@ -34,6 +35,7 @@ from mistral_prune_lora.streaming.compute import LayerSource
 from mistral_prune_lora.streaming.faults import layers_blamed
 from mistral_prune_lora.streaming.memory import resident_groups, working_bytes
 from mistral_prune_lora.streaming.passage import Passage
+from mistral_prune_lora.streaming.record import parameters
 
 DENSE: Missing = ()
 _SHARE_OF_HOST = 4  # beside a GPU, hidden states between layers take this part of the host's free memory
@@ -136,11 +138,11 @@ class Measurement:
         windows, alive = len(self.passage.windows), list(candidates)
         found: dict[Missing, list[WindowScores]] = {missing: [] for missing in (DENSE, *alive)}
         proxies, first, passes = None if block is None else Proxies(block), 0, 0
-        whole = self._tree(alive).passes * windows * self.passage.windows.seqlen
+        whole = self._work(self._tree(alive)) * windows
         with progress(total=whole, description=words, unit="tok", unit_scale=True) as bar:
             while first < windows:
                 tree = self._tree(alive)
-                bar.total = bar.n + tree.passes * (windows - first) * self.passage.windows.seqlen
+                bar.total = bar.n + self._work(tree) * (windows - first)
                 at_once = self._windows_at_once(tree)
                 done = self._known(first, alive, block)
                 if done is None:
@@ -148,7 +150,7 @@ class Measurement:
                     done = self._round(first, count, alive, tree, block, bar)
                     self._journal.append(done.content(block))
                 else:
-                    bar.update(tree.passes * done.count * self.passage.windows.seqlen)
+                    bar.update(self._work(tree) * done.count)
                 for missing in (DENSE, *alive):
                     found[missing].append(done.scores[missing])
                 if proxies and done.cosines:
@@ -162,6 +164,16 @@ class Measurement:
 
     def _tree(self, candidates: Sequence[Missing]) -> Tree:
         return Tree.of([running(self.num_layers, missing) for missing in (DENSE, *candidates)])
+
+    def _work(self, tree: Tree) -> int:
+        """What a window costs, for the progress bar: tokens through layers, and a score as so many as its head weighs."""
+        return (tree.passes + len(tree.ends) * self._head_in_layers) * self.passage.windows.seqlen
+
+    @cached_property
+    def _head_in_layers(self) -> int:
+        """Parameters of the output projection, in those of a layer."""
+        model = self.passage.model
+        return max(1, round(parameters([model.entries[head_name(model)]]) / parameters(model.layer(0).values())))
 
     def _to_next_look(self, first: int) -> int:
         """Windows until the race is looked at next."""
@@ -204,6 +216,7 @@ class Measurement:
             for missing, scores in zip(found, scored, strict=True):
                 self._check(missing, scores, self.passage.windows_of(batch).start)
                 found[missing].append(scores)
+            bar.update(len(tree.ends) * self._head_in_layers * self.passage.ids_of(batch).numel())
         whole = {missing: WindowScores.concatenate(parts) for missing, parts in found.items()}
         told = [taps[batch].cosines() for batch in batches] if block else []
         cosines = ([row for last, _ in told for row in last], [row for _, every in told for row in every])

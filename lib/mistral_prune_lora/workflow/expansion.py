@@ -121,12 +121,8 @@ def _resolved(experiments: Mapping, name: str) -> Any:
     for key, other in (_EXCLUDING, _EXCLUDING[::-1]):
         if key in own:
             base.pop(other, None)
-    own_layers, layers = own.get("layers"), base.get("layers")
-    if (
-        isinstance(own_layers, Mapping)
-        and isinstance(layers, dict)
-        and ("choice" in own_layers) != ("choice" in layers)
-    ):
+    both = [layers for layers in (own.get("layers"), base.get("layers")) if isinstance(layers, Mapping)]
+    if len({"choice" in layers for layers in both}) > 1:
         del base["layers"]  # chosen, or named: one takes the place of the other
     return _merged(base, own)
 
