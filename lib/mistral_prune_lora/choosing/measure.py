@@ -166,7 +166,7 @@ class Measurement:
         return Tree.of([running(self.num_layers, missing) for missing in (DENSE, *candidates)])
 
     def _work(self, tree: Tree) -> int:
-        """What a window costs, for the progress bar: tokens through layers, and a score as so many as its head weighs."""
+        """What a window costs, for the progress bar: tokens through layers, a score by what its head weighs."""
         return (tree.passes + len(tree.ends) * self._head_in_layers) * self.passage.windows.seqlen
 
     @cached_property
