@@ -36,11 +36,13 @@ rule choose:
 
 rule place_choice:
     input:
-        lambda wildcards: [f"{CHOICES[wildcards.experiment].folder}/choice.{kind}" for kind in ("csv", "json", "svg")],
+        table=lambda wildcards: f"{CHOICES[wildcards.experiment].folder}/choice.csv",
+        record=lambda wildcards: f"{CHOICES[wildcards.experiment].folder}/choice.json",
+        plot=lambda wildcards: f"{CHOICES[wildcards.experiment].folder}/choice.svg",
     output:
-        "results/{experiment}/choice.csv",
-        "results/{experiment}/choice.json",
-        report("results/{experiment}/choice.svg", caption="../report/choice.rst", category="Choice of layers"),
+        table="results/{experiment}/choice.csv",
+        record="results/{experiment}/choice.json",
+        plot=report("results/{experiment}/choice.svg", caption="../report/choice.rst", category="Choice of layers"),
     log:
         "logs/place/{experiment}.choice.log",
     wildcard_constraints:
@@ -51,6 +53,6 @@ rule place_choice:
     params:
         place=PLACE,
     shell:
-        "{params.place} --made {input[0]:q} --at {output[0]:q} 2>{log:q} && "
-        "{params.place} --made {input[1]:q} --at {output[1]:q} 2>>{log:q} && "
-        "{params.place} --made {input[2]:q} --at {output[2]:q} 2>>{log:q}"
+        "{params.place} --made {input.table:q} --at {output.table:q} 2>{log:q} && "
+        "{params.place} --made {input.record:q} --at {output.record:q} 2>>{log:q} && "
+        "{params.place} --made {input.plot:q} --at {output.plot:q} 2>>{log:q}"
