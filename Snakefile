@@ -17,6 +17,7 @@ include: "rules/inputs.smk"
 include: "rules/dense.smk"
 include: "rules/windows.smk"
 include: "rules/prune.smk"
+include: "rules/choose.smk"
 include: "rules/distill.smk"
 include: "rules/merge.smk"
 include: "rules/export.smk"
@@ -42,6 +43,7 @@ rule all:
         PLAN.files,
         [experiment.files for experiment in EXPERIMENTS.values()],
         REPORT if CONFIG["report"] else [],
+        all_decided,
 
 
 onsuccess:

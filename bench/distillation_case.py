@@ -145,7 +145,7 @@ def prepare(model: str, folder: Path, parts: Sequence[str], windows: int | None,
     """
     kind = KINDS[model]
     windows, seqlen = windows or kind.windows, seqlen or kind.seqlen
-    dense = _dense(model, folder)
+    dense = dense_model(model, folder)
     config = open_checkpoint(dense).config
     layout = Layout(config["num_hidden_layers"], kind.b, kind.c)
     prune_model(dense, layout, save_dir=folder / "A", save_removed_dir=folder / "bundles")
@@ -174,7 +174,8 @@ def prepare(model: str, folder: Path, parts: Sequence[str], windows: int | None,
     return case
 
 
-def _dense(model: str, folder: Path) -> Path:
+def dense_model(model: str, folder: Path) -> Path:
+    """Write one of `KINDS` to folder/dense."""
     if model == "random":
         return write_model(folder / "dense", mistral_config(**RANDOM))
     example = Path(__file__).parents[1] / "config.yaml"

@@ -3,9 +3,10 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from snakemake.exceptions import IncompleteCheckpointException
+from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
 from snakemake.io import checkpoint_target
 
 from mistral_prune_lora.errors import PipelineError
@@ -14,6 +15,8 @@ from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.workflow import needs
 from mistral_prune_lora.workflow.artefacts import MODEL_FILES, bundle_files
 from mistral_prune_lora.workflow.checks import check_inputs
+from mistral_prune_lora.workflow.choice import choices
+from mistral_prune_lora.workflow.chosen import waiting
 from mistral_prune_lora.workflow.configuration import (
     ConfigError,
     baseline_of,
@@ -43,28 +46,32 @@ STREAM_THREADS = min(4, COMPUTE_THREADS)
 
 
 def checked_config():
-    """The configuration with whole experiments and all defaults, and what its sweeps were.
+    """The configuration with whole experiments and all defaults, what its sweeps were, the choices of layers that it
+    asks for, and which experiments wait for one: these are left out of the configuration.
 
     What it names on disk is looked at by the process that plans, and not by every job again.
     """
     check_files([*workflow.configfiles, *workflow.config_settings.configfiles])
     expansion = expand_experiments(with_yaml_values(config, workflow.config_settings.config or {}))
     whole = check_config(expansion.config, RULES / "config.schema.yaml")
+    chosen = choices(whole, CONTENT)
+    undecided = waiting(whole, {name: choice.name for name, choice in chosen.items()})
+    whole["experiments"] = {name: told for name, told in whole["experiments"].items() if name not in undecided}
     if workflow.is_main_process:
         found = check_inputs(whole)
         if found.faults:
             if "check" in sys.argv:
                 print(preview(whole, found))
             raise ConfigError(found.faults)
-        for warning in found.warnings:
+        for warning in [*found.warnings, *undecided.values()]:
             print(f"warning: {warning}", file=sys.stderr)
-    return whole, expansion.sweeps
+    return whole, expansion.sweeps, chosen, undecided
 
 
 # A user's mistake ends with its own words. To those of an exception Snakemake adds where in these rules it was met.
 try:
-    CONFIG, SWEEPS = checked_config()
-    PLAN = Plan.of(CONFIG, CONTENT)
+    CONFIG, SWEEPS, CHOICES, UNDECIDED = checked_config()
+    PLAN = Plan.of(CONFIG, CONTENT, CHOICES)
     MODELS = {
         name: (dense_model(name, model, CONTENT), model["num_layers"])
         for name, model in CONFIG["models"].items()
@@ -87,12 +94,19 @@ OF_CONFIG = of_config()
 
 wildcard_constraints:
     model="|".join(map(re.escape, CONFIG["models"])),
-    experiment="|".join(map(re.escape, EXPERIMENTS)),
+    experiment="|".join(map(re.escape, EXPERIMENTS)) or "(?!)",
     dataset="|".join(map(re.escape, CONFIG["datasets"])),
     part="[ABC]",
     stage="A|AB|FULL",
     variant="dense|pruned|merged|no-kd|joint-AB|joint-FULL",
     made=r"[A-Za-z0-9_-]+",
+
+
+def all_decided(wildcards):
+    """No file, and an error if there are experiments whose layers are still to be chosen."""
+    if UNDECIDED:
+        raise WorkflowError("\n".join(UNDECIDED.values()))
+    return []
 
 
 def code_of(script):

@@ -24,6 +24,7 @@ rule summary:
         results=list(RESULTS),
         windows=[WINDOW_SCORES[file] for file in RESULTS],
         merges=lambda wildcards: depends(*RECORDS),
+        decided=all_decided,
     output:
         summary=f"results/summary{OF_CONFIG}.csv",
         comparisons=f"results/comparisons{OF_CONFIG}.csv",

@@ -15,7 +15,7 @@ from mistral_prune_lora.distillation.batches import Shelf
 from mistral_prune_lora.distillation.ranks import Ranks
 from mistral_prune_lora.distillation.teacher import Teacher
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.models.window_scores import block_slices, score_tokens
+from mistral_prune_lora.models.window_scores import DenseTokens, block_slices, score_tokens
 from mistral_prune_lora.text.windows import Windows
 
 
@@ -78,7 +78,7 @@ class HeldOut:
         for block in block_slices(len(targets), head.shape[0]):
             dense = None
             if taught is not None and self._teacher is not None:
-                dense = functional.linear(taught[block], self._teacher.head).float()
+                dense = DenseTokens.of(functional.linear(taught[block], self._teacher.head).float())
             sums += score_tokens(functional.linear(hidden[block], head).float(), targets[block], dense)
         return sums
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint
@@ -135,7 +133,7 @@ class Scoring:
         scores = score_batch(self._heads[0], hidden, self._passage.ids_of(batch), taught)
         self._check(scores, span.start, hidden)
         self._scores[batch] = scores
-        self._journal.append({"batch": batch, **_listed(scores)})
+        self._journal.append({"batch": batch, **scores.content()})
 
     def flush(self) -> None:
         """Wait for final hidden states that are still on their way to the disk."""
@@ -170,7 +168,7 @@ class Scoring:
         for entry in self._journal.entries:
             batch = entry.get("batch")
             if type(batch) is int and batch in self._passage.batches and batch not in found:
-                scores = _scores(entry, len(self._passage.ids_of(batch)), self._dense is not None)
+                scores = WindowScores.parse(entry, len(self._passage.ids_of(batch)), taught=self._dense is not None)
                 found |= {batch: scores} if scores else {}
         if len(found) < len(self._journal.entries):
             say_left_out(self.place, len(self._journal.entries) - len(found))
@@ -204,22 +202,3 @@ class Scoring:
             raise error
         mend = mend_for(self._passage.compute.dtype)
         raise NumberError(f"{said}: its logits are", where=self._passage.model.path, mend=mend)
-
-
-def _listed(scores: WindowScores) -> dict:
-    return {name: None if column is None else column.tolist() for name, column in vars(scores).items()}
-
-
-def _scores(entry: Mapping, windows: int, taught: bool) -> WindowScores | None:
-    """The scores of a journal's entry; None if they are not those of so many windows, all of them numbers."""
-    columns: dict[str, Any] = {}
-    for name, there in (("nll", True), ("correct", True), ("kl", taught), ("agree", taught)):
-        values = entry.get(name)
-        if not there:
-            columns[name] = None
-        elif isinstance(values, list) and len(values) == windows and all(type(v) is float for v in values):
-            columns[name] = np.array(values, dtype=np.float64)
-        else:
-            return None
-    scores = WindowScores(**columns)
-    return scores if scores.first_not_finite() is None else None

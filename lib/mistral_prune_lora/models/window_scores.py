@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -80,7 +81,25 @@ def block_slices(tokens: int, vocabulary: int) -> list[slice]:
     return [slice(first, last) for first, last in itertools.pairwise(edges)]
 
 
-@torch.inference_mode()
+class DenseTokens(NamedTuple):
+    """The dense model's answers to a block of tokens; made once for all models that are compared with it.
+
+    Attributes:
+        log_p, p: its log-probabilities and probabilities, float32, shape (tokens, vocabulary).
+        best: its most likely tokens, shape (tokens,).
+    """
+
+    log_p: torch.Tensor
+    p: torch.Tensor
+    best: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> DenseTokens:
+        """Those of its logits (tokens, vocabulary)."""
+        log_p = logits.log_softmax(-1)
+        return cls(log_p, log_p.exp(), logits.argmax(-1))
+
+
 def score_batch(
     head: Head, hidden: torch.Tensor, ids: torch.Tensor, teacher: tuple[Head, torch.Tensor] | None = None
 ) -> WindowScores:
@@ -94,27 +113,47 @@ def score_batch(
         ids: token ids, shape (n, seqlen); position i predicts token i + 1.
         teacher: the dense model's head, and its final hidden states of the same windows.
     """
+    return score_models(head, [hidden], ids, teacher)[0]
+
+
+@torch.inference_mode()
+def score_models(
+    head: Head, states: Iterable[torch.Tensor], ids: torch.Tensor, teacher: tuple[Head, torch.Tensor] | None = None
+) -> list[WindowScores]:
+    """Score the same windows after several models that have one head; each as `score_batch` scores it, bit for bit.
+
+    What the dense model says of a block of tokens is worked out once for all of them.
+
+    Args:
+        head: of all models.
+        states: final hidden states of each of them, as `score_batch` takes them; only what the norm makes of them is
+            held at once.
+        ids, teacher: as there.
+    """
     blocks = block_slices(ids.shape[1] - 1, head.vocabulary)
-    normed = head.normed(hidden)
-    dense = None if teacher is None else teacher[0].normed(teacher[1].to(hidden.device))
-    targets = ids[:, 1:].to(hidden.device, torch.long)
-    sums = torch.zeros(len(hidden), 4, dtype=torch.float64, device=hidden.device)
-    for window in range(len(hidden)):
+    normed = [head.normed(hidden) for hidden in states]
+    device = normed[0].device
+    dense = None if teacher is None else teacher[0].normed(teacher[1].to(device))
+    targets = ids[:, 1:].to(device, torch.long)
+    sums = torch.zeros(len(normed), len(ids), 4, dtype=torch.float64, device=device)
+    for window in range(len(ids)):
         for part in blocks:
-            taught = None if teacher is None or dense is None else teacher[0].logits(dense[window, part])
-            sums[window] += score_tokens(head.logits(normed[window, part]), targets[window, part], taught)
-    columns: list[np.ndarray] = list(sums.T.contiguous().cpu().numpy())
-    return WindowScores(*(columns if teacher else columns[:2]))
+            taught = None
+            if teacher is not None and dense is not None:
+                taught = DenseTokens.of(teacher[0].logits(dense[window, part]))
+            for model, hidden in enumerate(normed):
+                sums[model, window] += score_tokens(head.logits(hidden[window, part]), targets[window, part], taught)
+    columns = [list(each.T.contiguous().cpu().numpy()) for each in sums]
+    return [WindowScores(*(each if teacher else each[:2])) for each in columns]
 
 
-def score_tokens(logits: torch.Tensor, targets: torch.Tensor, dense: torch.Tensor | None) -> torch.Tensor:
+def score_tokens(logits: torch.Tensor, targets: torch.Tensor, dense: DenseTokens | None) -> torch.Tensor:
     """NLL, correct, KL and agreement, summed over a block of tokens; float64, shape (4,)."""
     best = logits.argmax(-1)
     log_q = logits.log_softmax(-1)
     nll = -log_q.gather(-1, targets[:, None]).double().sum()
     kl = agree = torch.zeros((), dtype=torch.float64, device=logits.device)
     if dense is not None:
-        agree = (dense.argmax(-1) == best).double().sum()
-        log_p = dense.log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
+        agree = (dense.best == best).double().sum()
+        kl = (dense.p * (dense.log_p - log_q)).sum(-1).double().sum()
     return torch.stack([nll, (best == targets).double().sum(), kl, agree])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.choosing.proxies import angle
 from mistral_prune_lora.console import progress
 from mistral_prune_lora.errors import LayoutError, PipelineError
 from mistral_prune_lora.models.config import model_config
@@ -152,7 +152,7 @@ def angular_distances(
     for start in starts:
         cosine = torch.nn.functional.cosine_similarity(states[start], states[start + block], dim=-1).mean().item()
         b, c = split_block(start, block)
-        distance = math.acos(max(-1.0, min(1.0, cosine))) / math.pi
+        distance = angle(cosine)
         rows.append((start, start + block - 1, distance, " ".join(map(str, b)), " ".join(map(str, c))))
     table = pd.DataFrame(rows, columns=["start", "end", "angular_distance", "B", "C"])
     table.insert(3, "rank", table.angular_distance.rank(method="first").astype(int))

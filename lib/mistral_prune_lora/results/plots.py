@@ -24,6 +24,7 @@ _STYLE = {
     "joint-AB": ("D", "#5b8c3e"),
     "joint-FULL": ("D", "#5b8c3e"),
 }
+BEST_COLOUR, OTHER_COLOUR = "#1f6f8b", "#b9c6cc"  # of what is recommended or chosen, and of the rest
 _SMOOTHED = 10  # updates that the line of a training's loss is a mean over
 
 
@@ -41,7 +42,7 @@ def plot_perplexity(summary: str | Path, output: str | Path) -> None:
         _panel(axis, rows)
         axis.set_title(f"{experiment} on {dataset}")
     axes[0][0].set_ylabel("perplexity (log scale)")
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def plot_training(curves: Mapping[str, str | Path], output: str | Path) -> None:
@@ -56,7 +57,7 @@ def plot_training(curves: Mapping[str, str | Path], output: str | Path) -> None:
         _curve(axis, Path(path))
         axis.set_title(name)
     axes[0][0].set_ylabel("nats a token")
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def _curve(axis, path: Path) -> None:
@@ -81,13 +82,13 @@ def _curve(axis, path: Path) -> None:
 def plot_importance(table: pd.DataFrame, output: str | Path) -> None:
     """Draw the ranking as bars by block start, the recommended block marked; the suffix of `output` sets the format."""
     figure, axis = plt.subplots(figsize=(0.28 * len(table) + 2, 3.4), layout="constrained")
-    colours = ["#1f6f8b" if best else "#b9c6cc" for best in table.recommended]
+    colours = [BEST_COLOUR if best else OTHER_COLOUR for best in table.recommended]
     axis.bar(table.start, table.angular_distance, color=colours)
     best = table[table.recommended].iloc[0]
     axis.set_title(f"least change: layers {best.start}-{best.end}")
     axis.set_xlabel(f"first layer of the block of {best.end - best.start + 1}")
     axis.set_ylabel("angular distance")
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def _panel(axis, rows: pd.DataFrame) -> None:
@@ -112,7 +113,7 @@ def _panel(axis, rows: pd.DataFrame) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _save(figure: Figure, output: str | Path) -> None:
+def save_figure(figure: Figure, output: str | Path) -> None:
     """Write a figure, whole or not at all; fixed metadata and ids: the same numbers give the same bytes."""
     with atomic_file(output) as fresh, matplotlib.rc_context({"svg.hashsalt": "mistral-prune-lora"}):
         figure.savefig(fresh, dpi=150, metadata={"Date": None} if fresh.suffix == ".svg" else None)

@@ -48,6 +48,31 @@ class WindowScores:
         bad = np.flatnonzero(~np.isfinite(known).all(axis=0))
         return int(bad[0]) if len(bad) else None
 
+    def content(self) -> dict:
+        """All of it as JSON takes it."""
+        return {name: None if column is None else column.tolist() for name, column in vars(self).items()}
+
+    @classmethod
+    def parse(cls, content: Mapping, windows: int, *, taught: bool) -> WindowScores | None:
+        """The scores in what `content` gave; None if they are not those of so many windows, all of them numbers.
+
+        Args:
+            content: may hold anything.
+            windows: how many there must be.
+            taught: whether they were compared with the dense model.
+        """
+        columns: dict[str, Any] = {}
+        for name, there in (("nll", True), ("correct", True), ("kl", taught), ("agree", taught)):
+            values = content.get(name)
+            if not there:
+                columns[name] = None
+            elif isinstance(values, list) and len(values) == windows and all(type(v) is float for v in values):
+                columns[name] = np.array(values, dtype=np.float64)
+            else:
+                return None
+        scores = cls(**columns)
+        return scores if scores.first_not_finite() is None else None
+
     def save(self, path: str | Path, predicted_per_window: int) -> None:
         """Write them as parquet: window, tokens (predicted ones), and the columns that are known."""
         import pandas as pd

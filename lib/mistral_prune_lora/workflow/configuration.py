@@ -16,9 +16,11 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 
 from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
 from mistral_prune_lora.checkpoints.manifest import read_layout
+from mistral_prune_lora.choosing.settings import ChoiceSettings
 from mistral_prune_lora.closed_form.places import correction_places
 from mistral_prune_lora.errors import LayoutError, PipelineError, printable, shortened
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
+from mistral_prune_lora.workflow.chosen import Chosen, choice_file
 
 _LONGEST_LINE = 500
 SHARED_STAGES = "shared"  # of `restore`: one adapter of A serves all stages
@@ -112,13 +114,13 @@ def check_config(config: dict, schema_path: str | Path) -> dict:
 
 
 def experiment_layout(config: Mapping, experiment: str) -> Layout:
-    """The layers of A, B and C in one experiment: from its `layers`, or from its given pruned model.
+    """The layers of A, B and C in one experiment: from its `layers` or what was chosen, or from its given pruned model.
 
     Of that, its manifest tells, and its bundles where the manifest leaves open which dropped layers are B's and C's.
 
     Raises:
         LayoutError: the layers contradict each other or the model; the given model has no manifest, or nothing tells
-            B from C.
+            B from C; the layers are still to be chosen.
     """
     settings = config["experiments"][experiment]
     if "pruned" in settings:
@@ -135,6 +137,8 @@ def experiment_layout(config: Mapping, experiment: str) -> Layout:
             layout.layers_of("B")  # a job for no layers, for want of knowing them, would go unnoticed
         return layout
     layers = settings["layers"]
+    if "choice" in layers:
+        return Chosen.read(layers["choice"]).layout
     return Layout(config["models"][settings["model"]]["num_layers"], tuple(layers["B"]), tuple(layers["C"]))
 
 
@@ -201,12 +205,16 @@ def _broken_references(config: Mapping) -> Iterator[str]:
             ("distill.held_out.dataset", "datasets", [(experiment["distill"]["held_out"] or {}).get("dataset")]),
             ("importance.dataset", "datasets", [experiment["importance"]["dataset"]]),
             ("closed_form.datasets", "datasets", experiment["closed_form"]["datasets"]),
+            ("choose.dataset", "datasets", [experiment["choose"]["dataset"]]),
         ):
             for value in values:
                 if value is not None and value not in config[section]:
                     yield f"{path}.{key}: {value!r} is not one of {section}: {', '.join(sorted(config[section]))}"
         if experiment["model"] in config["models"]:
-            yield from _layer_faults(config, name, path)
+            yield from _choice_faults(config, experiment, path)
+            # What is still to be chosen is asked about when it is there, see `chosen.waiting`.
+            if (choice := choice_file(experiment)) is None or os.path.exists(choice):
+                yield from _layer_faults(config, name, path)
     for path, place in (
         ("baseline", config),
         *((f"experiments.{n}.baseline", e) for n, e in config["experiments"].items()),
@@ -214,6 +222,15 @@ def _broken_references(config: Mapping) -> Iterator[str]:
         if "baseline" in place and place["baseline"] not in config["experiments"]:
             names = ", ".join(sorted(config["experiments"]))
             yield f"{path}: {place['baseline']!r} is not one of experiments: {names}"
+
+
+def _choice_faults(config: Mapping, experiment: Mapping, path: str) -> Iterator[str]:
+    wanted = experiment["choose"]
+    if wanted["dataset"] is not None:
+        try:
+            ChoiceSettings.of(wanted).check(config["models"][experiment["model"]]["num_layers"])
+        except PipelineError as error:
+            yield f"{path}.choose: {error}"
 
 
 def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
@@ -229,7 +246,8 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
         return
     total = config["models"][experiment["model"]]["num_layers"]
     if layout.num_layers != total:
-        yield f"{path}.pruned: the manifest speaks of {layout.num_layers} layers, the model has {total}"
+        where = "pruned: the manifest speaks of" if given else "layers.choice: was made for a model of"
+        yield f"{path}.{where} {layout.num_layers} layers, the model has {total}"
     trained = trained_parts(experiment, layout)
     if experiment["baselines"]:
         trained = [part for part in "ABC" if layout.layers_of(part)]

@@ -121,6 +121,9 @@ def _resolved(experiments: Mapping, name: str) -> Any:
     for key, other in (_EXCLUDING, _EXCLUDING[::-1]):
         if key in own:
             base.pop(other, None)
+    both = [layers for layers in (own.get("layers"), base.get("layers")) if isinstance(layers, Mapping)]
+    if len({"choice" in layers for layers in both}) > 1:
+        del base["layers"]  # chosen, or named: one takes the place of the other
     return _merged(base, own)
 
 

@@ -12,6 +12,7 @@ from functools import cached_property, wraps
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments, stage_run
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, Windows
+from mistral_prune_lora.workflow.chosen import Chosen, choice_file
 from mistral_prune_lora.workflow.configuration import (
     CLOSED_FORM,
     SHARED_STAGES,
@@ -80,6 +81,8 @@ class Experiment:
         """
         settings = config["experiments"][name]
         model = dense_model(settings["model"], config["models"][settings["model"]], content)
+        if file := choice_file(settings):
+            Chosen.read(file).check_model(model, content)
         return cls(name, settings, experiment_layout(config, name), model, config["datasets"], content)
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.workflow import resources
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source
+from mistral_prune_lora.workflow.choice import Choice
 from mistral_prune_lora.workflow.experiment import Experiment
 from mistral_prune_lora.workflow.geometry import Geometry
 from mistral_prune_lora.workflow.healing import ClosedForm, PrefixStates, TeacherStates, Training
@@ -109,6 +110,13 @@ def of_importance(experiment: Experiment) -> Needs:
     wanted = experiment.settings["importance"]
     run = Pass(wanted["dtype"], wanted["seqlen"], wanted["windows"])
     return resources.importance(geometry(experiment.model, experiment.layout.num_layers), run)
+
+
+def of_choice(choice: Choice) -> Needs:
+    """Of choosing layers by measurement."""
+    run = Pass(choice.dtype, choice.windows.seqlen, choice.windows.count, choice.batch_size)
+    sizes = geometry(choice.model, choice.num_layers)
+    return resources.choice(sizes, choice.settings.amount(choice.num_layers), run)
 
 
 def of_export(experiment: Experiment, stage: str) -> Needs:

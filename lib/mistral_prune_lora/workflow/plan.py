@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Windows
+from mistral_prune_lora.workflow.choice import Choice, choices
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.experiment import Experiment
 from mistral_prune_lora.workflow.healing import ClosedForm, PrefixStates, TeacherStates, Training
@@ -20,6 +21,7 @@ class Plan:
         prunings, windows, teachers, prefixes, trainings, closed_forms, merges: as the workflow makes them.
         segments: runs whose boundary activations others start from.
         scores: runs that end in a score.
+        choices: of layers, on request.
     """
 
     experiments: dict[str, Experiment]
@@ -32,10 +34,17 @@ class Plan:
     merges: dict[str, Merge] = field(default_factory=dict)
     segments: dict[str, Run] = field(default_factory=dict)
     scores: dict[str, Run] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Mapping, content: Content) -> Plan:
+    def of(cls, config: Mapping, content: Content, chosen: Mapping[str, Choice] | None = None) -> Plan:
         """The plan of a checked configuration.
+
+        Args:
+            config: the configuration.
+            content: what given files hold.
+            chosen: the choices of layers that there are, also those of experiments that still wait for theirs; None
+                takes those of the configuration.
 
         Raises:
             PipelineError: given files cannot be read, or contradict each other.
@@ -43,6 +52,9 @@ class Plan:
         plan = cls({name: Experiment.of(config, name, content) for name in config["experiments"]})
         for experiment in plan.experiments.values():
             plan._add(experiment)
+        for choice in (choices(config, content) if chosen is None else chosen).values():
+            _put(plan.choices, [choice])
+            _put(plan.windows, [choice.windows])
         return plan
 
     def _add(self, experiment: Experiment) -> None:
@@ -111,6 +123,7 @@ class Plan:
             *(states.file for states in self.prefixes.values()),
             *(file for score in self.scores.values() for file in (score.result, score.window_scores)),
             *runs,
+            *(path for choice in self.choices.values() for path in (choice.folder, choice.journal)),
         ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from mistral_prune_lora.choosing.settings import Amount
 from mistral_prune_lora.workflow.geometry import ITEMSIZE, Geometry
 
 _PROCESS = 800_000_000  # what `device.granted` leaves to Python, torch and their buffers
@@ -19,6 +20,7 @@ _CUDA = (
 _FLAT = 2000  # MB: a stream of rows peaked at 364 MB for a merge of any size; the rest is for the page cache
 _TEXT = 8000  # MB: a text and its token ids; the longest of the named ones, a shard of C4, is 800 MB
 _HELD_LAYERS = 4_000_000_000  # more layers at once only save trips of the hidden states to disk
+_HELD_STATES = 4_000_000_000  # more hidden states at once only save reading the layers again
 _SCORED_LOGITS = 1 << 23  # `models.window_scores` holds four blocks of so many float32
 _LOSS_LOGITS = 1 << 23  # `distillation.loss` on a CPU: student's and teacher's, and two slices that make a third
 _LOSS_BLOCKS = 3
@@ -154,6 +156,21 @@ def closed_form(geometry: Geometry, layers: int, run: Pass) -> Needs:
     sums = 2 * run.tokens * inner * (inner + hidden) * (1 if run.gpu else 2)  # float64 has half a CPU's speed
     solving = 30 * inner**3
     return Needs(passes.mem_mb, passes.runtime + _minutes((sums + solving) / run.speed), passes.gpu)
+
+
+def choice(geometry: Geometry, amount: Amount, run: Pass) -> Needs:
+    """Candidates that go through a tree of layers together, a layer at a time, their hidden states in memory.
+
+    Those of all windows at once where they go into 4 GB, and of one batch at least; and what the norm makes of a batch.
+    """
+    window = run.seqlen * geometry.hidden * run.itemsize
+    batch, whole = run.batch_size * window, amount.most_alive * (run.tokens // run.seqlen) * window
+    states = max(amount.most_alive * batch, min(whole, _HELD_STATES)) + amount.most_ends * batch
+    budget = streamed_bytes(geometry, 1, run, heads=1) + states
+    rounds = max(1, ceil(whole / max(states, 1)))
+    seconds = _operations(geometry, amount.passes, run, heads=amount.scored) / run.speed
+    seconds += rounds * geometry.weights_bytes() / _DISK
+    return Needs(_megabytes(budget + _PROCESS + _CUDA * run.gpu), _minutes(seconds), run.gpu)
 
 
 def streamed_bytes(geometry: Geometry, layers: int, run: Pass, heads: int = 0) -> int:

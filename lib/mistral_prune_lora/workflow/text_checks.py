@@ -60,6 +60,8 @@ def _uses(config: Mapping, name: str) -> Iterator[tuple[str, str, int]]:
             yield "closed_form", text, experiment["closed_form"]["seqlen"]
     if (ranked := experiment["importance"])["dataset"] is not None:
         yield "importance", ranked["dataset"], ranked["seqlen"]
+    if (chosen := experiment["choose"])["dataset"] is not None:
+        yield "choose", chosen["dataset"], chosen["seqlen"]
 
 
 def _misuse(section: str, text: str, spec: DatasetSpec, windows: int | None) -> Iterator[tuple[str, str]]:
