@@ -11,9 +11,9 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.checkpoints.undo import UNDO, UNDO_FILE, Undo, read_undo
 from mistral_prune_lora.errors import CheckpointError, PipelineError
-from mistral_prune_lora.merging.tensor_files import Item
+from mistral_prune_lora.merging.tensor_files import Item, copied
 from mistral_prune_lora.storage.digests import tensor_checksum, tensor_sha256
-from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec, read_header
+from mistral_prune_lora.storage.safetensors_file import TensorEntry, read_header
 
 _MUCH = 0.5  # of a part's bytes: more than this saves nobody a second copy of it
 _FLAG = "--undo_of"
@@ -36,8 +36,7 @@ class UndoPlan:
     @property
     def items(self) -> list[Item]:
         """The tensors of the undo file."""
-        entries = self.undo.entries.items()
-        return [Item(TensorSpec(name, entry.dtype, entry.shape), entry) for name, entry in entries]
+        return copied(self.undo.entries)
 
     @property
     def files(self) -> tuple[Path, ...]:

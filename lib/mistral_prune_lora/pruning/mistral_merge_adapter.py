@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("ORIGINAL", "MERGED"),
         help="with a bundle: write beside its layers what the merge of another part has changed there, so that"
-        " restoring the bundle puts it back: A before and after its merge, for bundle B; B before and after its merge, for"
-        " bundle C. A bundle needs no adapter then",
+        " restoring the bundle puts it back: A before and after its merge, for bundle B; B before and after its merge,"
+        " for bundle C. A bundle needs no adapter then",
     )
     p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former merge is replaced whole")
     p.add_argument(
