@@ -110,6 +110,27 @@ def test_switching_to_and_fro_gives_the_freshly_loaded_stage(healed):
         assert torch.equal(logits(model), fresh[stage])
 
 
+@pytest.mark.parametrize("order", ["BC", "CB"])
+def test_bundles_come_in_any_order(healed, order):
+    dense, _, merged, _, dtype = healed
+    model = load_model(merged["A"], dtype=dtype)
+    for part in order:
+        restore_bundle(model, merged[part])
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)))
+
+
+def test_a_model_that_lies_nowhere_takes_bundles_that_put_nothing_back(healed):
+    """Its directory is asked for only where what is replaced must be known."""
+    _, parts, merged, _, dtype = healed
+    model = load_model(parts["A"], dtype=dtype)
+    model.name_or_path = "somebody/a-model"
+    with pytest.raises(CheckpointError, match="there is no such directory"):
+        restore_bundle(model, merged["B"])
+    for part in "BC":
+        restore_bundle(model, parts[part])
+    assert torch.equal(logits(model), logits(load_model(parts["A"], dtype=dtype, bundles=(parts["B"], parts["C"]))))
+
+
 @pytest.mark.parametrize("stage", PARTS_OF_STAGE)
 def test_exports_hold_the_stage_with_what_is_put_back(healed, tmp_path, stage):
     dense, _, merged, _, dtype = healed

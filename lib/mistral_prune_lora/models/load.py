@@ -18,7 +18,7 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_model_tensors
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.checkpoints.tensor_names import HEAD
-from mistral_prune_lora.checkpoints.undo import UNDO_FILE, put_back
+from mistral_prune_lora.checkpoints.undo import UNDO_FILE, put_back, read_undo
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.models.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.models.config import generation_config, head_name, model_config
@@ -98,11 +98,14 @@ def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
         CheckpointError: a tensor is missing or of the wrong shape; a file is not what its record says was written.
     """
     bundle = open_checkpoint(path)
-    check_same_pruning([model.name_or_path or None, *getattr(model, "restored_from", ()), bundle.path])
-    before = [open_checkpoint(each) for each in getattr(model, "restored_from", ())]
-    model_dir = [open_checkpoint(model.name_or_path)] if model.name_or_path else []
-    originals = original_tensors([*model_dir, *before, bundle], model)
-    layers = restore_layers(model, bundle)
+    loaded = [folder for folder in (model.name_or_path, *getattr(model, "restored_from", ())) if folder]
+    check_same_pruning([*loaded, bundle.path])
+    if not any(map(read_undo, [bundle, *map(open_checkpoint, loaded[1:])])):
+        return restore_layers(model, bundle)
+    parts = [*map(open_checkpoint, loaded), bundle]
+    originals = original_tensors(parts, model)
+    # Of the bundle's own tensors, too, some may be put back: by one that was restored before it.
+    layers = restore_layers(model, put_back(parts)[-1])
     for name, tensor in originals.items():
         model.get_parameter(name).data = tensor
     return layers
