@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.checkpoints.undo import UNDO_FILE
 from mistral_prune_lora.distillation.student import Student
-from mistral_prune_lora.errors import CheckpointError, PipelineError
+from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation.stages import evaluate_stages, stages_of
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.export import export_stage
@@ -187,6 +187,14 @@ def test_bundles_that_undo_something_else_are_refused(healed, tmp_path):
             use()
     assert torch.equal(logits(model), before)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_adapter_for_several_stages_is_not_trained_on_weights_that_differ_between_them(healed):
+    _, parts, merged, _, _ = healed
+    with pytest.raises(LayoutError, match=rf"put back original weights of layers \[{CHANGED}"):
+        Student(merged["A"], (merged["B"],)).layers("A", ["A", "AB"])
+    # In the A before its merge there is nothing to put back.
+    assert Student(parts["A"], (merged["B"],)).layers("A", ["A", "AB"]) == LAYOUT.kept
 
 
 def test_an_undo_that_is_not_what_was_written_is_refused(healed, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
-from mistral_prune_lora.checkpoints.undo import put_back
+from mistral_prune_lora.checkpoints.undo import changed_layers, put_back
 from mistral_prune_lora.distillation.settings import LoraSettings
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
@@ -77,6 +77,8 @@ class Student:
         largest = PARTS_OF_STAGE[max(serving, key=STAGES.index)][-1] if serving else parts[-1]
         self._check_restored(largest, layout)
         check_same_pruning([self.model_dir, *self.bundles])
+        if serving:
+            self._check_unchanged()
         return layers
 
     def adapted_layers(
@@ -123,6 +125,16 @@ class Student:
         parts = reversed("BC"[: "ABC".index(part)])
         held = {part: bundle_layers(bundle) for part, bundle in zip(parts, reversed(self.bundles), strict=False)}
         return layout.assigned(held, where="--bundle")
+
+    def _check_unchanged(self) -> None:
+        """Raise a LayoutError if a bundle puts something back in the model: a smaller stage has other weights then."""
+        model = open_checkpoint(self.model_dir)
+        if changed := changed_layers(model, self.parts()[0]):
+            raise LayoutError(
+                f"the bundles put back original weights of layers {sorted(changed)}, and a stage without them has others",
+                where="--bundle",
+                mend="train one adapter for several stages on the parts that pruning wrote",
+            )
 
     def _check_restored(self, part: str, layout: Layout) -> None:
         """Raise a LayoutError unless the bundles restore exactly the layers that the part's student has."""
