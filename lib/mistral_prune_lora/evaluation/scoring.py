@@ -24,7 +24,7 @@ from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.finite import all_finite, mend_for
 from mistral_prune_lora.storage.journal import Journal, say_left_out
-from mistral_prune_lora.streaming.passage import Boundary, Passage
+from mistral_prune_lora.streaming.passage import Passage
 from mistral_prune_lora.streaming.record import RunRecord, checked_sha256
 from mistral_prune_lora.streaming.run import KeptActivations
 
@@ -91,8 +91,8 @@ class Scoring:
         self.record = run.with_head(passage.model)
         self._taught = None
         if dense:
-            self._taught = Boundary(replace(passage, model=dense.model), dense.hidden)
-            self.record = replace(self.record, dense=dense.sha256(self._taught.record))
+            self._taught = replace(passage, model=dense.model).boundary(dense.hidden)
+            self.record = replace(self.record, dense=dense.sha256(self._taught.whole_record))
         with ExitStack() as held:
             self._journal = held.enter_context(Journal(place, {"run": self.record.content()}))
             self._scores = self._believed()
@@ -135,7 +135,7 @@ class Scoring:
         scores = score_batch(self._heads[0], hidden, self._passage.ids_of(batch), taught)
         self._check(scores, span.start, hidden)
         self._scores[batch] = scores
-        self._journal.append({"batch": batch, **_listed(scores)})
+        self._journal.append({"batch": batch, **listed(scores)})
 
     def flush(self) -> None:
         """Wait for final hidden states that are still on their way to the disk."""
@@ -170,7 +170,7 @@ class Scoring:
         for entry in self._journal.entries:
             batch = entry.get("batch")
             if type(batch) is int and batch in self._passage.batches and batch not in found:
-                scores = _scores(entry, len(self._passage.ids_of(batch)), self._dense is not None)
+                scores = scores_in(entry, len(self._passage.ids_of(batch)), self._dense is not None)
                 found |= {batch: scores} if scores else {}
         if len(found) < len(self._journal.entries):
             say_left_out(self.place, len(self._journal.entries) - len(found))
@@ -197,7 +197,7 @@ class Scoring:
         if fault is None:
             return
         window = first + fault
-        said = f"{self.words}: the score of window {window} is NaN or infinity"
+        said = f"{self.words}: the score of window {self._passage.first + window} is NaN or infinity"
         if not all_finite(hidden[fault]):
             raise NumberError(said, window=window)
         if self._taught and (error := self._taught.fault(window)):
@@ -206,12 +206,13 @@ class Scoring:
         raise NumberError(f"{said}: its logits are", where=self._passage.model.path, mend=mend)
 
 
-def _listed(scores: WindowScores) -> dict:
+def listed(scores: WindowScores) -> dict:
+    """Scores as JSON takes them."""
     return {name: None if column is None else column.tolist() for name, column in vars(scores).items()}
 
 
-def _scores(entry: Mapping, windows: int, taught: bool) -> WindowScores | None:
-    """The scores of a journal's entry; None if they are not those of so many windows, all of them numbers."""
+def scores_in(entry: Mapping, windows: int, taught: bool) -> WindowScores | None:
+    """The scores in what `listed` gave; None if they are not those of so many windows, all of them numbers."""
     columns: dict[str, Any] = {}
     for name, there in (("nll", True), ("correct", True), ("kl", taught), ("agree", taught)):
         values = entry.get(name)
