@@ -41,8 +41,9 @@ def _fault(window: int, origin: Origin, sources: Sequence[LayerSource], passage:
     if fault:
         return fault
     run = f" in layers {sources[0].index}-{sources[-1].index}" if sources else ""
+    number = passage.first + window
     return NumberError(
-        f"{words}: the hidden states of window {passage.first + window} become NaN or infinity{run}, though all weights are numbers",
+        f"{words}: the hidden states of window {number} become NaN or infinity{run}, though all weights are numbers",
         where=sources[-1].checkpoint.path if sources else None,
         mend=mend_for(dtype),
     )

@@ -8,7 +8,7 @@ nothing that is there is ever out of date; only the code that makes it can be, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from mistral_prune_lora.checkpoints.directories import BUNDLE_META, LAYERS_MAP, SINGLE_FILE, layer_file_name
@@ -229,6 +229,7 @@ class Run:
         parts: every part that the stage has, for a score.
         dense: the dense model's score whose hidden states this one is compared with.
         keeps: whether a score keeps its final hidden states for others.
+        shards: how many jobs share its windows, which changes nothing of what is made.
     """
 
     label: str
@@ -244,6 +245,7 @@ class Run:
     parts: tuple[Source, ...] = ()
     dense: Run | None = None
     keeps: bool = False
+    shards: int = field(default=1, compare=False)
 
     @cached_property
     def name(self) -> str:
