@@ -139,7 +139,7 @@ def score_shard(
     """
     passage = Passage(open_checkpoint(inputs.model_dir), Windows.load(inputs.windows), compute).shard(shard)
     with _scored(stage, inputs, outputs, passage, dense) as (run, scores):
-        content = {"run": run.content(), "device": str(compute.device), "scores": listed(scores)}
+        content = {"run": run.content(), "device": compute.device.type, "scores": listed(scores)}
         with atomic_file(outputs.result_json) as fresh:
             write_json(fresh, content)
 
