@@ -1,7 +1,7 @@
 """A Slurm of one node on this machine: munged, slurmctld and slurmd on the loopback, with GPUs that are none.
 
-Debian's packages slurm-wlm and munge bring the programs. Slurm is read from /etc/slurm alone, since jobs drop SLURM_CONF,
-so a machine that has one configured keeps it, and none is started there.
+Debian's packages slurm-wlm and munge bring the programs. Slurm is read from /etc/slurm alone, since jobs drop
+SLURM_CONF, so a machine that has one configured keeps it, and none is started there.
 """
 
 from __future__ import annotations
