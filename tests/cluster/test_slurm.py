@@ -25,7 +25,8 @@ def two_layouts(base: dict) -> dict:
     """Two layouts. The first is trained and measured after healing; the second is only measured, its windows shared."""
     config = copy.deepcopy(base)
     first = config["experiments"].pop("tiny")
-    first["adapters"] = {"A": "adapters/A", "B": "train", "C": "adapters/C"}
+    first["layers"]["C"] = []
+    first["adapters"] = {"A": "train", "B": "train", "C": "train"}
     first["distill"] = {
         "dataset": "corpus", "seqlen": 32, "windows": 8, "dtype": "fp32", "share_teacher_states": True,
         "share_prefix_states": True, "lora": {"rank": 2}, "parts": {part: OPTIMISER for part in "ABC"},
@@ -44,7 +45,7 @@ def two_layouts(base: dict) -> dict:
 
 def sharded(config: dict) -> dict:
     config = copy.deepcopy(config)
-    config["experiments"]["second"]["perplexity"]["shards"] = 3
+    config["experiments"]["second"]["perplexity"]["shards"] = 2
     config["experiments"]["first"]["distill"]["shards"] = 2
     return config
 
@@ -61,19 +62,17 @@ def ran(cluster, assets, tmp_path_factory) -> tuple[Project, list[dict[str, str]
     folder = tmp_path_factory.mktemp("slurm-run") / "project"
     shutil.copytree(assets, folder)
     project = Project(folder, sharded(two_layouts(configuration())))
-    run = Running(project, *on_slurm(resources=["importance:runtime=attempt"]), *TARGETS[::-1])
+    run = Running(project, *TARGETS, *on_slurm(resources=["importance:runtime=attempt"]))
     hanging = run.until(lambda: [job for job in jobs("importance") if job["JobState"] == "RUNNING"])[0]
-    run.until(lambda: signal(hanging, "STOP") >= 3)
+    log = project.folder / "logs/importance/first.log"
+    run.until(lambda: log.exists() and "device cpu" in log.read_text())
+    signal(hanging, "STOP")
     node = hanging["NodeList"]
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test"], check=True)
-    waiting = run.until(lambda: [j for j in jobs() if j["JobState"] == "PENDING" and "Drained" in _reason(j)])
+    waiting = run.until(lambda: [j["Reason"] for j in jobs() if "DRAINED" in j["Reason"]])
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=True)
     run.end()
-    return project, jobs(), [_reason(job) for job in waiting]
-
-
-def _reason(job: dict[str, str]) -> str:
-    return job["Reason"].replace("DRAINED", "Drained")
+    return project, jobs(), waiting
 
 
 def test_every_job_asks_for_what_its_model_needs(ran, monkeypatch):
@@ -139,7 +138,7 @@ def test_a_job_that_its_time_limit_kills_gets_more_time(ran):
 
 
 def test_jobs_wait_while_their_node_drains(ran):
-    assert ran[2] and all("Drained" in reason for reason in ran[2])
+    assert ran[2]
 
 
 @pytest.fixture
@@ -159,7 +158,9 @@ def test_jobs_side_by_side_have_a_device_each_and_a_failing_one_names_its_log(ag
     seen = re.findall(r"torch can use none: .* CUDA_VISIBLE_DEVICES is '(\d)' \(in SLURM_JOB_ID", printed)
     assert {*seen} == {"0", "1"}
     assert {job["TresPerJob"] for job in jobs("dense_perplexity")[-1:]} == {"gres:gpu:1"}
-    assert re.search(r"logs/dense_perplexity/dense-\w+\.log", printed)
+    assert re.search(
+        r"\ndense_perplexity failed; its log logs/dense_perplexity/dense-\w+\.log ends with:\n    .*", printed
+    )
 
 
 def test_a_main_process_that_is_killed_leaves_jobs_that_the_next_one_waits_for(again, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 _CONFIGURED, _DEVICES = Path("/etc/slurm/slurm.conf"), Path("/etc/slurm/gres.conf")
 _PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo")
-_CPUS, _MEMORY = 4, 64_000  # what the node says it has, so that two jobs of two CPUs always run side by side
+_CPUS, _MEMORY = 8, 64_000  # what the node says it has, so that jobs of two CPUs always run side by side
 _CONF = """\
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)

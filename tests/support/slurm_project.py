@@ -83,13 +83,12 @@ def rule_of(job: dict[str, str]) -> str:
     return job.get("Comment", "").removeprefix("rule_")
 
 
-def signal(job: dict[str, str], name: str) -> int:
-    """Send a signal to all processes of a running job; returns how many there are."""
+def signal(job: dict[str, str], name: str) -> None:
+    """Send a signal to all processes of a running job."""
     told = subprocess.run(["scontrol", "listpids", job["JobId"]], capture_output=True, text=True).stdout
     pids = [line.split()[0] for line in told.splitlines()[1:] if line.split()[0].isdigit()]
     for pid in pids:
         subprocess.run(["kill", f"-{name}", pid], check=False)
-    return len(pids)
 
 
 def copied(project: Project, folder: Path) -> Project:
