@@ -21,5 +21,6 @@ def cluster(tmp_path_factory) -> Iterator[Path]:
         pytest.skip("no Slurm answers; `make test-cluster` starts one, as root and with Debian's slurm-wlm and munge")
     if why := lacking():
         pytest.fail(f"no Slurm can be started: {why}")
-    with slurm_node(folder / "node"):
+    with slurm_node(folder / "node"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder / "node/bin"), prepend=os.pathsep)
         yield folder

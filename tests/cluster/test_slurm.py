@@ -6,6 +6,7 @@ import copy
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -144,12 +145,15 @@ def test_jobs_wait_while_their_node_drains(ran):
 @pytest.fixture
 def again(ran, tmp_path) -> Project:
     """The project with everything made; its measuring is to be done again, in batches of another size."""
-    folder = tmp_path / "project"
-    subprocess.run(["cp", "-a", ran[0].folder, folder], check=True)
-    project = Project(folder, unsharded(ran[0].config))
-    for experiment in project.config["experiments"].values():
+    return remeasured(ran[0], tmp_path / "project")
+
+
+def remeasured(project: Project, folder: Path) -> Project:
+    subprocess.run(["cp", "-a", project.folder, folder], check=True)
+    config = unsharded(project.config)
+    for experiment in config["experiments"].values():
         experiment["perplexity"]["batch_size"] = 3
-    return project
+    return Project(folder, config)
 
 
 def test_jobs_side_by_side_have_a_device_each_and_a_failing_one_names_its_log(again):
@@ -163,7 +167,7 @@ def test_jobs_side_by_side_have_a_device_each_and_a_failing_one_names_its_log(ag
     )
 
 
-def test_a_main_process_that_is_killed_leaves_jobs_that_the_next_one_waits_for(again, tmp_path):
+def test_a_main_process_that_is_killed_leaves_jobs_that_the_next_one_waits_for(ran, again, tmp_path):
     run = Running(again, *on_slurm())
     old = run.until(lambda: [j for j in jobs("dense_perplexity") if j["JobState"] == "RUNNING"])[-1]
     shared = again.folder / "results/shared/ppl"
@@ -181,6 +185,6 @@ def test_a_main_process_that_is_killed_leaves_jobs_that_the_next_one_waits_for(a
     assert [j["JobState"] for j in jobs() if j["JobId"] == old["JobId"]] == ["RUNNING"]
     signal(old, "CONT")
     run.end()
-    here = copied(again, tmp_path / "here")
+    here = remeasured(ran[0], tmp_path / "here")
     here.snakemake()
     assert (here.folder / "results/summary.csv").read_bytes() == (again.folder / "results/summary.csv").read_bytes()

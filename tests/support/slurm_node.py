@@ -18,6 +18,13 @@ from pathlib import Path
 _CONFIGURED, _DEVICES = Path("/etc/slurm/slurm.conf"), Path("/etc/slurm/gres.conf")
 _PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo")
 _CPUS, _MEMORY = 8, 64_000  # what the node says it has, so that jobs of two CPUs always run side by side
+# Without accounting, sacct answers nothing, and Snakemake's plugin, which turns to it when scontrol was slow for once,
+# waits for ever. This one knows what squeue knows.
+_SACCT = """\
+#!/bin/sh
+for name; do :; done
+exec squeue --states=all --noheader --format='%i|%T' --name "$name"
+"""
 _CONF = """\
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)
@@ -70,11 +77,13 @@ def slurm_node(root: Path) -> Iterator[None]:
     """Run one for the length of a block; its processes are ended by their ids.
 
     Args:
-        root: a folder for its state and logs.
+        root: a folder for its state and logs, and `bin`, which is to stand first on Snakemake's PATH.
     """
     host = socket.gethostname().split(".")[0]
-    for name in ("state", "spool"):
+    for name in ("state", "spool", "bin"):
         (root / name).mkdir(parents=True)
+    (root / "bin/sacct").write_text(_SACCT)
+    (root / "bin/sacct").chmod(0o755)
     devices = [root / "gpu0", root / "gpu1"]
     for device in devices:
         subprocess.run(["mknod", str(device), "c", "1", "3"], check=True)  # the null device

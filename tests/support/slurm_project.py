@@ -21,7 +21,7 @@ ON_THE_CPU = (
 )  # fmt: skip
 _PROFILE = ("--workflow-profile", str(ROOT / "profiles/slurm"), "--slurm-init-seconds-before-status-checks", "1")
 _PROMPT = ("--seconds-between-status-checks", "1", "--latency-wait", "20")
-PATIENCE = 300  # seconds
+PATIENCE = 900  # seconds; on a busy machine
 
 
 def on_slurm(*more: str, gpus: bool = False, resources: Sequence[str] = ()) -> list[str]:
