@@ -238,7 +238,7 @@ class Measurement:
             return
         words = f"without layers {spans(missing)}" if missing else "the dense model"
         run = [self._sources[layer] for layer in running(self.num_layers, missing)]
-        with layers_blamed(self._origin, run, self.passage.compute, words):
+        with layers_blamed(self._origin, run, self.passage, words):
             raise NumberError(
                 f"{words}: the score of window {first + fault} is NaN or infinity",
                 where=self.passage.model.path,

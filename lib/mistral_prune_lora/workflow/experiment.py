@@ -251,7 +251,8 @@ class Experiment:
         wanted, hidden = self.settings["distill"], self.settings["distill"]["loss"]["hidden"]
         states = layer = None
         if taught and wanted["share_teacher_states"]:
-            states = TeacherStates(self.model, windows, wanted["dtype"], self.layout.num_layers)
+            how = (wanted["dtype"], self.layout.num_layers)
+            states = TeacherStates(self.model, windows, *how, shards=wanted["shards"])
             layer = replace(states, layer=hidden["teacher_layer"]) if hidden and not looked else None
         shared = wanted["share_prefix_states"] and prefix
         entering = self._prefix(windows, student, bundles, prefix) if shared else None
@@ -270,7 +271,7 @@ class Experiment:
             start = self._prefix(windows, student, {}, layers[:lead])
         last = layers[-1] + 1
         how = (windows, self.settings["distill"]["dtype"], start, self.model, self.layout.num_layers)
-        return PrefixStates(student, tuple(below), layers, last, *how)
+        return PrefixStates(student, tuple(below), layers, last, *how, self.settings["distill"]["shards"])
 
     def made_adapter(self, part: str) -> Training | ClosedForm:
         """A part's adapter that is made here."""
@@ -389,7 +390,7 @@ class Experiment:
         wanted = self.settings["perplexity"]
         model, weights, windows = self.part(variant, "A"), self.part(variant, part), self.windows("perplexity", dataset)
         how = (wanted["batch_size"], wanted["dtype"], self.model, self.layout.num_layers)
-        return Run(label, model, weights, tuple(layers), source, windows, *how, parts, dense, keeps)
+        return Run(label, model, weights, tuple(layers), source, windows, *how, parts, dense, keeps, wanted["shards"])
 
     @cached_property
     def files(self) -> list[str]:
