@@ -27,6 +27,7 @@ from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.expansion import expand_experiments
 from mistral_prune_lora.workflow.fingerprint import Code
 from mistral_prune_lora.workflow.given import dense_model
+from mistral_prune_lora.workflow.healing import ClosedForm
 from mistral_prune_lora.workflow.plan import Plan
 from mistral_prune_lora.workflow.preview import preview
 from mistral_prune_lora.workflow.resources import scaled

@@ -53,6 +53,36 @@ rule prefix_states:
         "../workflow_scripts/prefix_states.py"
 
 
+# No training: what a cut takes from the stream, regressed on the layer before it.
+checkpoint closed_form:
+    input:
+        student=lambda wildcards: depends(PLAN.closed_forms[wildcards.made].student),
+        bundles=lambda wildcards: depends(*PLAN.closed_forms[wildcards.made].bundles),
+        dense=lambda wildcards: depends(PLAN.closed_forms[wildcards.made].model),
+        windows=lambda wildcards: depends(*(cut.source for cut, _ in PLAN.closed_forms[wildcards.made].texts)),
+    output:
+        adapter=expand("results/shared/adapters/{{made}}/{file}", file=ClosedForm.names[:-1]),
+        record="results/shared/adapters/{made}/closed_form.json",
+    log:
+        "logs/closed_form/{made}.log",
+    benchmark:
+        "benchmarks/closed_form/{made}.tsv"
+    wildcard_constraints:
+        made=names(PLAN.closed_forms),
+    conda:
+        "../envs/torch.yaml"
+    threads: COMPUTE_THREADS
+    resources:
+        **granted(lambda wildcards: needs.of_closed_form(PLAN.closed_forms[wildcards.made])),
+    params:
+        part=lambda wildcards: PLAN.closed_forms[wildcards.made].part,
+        weights=lambda wildcards: [weight for _, weight in PLAN.closed_forms[wildcards.made].texts],
+        settings=lambda wildcards: PLAN.closed_forms[wildcards.made].settings,
+        code=code_of("closed_form"),
+    script:
+        "../workflow_scripts/closed_form.py"
+
+
 for rule_name, trainings in by_rule(PLAN.trainings):
 
     checkpoint:
@@ -66,6 +96,7 @@ for rule_name, trainings in by_rule(PLAN.trainings):
             teacher_states=lambda wildcards: states_files(PLAN.trainings[wildcards.made].data.teacher),
             layer_states=lambda wildcards: states_files(PLAN.trainings[wildcards.made].data.teacher_layer),
             prefix_states=lambda wildcards: states_files(PLAN.trainings[wildcards.made].data.prefix),
+            start=lambda wildcards: start_of(wildcards.made),
             held_out=lambda wildcards: held_out_windows(wildcards.made),
             held_out_teacher=lambda wildcards: held_out_states(wildcards.made, "teacher"),
             held_out_prefix=lambda wildcards: held_out_states(wildcards.made, "prefix"),

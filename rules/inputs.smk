@@ -23,6 +23,12 @@ def states_files(states):
     return states.file if states else []
 
 
+def start_of(made):
+    """The adapter that a training starts from, if there is one."""
+    start = PLAN.trainings[made].start
+    return depends(start.source) if start else []
+
+
 def held_out_windows(made):
     """The windows that a training is looked at on, if there are any."""
     held = PLAN.trainings[made].held_out

@@ -31,23 +31,32 @@ for pruned_by, members in experiments_by(lambda e: e.pruning and e.pruning.rule)
             "{params.place} --made {input:q} --at {output:q} 2>{log:q}"
 
 
-rule place_adapter:
-    input:
-        lambda wildcards: EXPERIMENTS[wildcards.experiment].training(wildcards.part).files,
-    output:
-        "results/{experiment}/adapters/{part}_lora/adapter_config.json",
-        "results/{experiment}/adapters/{part}_lora/adapter_model.safetensors",
-        "results/{experiment}/adapters/{part}_lora/training.csv",
-        "results/{experiment}/adapters/{part}_lora/training.json",
-    log:
-        "logs/place/{experiment}.{part}_lora.log",
-    localrule: True
-    conda:
-        "../envs/report.yaml"
-    params:
-        place=PLACE,
-    shell:
-        "{params.place} --made {input:q} --at {output:q} 2>{log:q}"
+for adapter_part in "ABC":
+    # An adapter that was trained has a curve, one in closed form has none.
+    for kind, names_there in (
+        ("trained", ("adapter_config.json", "adapter_model.safetensors", "training.csv", "training.json")),
+        ("closed_form", ClosedForm.names),
+    ):
+
+        rule:
+            name:
+                f"place_adapter_{adapter_part}_{kind}"
+            input:
+                lambda wildcards: EXPERIMENTS[wildcards.experiment].made_adapter(wildcards.part).files,
+            output:
+                expand("results/{{experiment}}/adapters/{{part}}_lora/{file}", file=names_there),
+            log:
+                "logs/place/{experiment}.{part}_lora.log",
+            wildcard_constraints:
+                experiment=names(e.name for e in EXPERIMENTS.values() if adapter_part in getattr(e, f"{kind}_parts")),
+                part=adapter_part,
+            localrule: True
+            conda:
+                "../envs/report.yaml"
+            params:
+                place=PLACE,
+            shell:
+                "{params.place} --made {input:q} --at {output:q} 2>{log:q}"
 
 
 for merged_part in "ABC":

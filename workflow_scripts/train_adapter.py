@@ -35,5 +35,6 @@ with job(snakemake.log[0]):
         Compute.named(given.device, settings["dtype"], max_memory=given.memory_bytes),
         held_out,
         Running(resources.get("save_steps"), tuple(loggers)),
+        folder(files.start) if files.start else None,
     )
     train_adapter(training, overwrite=True)

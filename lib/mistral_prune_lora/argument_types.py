@@ -112,6 +112,17 @@ def layer_list(text: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
+def stage_shares(text: str) -> dict[str, float]:
+    """Stages with what each counts, such as A=2,AB=1,FULL=1; a stage without a number counts 1."""
+    shares: dict[str, float] = {}
+    for told in text.split(","):
+        stage, _, share = told.strip().partition("=")
+        if stage in shares:
+            raise argparse.ArgumentTypeError(f"names {stage} twice")
+        shares[stage] = positive_number(share) if share else 1.0
+    return shares
+
+
 def hidden_loss(text: str) -> tuple[int, int, float]:
     """A student's layer, a teacher's, and a weight above 0: 20:23 or 20:23:0.5."""
     pieces = text.split(":")

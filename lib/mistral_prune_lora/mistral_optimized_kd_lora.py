@@ -16,6 +16,7 @@ from mistral_prune_lora.argument_types import (
     positive_number,
     seed,
     share,
+    stage_shares,
     temperature,
 )
 from mistral_prune_lora.distillation.arguments import (
@@ -71,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
         help="the dense model: a directory or a Hub id; needed unless --kd_alpha is 0")  # fmt: skip
     p.add_argument("--student", metavar="DIR", help="the pruned A for stage A, else the merged A")
     p.add_argument("--bundle", action="append", metavar="DIR", help="a bundle to restore; may be repeated")
+    p.add_argument("--start_adapter", metavar="DIR",
+        help="a LoRA adapter of this part to start from, say in closed form; the result holds it too")  # fmt: skip
     p.add_argument("--output_dir", metavar="DIR", help="the adapter's directory; a former one is replaced")
     p.add_argument("--overwrite", action="store_true",
         help="replace what is there even if it is no such adapter; never an input")  # fmt: skip
@@ -133,6 +136,9 @@ def _add_training(fit) -> None:
         " --warmup_ratio 0.1 comes to)")  # fmt: skip
     fit.add_argument("--weight_decay", type=share, metavar="X", help=_default("weight_decay"))
     fit.add_argument("--max_grad_norm", type=positive_number, metavar="X", help=_default("max_grad_norm"))
+    fit.add_argument("--stages", type=stage_shares, metavar="A=X,AB=Y,FULL=Z",
+        help="train A's adapter for several stages at once, each with its share of the loss, with the bundles of the"
+        " largest restored (default: for stage A)")  # fmt: skip
     fit.add_argument("--hidden_loss", type=hidden_loss, metavar="S:T[:W]",
         help="also W (1 - cosine) of what leaves the student's layer S and the teacher's T (default: no)")  # fmt: skip
     fit.add_argument("--skip_spikes", type=positive_number, metavar="X",
@@ -220,7 +226,15 @@ def main(argv: list[str] | None = None) -> None:
     part = request.part
     compute, states = Compute.named(given["device"], given["dtype"], FROZEN_BATCH), given.get("teacher_states")
     prefix, start = given.get("prefix_states"), given.get("prefix_from")
-    read = [request.teacher, request.student, *request.bundles, *given.get("text_file", ()), given["dataset"], start]
+    read = [
+        request.teacher,
+        request.student,
+        *request.bundles,
+        *given.get("text_file", ()),
+        given["dataset"],
+        start,
+        given.get("start_adapter"),
+    ]
     questions = None if given["qa_dataset"] is None else question_dataset(given["qa_dataset"])
     read += [questions.dataset] if questions else []
     outputs = [Output.directory(request.output_dir, "--output_dir", RECORD)]
@@ -233,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         check_teacher(teacher, request.student)
     read_config(request.student)  # refused before the text is fetched
     student = Student(request.student, request.bundles)
-    first = min(student.adapted_layers(part, given["adapt_layers"]))
+    first = min(student.adapted_layers(part, given["adapt_layers"], tuple(given["stages"])))
     windows, held_out = _windows(given, questions, load_tokenizer(teacher or request.student))
     print(request.told(len(windows), windows.identity.text_windows), flush=True)
     if told := windows.identity.examples:
@@ -249,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         compute,
         None if held_out is None else TrainingData(held_out),
         request.running(),
+        given.get("start_adapter"),
     )
     job.check()
     missing = [

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from mistral_prune_lora.distillation.adapted import AdaptedStudent
 from mistral_prune_lora.distillation.batches import Shelf
@@ -39,6 +40,7 @@ from mistral_prune_lora.text.windows import Windows, ids_digest, scored_digest
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 ACTIVE = {"A": (0, 1, 2, 7), "B": (0, 1, 2, 3, 4, 7), "C": tuple(range(8)), "AB": (0, 1, 2, 3, 4, 7)}
+ACTIVE["FULL"] = ACTIVE["C"]
 ADAPTED = {"A": (0, 1, 2, 7), "B": (3, 4), "C": (5, 6), "AB": (0, 1, 2, 3, 4, 7)}
 SEQLEN = 16
 F64 = Compute(torch.device("cpu"), torch.float64, 2)
@@ -92,11 +94,11 @@ def shake(model, names) -> None:
         parameters[name].data = torch.randn(parameters[name].shape, generator=draw, dtype=torch.float64) / 5
 
 
-def oracle(parts, trained, windows, settings) -> dict[str, torch.Tensor]:
+def oracle(parts, trained, windows, settings, stage=None) -> dict[str, torch.Tensor]:
     """Gradients by the names of original layers, of the loss's mean over the scored tokens of all windows."""
     dense = AutoModelForCausalLM.from_pretrained(parts[0], dtype=torch.float64)
     model = AutoModelForCausalLM.from_pretrained(parts[0], dtype=torch.float64)
-    active, layers = ACTIVE[trained], list(settings.adapt_layers or ADAPTED[trained])
+    active, layers = ACTIVE[stage or trained], list(settings.adapt_layers or ADAPTED[trained])
     model.model.layers = nn.ModuleList(model.model.layers[i] for i in active)
     model.config.num_hidden_layers = len(active)
     lora = settings.lora
@@ -146,8 +148,8 @@ def original(name: str, active) -> str:
 
 
 def ours(parts, trained, windows, settings, folder, *, prefix: bool, states: bool = True) -> dict[str, torch.Tensor]:
-    dense, student = parts[0], student_of(parts, trained)
-    layers, hidden = student.adapted_layers(trained, settings.adapt_layers), settings.loss.hidden
+    dense, student = parts[0], student_of(parts, "C" if "FULL" in settings.stages else trained)
+    layers, hidden = student.adapted_layers(trained, settings.adapt_layers, settings.stages), settings.loss.hidden
     files = [None, None]
     if states:
         teacher_states(dense, windows, folder / "states", compute=F64)
@@ -174,6 +176,10 @@ def ours(parts, trained, windows, settings, folder, *, prefix: bool, states: boo
     for batch in shelf.ahead([[0, 1], [2, 3]]):
         loop._add_gradients(batch)
     return {name: p.grad / total for name, p in adapted.model.named_parameters() if p.requires_grad}
+
+
+def exact_norm(norm, hidden):
+    return norm.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
 def assert_same(found, wanted) -> None:
@@ -212,6 +218,19 @@ def test_with_one_hidden_state_brought_close(parts, tmp_path, states):
     settings = settings_of("B", loss=LossSettings(0.5, 1.0, hidden=HiddenLoss(4, 5, 0.3)))
     found = ours(parts, "B", documents(), settings, tmp_path, prefix=True, states=states)
     assert_same(found, oracle(parts, "B", documents(), settings))
+
+
+@pytest.mark.parametrize("windows", [plain_windows, documents], ids=["windows", "documents"])
+def test_of_one_adapter_for_several_stages(parts, tmp_path, windows, monkeypatch):
+    """Layers that stages share are run once, and what comes back is the sum of the stages' own gradients."""
+    # transformers' norm is float32 inside: a sum that goes through it is rounded otherwise than its summands.
+    monkeypatch.setattr(MistralRMSNorm, "forward", exact_norm)
+    data, settings = windows(), settings_of("A", stages={"A": 2, "AB": 1, "FULL": 1})
+    found = ours(parts, "A", data, settings, tmp_path, prefix=False)
+    each = {stage: oracle(parts, "A", data, settings, stage) for stage in settings.stages}
+    shares = {"A": 0.5, "AB": 0.25, "FULL": 0.25}
+    wanted = {name: sum(shares[stage] * each[stage][name] for stage in each) for name in each["A"]}
+    assert_same(found, wanted)
 
 
 def test_with_activations_recomputed(parts, tmp_path):

@@ -40,7 +40,7 @@ def test_the_first_line_on_stderr_is_version_and_place(command, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_threads_are_told_how_to_wait_before_torch_is_there(command, monkeypatch):
-    module = f"{command}.__main__" if command.endswith(".dense") else command
+    module = f"{command}.__main__" if command.endswith((".dense", ".closed_form")) else command
     asked = f"""
 import contextlib, importlib, os, sys
 main = importlib.import_module({module!r}).main

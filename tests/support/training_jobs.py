@@ -15,7 +15,7 @@ from mistral_prune_lora.streaming.compute import Compute
 
 def train_job(
     part, *, student_dir, teacher_dir, windows, output_dir, bundles=(), states=None, prefix=None, held_out_windows=None,
-    save_steps=50, loggers=(), dtype=torch.bfloat16, overwrite=False, **settings,
+    save_steps=50, loggers=(), dtype=torch.bfloat16, overwrite=False, start=None, **settings,
 ) -> None:  # fmt: skip
     """Train an adapter on the CPU; the rest by the names of TrainingSettings' fields."""
     job = TrainingJob(
@@ -28,5 +28,6 @@ def train_job(
         Compute(torch.device("cpu"), dtype),
         None if held_out_windows is None else TrainingData(held_out_windows),
         Running(save_steps, tuple(loggers)),
+        start,
     )
     train_adapter(job, overwrite=overwrite)

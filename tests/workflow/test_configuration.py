@@ -141,6 +141,23 @@ def test_training_without_a_text_is_refused(example):
     assert "distill.dataset: needed to train the adapters A, B, C" in mistakes(example)
 
 
+def test_closed_forms_that_cannot_be_are_refused(example):
+    experiment = example["experiments"]["smollm2"]
+    experiment["adapters"]["A"] = "closed-form"
+    experiment["closed_form"] = {"datasets": {"nowhere": 1}, "held_out": 0}
+    experiment["distill"]["start"] = "closed-form"
+    experiment["distill"]["lora"]["use_dora"] = True
+    experiment["distill"]["parts"]["B"]["adapt_layers"] = [12]
+    told = mistakes(example)
+    for expected in (
+        "closed_form.datasets: 'nowhere' is not one of datasets",
+        "closed_form.held_out: needed to choose the ridge on",
+        "distill.start: with DoRA",
+        "distill.parts.B.adapt_layers: leaves out layers [15], which distill.start changes",
+    ):
+        assert expected in told, expected
+
+
 def test_a_given_pruned_model_tells_its_own_layers(example, tmp_path):
     experiment = example["experiments"]["smollm2"]
     del experiment["layers"]

@@ -133,3 +133,34 @@ def test_one_path_has_one_spelling(tmp_path, monkeypatch):
 def test_keys_and_spans():
     assert short_key({"a": 1, "b": (1, 2)}) == short_key({"b": [1, 2], "a": 1}) != short_key({"a": 2, "b": [1, 2]})
     assert [in_a_name(layers) for layers in ((), (3,), (3, 4, 5, 9))] == ["none", "3", "3to5_9"]
+
+
+def test_an_adapter_for_all_stages_is_trained_with_all_layers(project, planned):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["adapters"] = {"A": "train", "B": "train", "C": "train"}
+    experiment["distill"] = {"dataset": "corpus", "seqlen": 16, "share_teacher_states": True}
+    former = planned().trainings
+    experiment["restore"] = "shared"
+    shared = next(made for made in planned().trainings.values() if made.part == "A")
+    assert shared.name not in former and len(shared.bundles) == 2 and shared.active == 8 and shared.adapted == 4
+    assert shared.settings["stages"] == {"A": 1, "AB": 1, "FULL": 1}
+    experiment["distill"]["stages"] = {"A": 2, "FULL": 1}
+    assert shared.name not in planned().trainings
+    experiment["restore"] = "sequential"
+    assert planned().trainings.keys() == former.keys(), "the weights of stages are nobody's business then"
+
+
+def test_closed_forms_are_told_apart_by_what_decides_their_bytes(project, planned):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["adapters"] = {"A": "closed-form", "B": "train", "C": "train"}
+    experiment["distill"] = {"dataset": "corpus", "seqlen": 16, "share_teacher_states": True}
+    plain = planned()
+    assert [made.part for made in plain.closed_forms.values()] == ["A"]
+    experiment["distill"]["start"] = "closed-form"
+    started = planned()
+    # A's is the same, B and C have theirs; each of them hangs on the merges before it.
+    assert plain.closed_forms.keys() < started.closed_forms.keys() and len(started.closed_forms) == 3
+    assert not plain.trainings.keys() & started.trainings.keys()
+    for key, value in (("ridge", 0.1), ("rank", 3), ("layers_behind", 1), ("datasets", {"corpus": 2})):
+        experiment["closed_form"] = {key: value}
+        assert not started.closed_forms.keys() & planned().closed_forms.keys(), key

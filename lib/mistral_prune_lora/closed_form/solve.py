@@ -109,7 +109,7 @@ class ClosedForm:
             "rank": rank,
             "ridge": found.ridge,
         }
-        about |= {"residual": found.residual, "held_out_residual": found.held_out}
+        about |= {"ridge": found.ridge, "residual": found.residual, "held_out_residual": found.held_out}
         share = "" if found.held_out is None else f", {found.held_out:.3f} on held-out tokens"
         print(
             f"layer {place.layer}: of what enters layer {place.before} and its output lacks, {found.residual:.3f} is"

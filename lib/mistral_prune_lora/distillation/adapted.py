@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from mistral_prune_lora.distillation.batches import Batch
 from mistral_prune_lora.distillation.settings import LoraSettings, TrainingSettings
+from mistral_prune_lora.distillation.staged import StagedDecoder
+from mistral_prune_lora.distillation.start import StartAdapter
 from mistral_prune_lora.distillation.student import Student, matching_modules
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.streaming.compute import Compute
@@ -34,6 +36,7 @@ class AdaptedStudent:
         compute: Compute,
         *,
         with_prefix: bool = True,
+        start: StartAdapter | None = None,
     ) -> None:
         """Load it and add the adapter, whose first weights come from the seed.
 
@@ -44,6 +47,7 @@ class AdaptedStudent:
             compute: device and dtype.
             with_prefix: whether the layers below the first adapted one are needed; without them, batches must bring
                 what enters that layer.
+            start: an adapter to start from, merged into the weights.
 
         Raises:
             CheckpointError, LayoutError: as for `load_model`.
@@ -53,6 +57,8 @@ class AdaptedStudent:
         model = load_model(
             student.model_dir, dtype=compute.dtype, device=compute.device, bundles=student.bundles, first_layer=first
         )
+        if start:
+            start.merge_into(model)
         # Dropout is in adapters alone; what is frozen gives the same at every pass.
         for module in model.modules():
             if hasattr(module, "attention_dropout"):
@@ -66,6 +72,19 @@ class AdaptedStudent:
         self._whole, watched = model, settings.loss.hidden
         self._watched = None if watched is None else watched.student_layer
         self.head: torch.Tensor = model.lm_head.weight
+        self._staged = StagedDecoder(model.model, student.layout, list(settings.stages)) if settings.stages else None
+        self._shares = [share / sum(settings.stages.values()) for share in settings.stages.values()]
+
+    def finals(self, batch: Batch) -> list[tuple[float, torch.Tensor]]:
+        """The final hidden states after the norm at every stage that is trained, each with its share of the loss.
+
+        Returns:
+            One pair, with a share of 1, unless several stages are trained; shape (n, seqlen, hidden) each.
+        """
+        if self._staged is None:
+            return [(1.0, self.hidden(batch)[0])]
+        found = self._staged({"input_ids": batch.ids}, batch.positions)
+        return list(zip(self._shares, found, strict=True))
 
     def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The final hidden states after the norm, and those that leave the watched layer, if any is watched.

@@ -15,7 +15,7 @@ from typing import Any
 
 from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
 from mistral_prune_lora.checkpoints.manifest import read_layout
-from mistral_prune_lora.distillation.card import loss_words
+from mistral_prune_lora.distillation.card import loss_words, stage_words
 from mistral_prune_lora.distillation.schedule import passes_over, processes
 from mistral_prune_lora.distillation.settings import (
     HeldOutSettings,
@@ -47,6 +47,7 @@ DEFAULTS = {
     "warmup_ratio": None,
     "adapt_layers": None,
     "hidden_loss": None,
+    "stages": {},
     "skip_spikes": _OWN.skip_spikes,
     "eval_steps": 0,
     "eval_samples": 256,
@@ -145,6 +146,7 @@ class TrainingRequest:
             given["gradient_checkpointing"],
             given["skip_spikes"],
             given["teacher_4bit"],
+            given["stages"],
         )
 
     def running(self) -> Running:
@@ -182,7 +184,7 @@ class TrainingRequest:
         batch += f" x {processes()} processes" if processes() > 1 else ""
         passes = passes_over(windows, self.training(windows).optimiser, processes())
         lines = [
-            f"student: {self.student}{restored}; adapter of {part}",
+            f"student: {self.student}{restored}; adapter of {part}{stage_words(given['stages'])}",
             f"loss:    {loss}",
             f"text:    {windows} of {text_windows} windows of {given['seqlen']} tokens{cut}",
             f"LoRA:    rank {given['rank']}, alpha {given['alpha']:g}, dropout {given['dropout']:g}",

@@ -46,8 +46,10 @@ def model_card(about: Mapping, held_out: Sequence[Mapping] = ()) -> str:
     batch += f" x {about['processes']} processes" if about["processes"] > 1 else ""
     rows = {
         "student": _student(about),
+        **({"started from": about["start"]["dir"]} if about.get("start") else {}),
         "teacher": about["teacher"]["dir"] if about["teacher"] else "none",
-        "loss": loss_words(about["settings"]["loss"], bool(about["teacher"])),
+        "loss": loss_words(about["settings"]["loss"], bool(about["teacher"]))
+        + stage_words(about["settings"].get("stages") or {}),
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on"
         f" {', '.join(lora['target_modules'])}",
         "data": f"{windows['windows']} windows of {windows['seqlen']} tokens of {windows['dataset']}"
@@ -88,6 +90,12 @@ def loss_words(loss: Mapping, taught: bool) -> str:
             f"{hidden['weight']:g} (1 - cosine) of layers {hidden['student_layer']} and {hidden['teacher_layer']}"
         )
     return " + ".join(pieces) + ("" if t == 1 or not alpha else f", T {t:g}")
+
+
+def stage_words(stages: Mapping[str, float]) -> str:
+    """The stages that one adapter is trained for, behind what it is the adapter of; empty for its own."""
+    told = ", ".join(f"{stage} ({share / sum(stages.values()):.0%})" for stage, share in stages.items())
+    return f" for the stages {told}" if told else ""
 
 
 def _student(about: Mapping) -> str:

@@ -63,18 +63,24 @@ class HeldOut:
         windows = self._ranks.share(range(len(self._shelf.windows)))
         with torch.no_grad(), _evaluating(student):
             for batch in self._shelf.ahead([[window] for window in windows]):
-                hidden = batch.scored(student.hidden(batch)[0])
                 taught = None if self._teacher is None else batch.scored(self._teacher.answer(batch)[0])
-                # Blocks are small: nothing is kept of them.
-                for block in block_slices(len(batch.targets), student.head.shape[0]):
-                    dense = None
-                    if taught is not None and self._teacher is not None:
-                        dense = DenseTokens.of(functional.linear(taught[block], self._teacher.head).float())
-                    logits = functional.linear(hidden[block], student.head).float()
-                    sums += score_tokens(logits, batch.targets[block], dense)
+                for share, final in student.finals(batch):
+                    sums += share * self._scored(batch.scored(final), batch.targets, taught, student.head)
         self._ranks.sum(sums)
         nll, _, kl, agree = (sums / self._shelf.windows.predicted_tokens).tolist()
         return HeldOutScore(nll, kl, agree) if self._teacher else HeldOutScore(nll, math.nan, math.nan)
+
+    def _scored(
+        self, hidden: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None, head: torch.Tensor
+    ) -> torch.Tensor:
+        """What `score_tokens` gives of some tokens; blocks are small: nothing is kept of them."""
+        sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
+        for block in block_slices(len(targets), head.shape[0]):
+            dense = None
+            if taught is not None and self._teacher is not None:
+                dense = DenseTokens.of(functional.linear(taught[block], self._teacher.head).float())
+            sums += score_tokens(functional.linear(hidden[block], head).float(), targets[block], dense)
+        return sums
 
 
 @contextmanager

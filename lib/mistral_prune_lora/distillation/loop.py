@@ -191,13 +191,24 @@ class Loop:
 
     def _add_gradients(self, batch: Batch) -> torch.Tensor:
         """Add the gradients of one batch, summed over its tokens; returns loss, divergence and cross-entropy, too."""
-        hidden, watched = self._student.hidden(batch)
-        final, taught, taught_layer = batch.scored(hidden), None, None
+        watched: torch.Tensor | None = None
+        if self._settings.stages:
+            finals = self._student.finals(batch)
+        else:
+            whole, watched = self._student.hidden(batch)
+            finals = [(1.0, whole)]
+        taught, taught_layer = None, None
         if self._teacher is not None:
             answer, taught_layer = self._teacher.answer(batch)
             taught = batch.scored(answer)
-        sums, gradient = self._loss(final.detach(), batch.targets, taught)
-        roots, gradients = [final], [gradient]
+        sums = torch.zeros(3, dtype=torch.float64, device=batch.ids.device)
+        roots, gradients = [], []
+        for share, hidden in finals:
+            final = batch.scored(hidden)
+            told, gradient = self._loss(final.detach(), batch.targets, taught)
+            sums += share * told
+            roots.append(final)
+            gradients.append(gradient.mul_(share))
         if watched is not None and taught_layer is not None and self._settings.loss.hidden:
             weight = self._settings.loss.hidden.weight
             ours, theirs = (_precise(batch.scored(states)) for states in (watched, taught_layer))

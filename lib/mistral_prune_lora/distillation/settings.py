@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.layout.partition import STAGES
 
 KEEP = ("last", "best")
 LOGGERS = ("tensorboard", "trackio")
@@ -176,8 +177,9 @@ class TrainingSettings:
         seed: of the adapter's first weights, of dropout and of the order of the windows.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         skip_spikes: leave an update out whose loss is above so many times the median of the last 20; None never does.
-
         teacher_4bit: quantise the teacher, which runs along on a GPU, to four bits.
+        stages: what one adapter of A is trained to serve: the stages' shares of the loss, by stage; none trains the
+            part at the stage that it is first run at.
 
     Raises:
         PipelineError: a value that cannot be; names the field.
@@ -192,8 +194,13 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     skip_spikes: float | None = None
     teacher_4bit: bool = False
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for stage, share in self.stages.items():
+            if stage not in STAGES:
+                raise PipelineError(f"stages names {stage!r}", mend=f"use some of {', '.join(STAGES)}")
+            _number(f"stages.{stage}", share, above=0)
         if self.adapt_layers is not None:
             for layer in self.adapt_layers:
                 _whole("adapt_layers", layer, 0)
@@ -207,7 +214,7 @@ def training_settings(given: Mapping) -> TrainingSettings:
     Raises:
         PipelineError: a value that cannot be; names the field.
     """
-    plain = ("adapt_layers", "seed", "gradient_checkpointing", "skip_spikes", "teacher_4bit")
+    plain = ("adapt_layers", "seed", "gradient_checkpointing", "skip_spikes", "teacher_4bit", "stages")
     known = {name: given[name] for name in plain if name in given}
     if known.get("adapt_layers") is not None:
         known["adapt_layers"] = tuple(known["adapt_layers"])

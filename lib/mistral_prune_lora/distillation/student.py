@@ -12,7 +12,7 @@ from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.distillation.settings import LoraSettings
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError
-from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 from mistral_prune_lora.streaming.compute import LayerSource
 
 
@@ -41,21 +41,27 @@ class Student:
             )
         return checkpoint.layout
 
-    def layers(self, trained: str) -> tuple[int, ...]:
+    @property
+    def layout(self) -> Layout:
+        """The layers of A, B and C; errors as for `checkpoint`."""
+        return self._layout_of(open_checkpoint(self.model_dir))
+
+    def layers(self, trained: str, serving: Sequence[str] = ()) -> tuple[int, ...]:
         """The layers that an adapter is trained on.
 
         Args:
             trained: a part, or the stage that is trained as a whole: "A", "B", "C", "AB", "FULL".
+            serving: the stages that one adapter is trained for at once; none for the one that the part is first run at.
 
         Raises:
             LayoutError: the part holds no layers; the bundles do not restore what the part's student has, or are of
                 another pruning.
             CheckpointError: as for `checkpoint`.
         """
-        by_part = self.layers_by_part(trained)
+        by_part = self.layers_by_part(trained, serving)
         return tuple(sorted(layer for layers in by_part.values() for layer in layers))
 
-    def layers_by_part(self, trained: str) -> dict[str, tuple[int, ...]]:
+    def layers_by_part(self, trained: str, serving: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
         """As `layers`, apart."""
         parts = PARTS_OF_STAGE.get(trained, trained)
         layout = self._layout(parts[-1])
@@ -63,18 +69,21 @@ class Student:
         if empty := [part for part, held in layers.items() if not held]:
             told = f"{' and '.join(empty)} {'holds' if len(empty) == 1 else 'hold'} no layers"
             raise LayoutError(told, where="manifest.json", mend="there is nothing to train for it")
-        self._check_restored(parts[-1], layout)
+        largest = PARTS_OF_STAGE[max(serving, key=STAGES.index)][-1] if serving else parts[-1]
+        self._check_restored(largest, layout)
         check_same_pruning([self.model_dir, *self.bundles])
         return layers
 
-    def adapted_layers(self, trained: str, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    def adapted_layers(
+        self, trained: str, wanted: Sequence[int] | None, serving: Sequence[str] = ()
+    ) -> tuple[int, ...]:
         """Those of `layers` that get an adapter; LayoutError for one that is not among them.
 
         Args:
-            trained: as for `layers`.
+            trained, serving: as for `layers`.
             wanted: original indices; None means all.
         """
-        layers = self.layers(trained)
+        layers = self.layers(trained, serving)
         if wanted is None:
             return layers
         if foreign := sorted(set(wanted) - set(layers)) or not wanted:
@@ -118,7 +127,7 @@ class Student:
                 f"the student of part {part} restores layers {sorted(wanted)}, the bundles hold {sorted(restored)}",
                 where="--bundle",
                 mend={
-                    "A": "give no bundle for part A",
+                    "A": "give no bundle for part A, unless it is trained for several stages",
                     "B": "give bundle B for part B, and no other",
                     "C": "give the merged bundle B and bundle C for part C",
                 }[part],

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,11 +29,12 @@ from mistral_prune_lora.distillation.prepare import Preparation, TrainingData, p
 from mistral_prune_lora.distillation.ranks import Ranks, local_device, started
 from mistral_prune_lora.distillation.schedule import passes_over
 from mistral_prune_lora.distillation.settings import Running, TrainingSettings
+from mistral_prune_lora.distillation.start import StartAdapter
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.teacher_record import weight_digests
 from mistral_prune_lora.distillation.unfinished import CURVE, HELD_OUT, Unfinished
 from mistral_prune_lora.distillation.written import RECORD, write_adapter
-from mistral_prune_lora.errors import DataError, LayoutError, PipelineError
+from mistral_prune_lora.errors import AdapterError, DataError, LayoutError, PipelineError
 from mistral_prune_lora.models.four_bits import check_four_bits
 from mistral_prune_lora.provenance import PACKAGE, versions
 from mistral_prune_lora.storage.dtypes import torch_name
@@ -64,6 +66,7 @@ class TrainingJob:
         compute: device and dtype.
         held_out: windows to look at meanwhile; None looks at none.
         running: how often the state is saved, loggers.
+        start_dir: a LoRA adapter of the same part to start from, which the result holds too; None starts from nothing.
     """
 
     part: str
@@ -75,11 +78,23 @@ class TrainingJob:
     compute: Compute
     held_out: TrainingData | None = None
     running: Running = field(default_factory=Running)
+    start_dir: str | Path | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that get an adapter."""
-        return self.student.adapted_layers(self.part, self.settings.adapt_layers)
+        settings = self.settings
+        return self.student.adapted_layers(self.part, settings.adapt_layers, tuple(settings.stages))
+
+    @cached_property
+    def start(self) -> StartAdapter | None:
+        """The adapter to start from; AdapterError if it is none that these settings can go on from."""
+        if self.start_dir is None:
+            return None
+        if len(self.layers_by_part()) > 1:
+            told = "parts that are trained together start from nothing"
+            raise AdapterError(told, where=self.start_dir, mend="leave the adapter to start from out")
+        return StartAdapter.open(self.start_dir, self.student, self.layers, self.settings.lora)
 
     def check(self) -> None:
         """Raise what speaks against it, from headers alone: before states are made for it.
@@ -110,6 +125,8 @@ class TrainingJob:
                 where="adapt_layers",
                 mend="name layers of each part, or leave it out",
             )
+        _ = self.start
+        self._check_stages()
         layers, active = self.layers, {source.index for source in self.student.sources()}
         if watched and (watched.student_layer not in active or watched.student_layer < min(layers)):
             raise LayoutError(
@@ -126,6 +143,19 @@ class TrainingJob:
         if self.held_out:
             check_disjoint(self.data.windows, self.held_out.windows)
 
+    def _check_stages(self) -> None:
+        """Raise a PipelineError for several stages where one is all that can be trained."""
+        if not self.settings.stages:
+            return
+        faults = {
+            f"{self.part}'s adapter is trained at one stage": self.part != "A",
+            "a hidden state is watched at one stage": self.settings.loss.hidden is not None,
+            "prefix states are of one stage": any(data.prefix_states for data in (self.data, self.held_out) if data),
+        }
+        for told, wrong in faults.items():
+            if wrong:
+                raise PipelineError(f"{told}, and several are named", where="stages", mend="leave one of the two out")
+
     def record(self, ranks: Ranks) -> dict:
         """Everything that the adapter's bytes depend on, but for what only moves roundings."""
         folders = (self.student.model_dir, *self.student.bundles)
@@ -141,6 +171,7 @@ class TrainingJob:
             "dtype": torch_name(self.compute.dtype),
             "processes": ranks.world,
             "versions": versions(PACKAGE, "torch", "transformers", "peft"),
+            **({"start": self.start.record} if self.start else {}),
         }
 
     def train(self, ranks: Ranks, beside: Unfinished, fresh: Path | None, doubts: list[str] | None = None) -> None:
@@ -151,9 +182,11 @@ class TrainingJob:
         watched = hidden.teacher_layer if hidden else None
         four_bit = settings.teacher_4bit
         prepare = Preparation(self.student, layers, self.teacher_dir, watched, four_bit, compute, ranks, beside)
-        passes = passes_over(len(self.data.windows), settings.optimiser, ranks.world)
+        # What is below the first adapted layer is another thing at every stage.
+        passes = 1 if settings.stages else passes_over(len(self.data.windows), settings.optimiser, ranks.world)
         training, *others = prepare.read(self.data, self.held_out, passes)
-        adapted = AdaptedStudent(self.student, layers, settings, compute, with_prefix=training.shelf.entering is None)
+        whole = training.shelf.entering is None
+        adapted = AdaptedStudent(self.student, layers, settings, compute, with_prefix=whole, start=self.start)
         held_out = HeldOut(others[0].shelf, others[0].teacher, ranks) if others else None
         if held_out and others[0].teacher:
             others[0].teacher.same_head(adapted.head)
@@ -172,12 +205,12 @@ class TrainingJob:
                     print(f"goes on after step {loop.step} of {settings.optimiser.steps} ({beside.path})", flush=True)
             outcome = loop.run()
         if fresh:
-            by_part = self.layers_by_part()
-            write_adapter(fresh, adapted.model, by_part, self._about(outcome, doubts or [], ranks), curve, looks)
+            by_part, about = self.layers_by_part(), self._about(outcome, doubts or [], ranks)
+            write_adapter(fresh, adapted.model, by_part, about, curve, looks, self.start)
 
     def layers_by_part(self) -> dict[str, list[int]]:
         """The adapted layers of each part that is trained."""
-        adapted, parts = set(self.layers), self.student.layers_by_part(self.part)
+        adapted, parts = set(self.layers), self.student.layers_by_part(self.part, tuple(self.settings.stages))
         return {part: [layer for layer in layers if layer in adapted] for part, layers in parts.items()}
 
     def _about(self, outcome: Outcome, doubts: list[str], ranks: Ranks) -> dict:
@@ -195,6 +228,7 @@ class TrainingJob:
             "bundles": dict(zip(folders[1:], record["student"][1:], strict=True)),
             "pruning_identities": {folder: read_identity(folder) for folder in folders},
             "teacher": {"dir": teacher, "weights": record["teacher"]} if teacher else None,
+            "start": {"dir": os.fspath(self.start_dir), **record["start"]} if self.start_dir else None,
             "windows": self.data.windows.identity.content(),
             "scored_tokens": self.data.windows.predicted_tokens,
             "held_out": held_out,
@@ -245,7 +279,8 @@ def train_adapter(job: TrainingJob, *, overwrite: bool = False) -> None:
     """
     job.check()
     student, data, held_out, output_dir = job.student, job.data, job.held_out, job.output_dir
-    read = [student.model_dir, *student.bundles, job.teacher_dir, *data.files, *(held_out.files if held_out else ())]
+    read = [student.model_dir, *student.bundles, job.teacher_dir, job.start_dir, *data.files]
+    read += held_out.files if held_out else ()
     check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
     with started(job.compute.device) as ranks:
         beside = Unfinished(output_dir, job.record(ranks))

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX
 from mistral_prune_lora.distillation.card import model_card
 from mistral_prune_lora.distillation.curve import Table
+from mistral_prune_lora.distillation.start import StartAdapter
 from mistral_prune_lora.provenance import other_files_sha256
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Record, listed_files
@@ -41,6 +42,7 @@ def write_adapter(
     about: Mapping,
     curve: Table,
     held_out: Table,
+    start: StartAdapter | None = None,
 ) -> None:
     """Write everything into a fresh directory.
 
@@ -51,6 +53,7 @@ def write_adapter(
             itself, of several in `A_lora`, `B_lora` and `C_lora` below it.
         about: the record but for what only the files tell.
         curve, held_out: the tables; the second may have no rows.
+        start: the adapter that a single part's training started from; the result holds it too.
     """
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
@@ -58,6 +61,8 @@ def write_adapter(
     config.target_modules = sorted(config.target_modules or ())
     if len(layers_by_part) == 1:
         model.save_pretrained(os.fspath(folder))
+        if start:
+            start.join(folder)
     else:
         for part, layers in layers_by_part.items():
             _save_part(model, layers, folder / f"{part}_lora")

@@ -16,7 +16,14 @@ from mistral_prune_lora.layout.segments import segment_tree, shared_segments
 from mistral_prune_lora.storage.dtype_names import COMPUTE, FLOATS, ITEMSIZES
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
 from mistral_prune_lora.text.benchmarks import BENCHMARKS
-from mistral_prune_lora.workflow.configuration import experiment_layout, merged_parts, needed_parts, trained_parts
+from mistral_prune_lora.workflow.configuration import (
+    closed_form_parts,
+    experiment_layout,
+    merged_parts,
+    needed_parts,
+    started_parts,
+    trained_parts,
+)
 from mistral_prune_lora.workflow.dense_models import DenseModels
 
 KINDS = (
@@ -71,6 +78,14 @@ def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
     if trained:
         sizes = [_lora_bytes(experiment["distill"]["lora"], weights[part]) for part in trained]
         found.append(_amount("adapters", healing, _total(sizes)))
+    computed = [*closed_form_parts(experiment, layout), *started_parts(experiment, layout)]
+    if computed:
+        key = [healing, experiment["closed_form"]]
+        found.append(
+            _amount(
+                "adapters", key, len(computed) * _closed_form_bytes(experiment["closed_form"], model) if model else None
+            )
+        )
     if merged:
         cast = experiment["merge"]["output_dtype"]
         found.append(_amount("merged parts", merging, _total(_bytes(weights[part], cast) for part in merged)))
@@ -163,6 +178,13 @@ def _lora_bytes(lora: Mapping, entries: list[TensorEntry] | None) -> int | None:
     shapes = [entry.shape for entry in entries if entry.stored_name.endswith(names) and len(entry.shape) == 2]
     numbers = (lora["rank"] * (out + inside) + out * lora["use_dora"] for out, inside in shapes)
     return _LORA_BYTES * sum(numbers)
+
+
+def _closed_form_bytes(wanted: Mapping, model: Checkpoint) -> int:
+    """The bytes of an adapter in closed form, of a part with one cut."""
+    inner, hidden = model.config["intermediate_size"], model.config["hidden_size"]
+    rank = min(wanted["rank"] or hidden, hidden, inner)
+    return _LORA_BYTES * (1 + wanted["layers_behind"]) * rank * (inner + hidden)
 
 
 def _total(sizes: Iterable[int | None]) -> int | None:

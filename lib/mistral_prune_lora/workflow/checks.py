@@ -23,7 +23,14 @@ from mistral_prune_lora.checkpoints.tokenizer import find_tokenizer, own_tokeniz
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.matching import check_fit, check_same_model, split_updates
-from mistral_prune_lora.workflow.configuration import experiment_layout, merged_parts, missing_text, needed_parts
+from mistral_prune_lora.workflow.configuration import (
+    CLOSED_FORM,
+    TRAIN,
+    experiment_layout,
+    merged_parts,
+    missing_text,
+    needed_parts,
+)
 from mistral_prune_lora.workflow.dense_models import DenseModels
 from mistral_prune_lora.workflow.findings import Findings
 from mistral_prune_lora.workflow.text_checks import check_texts
@@ -66,7 +73,7 @@ def check_inputs(config: Mapping) -> Checked:
         if "pruned" in experiment and needed_parts(experiment, layout):
             bases = _check_pruned(experiment, layout, model, f"{path}.pruned", findings)
         for part in merged_parts(experiment, layout):
-            if experiment["adapters"][part] != "train":
+            if experiment["adapters"][part] not in (TRAIN, CLOSED_FORM):
                 _check_adapter(experiment, layout, part, bases[part], adapters, f"{path}.adapters.{part}", findings)
     check_texts(config, dense, findings)
     return Checked(findings.faults, findings.warnings)
@@ -161,7 +168,9 @@ def _check_adapter(
 ) -> None:
     source = experiment["adapters"][part]
     if not os.path.isdir(source):
-        findings.tell(path, missing_text(source, "give the directory of a PEFT adapter, or the word train"))
+        findings.tell(
+            path, missing_text(source, "give the directory of a PEFT adapter, or the word train or closed-form")
+        )
         return
     if not Path(source, CONFIG_FILE).exists() and (below := _adapters_below(Path(source))):
         findings.tell(path, f"{source} holds no {CONFIG_FILE}; of the directories in it, {below} does")

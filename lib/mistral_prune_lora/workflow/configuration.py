@@ -17,11 +17,14 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from mistral_prune_lora.checkpoints.directories import bundle_layers, is_bundle_dir
 from mistral_prune_lora.checkpoints.manifest import read_layout
 from mistral_prune_lora.choosing.settings import ChoiceSettings
+from mistral_prune_lora.closed_form.places import correction_places
 from mistral_prune_lora.errors import LayoutError, PipelineError, printable, shortened
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 from mistral_prune_lora.workflow.chosen import Chosen, choice_file
 
 _LONGEST_LINE = 500
+SHARED_STAGES = "shared"  # of `restore`: one adapter of A serves all stages
+TRAIN, CLOSED_FORM = "train", "closed-form"  # adapters that are made here; anything else is the path of one
 # In C where libyaml was there when PyYAML was built: a hundred experiments take a second less.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -202,6 +205,7 @@ def _broken_references(config: Mapping) -> Iterator[str]:
             ("distill.held_out.dataset", "datasets", [(experiment["distill"]["held_out"] or {}).get("dataset")]),
             ("importance.dataset", "datasets", [experiment["importance"]["dataset"]]),
             ("choose.dataset", "datasets", [experiment["choose"]["dataset"]]),
+            ("closed_form.datasets", "datasets", experiment["closed_form"]["datasets"]),
         ):
             for value in values:
                 if value is not None and value not in config[section]:
@@ -254,8 +258,14 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
         yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
     if trained:
         yield from _training_faults(config, experiment["distill"], layout, path, trained)
-    if experiment["adapter_indices"] == "compact" and "A" in trained:
-        yield f"{path}.adapter_indices: A's adapter is trained here, under original indices; compact is for a given one"
+    if experiment["restore"] == SHARED_STAGES:
+        if "A" not in trained:
+            yield f"{path}.restore: shared trains A's adapter for all stages, and adapters.A is not trained"
+        if experiment["distill"]["loss"]["hidden"]:
+            yield f"{path}.distill.loss.hidden: is of one stage, and with restore as shared several are trained"
+    yield from _closed_form_faults(experiment, layout, path)
+    if experiment["adapter_indices"] == "compact" and "A" in (*trained, *closed_form_parts(experiment, layout)):
+        yield f"{path}.adapter_indices: A's adapter is made here, under original indices; compact is for a given one"
 
 
 def _training_faults(
@@ -281,6 +291,33 @@ def _training_faults(
             yield f"{path}.distill.loss.hidden.student_layer: {hidden['student_layer']} {told}"
         if wanted != "all" and (foreign := sorted(set(wanted) - set(layers))):
             yield f"{path}.distill.parts.{part}.adapt_layers: {foreign} are not layers of {part}: {list(layers)}"
+
+
+def _closed_form_faults(experiment: Mapping, layout: Layout, path: str) -> Iterator[str]:
+    """A line for each setting of adapters in closed form that contradicts another, or the layers."""
+    made, started = closed_form_parts(experiment, layout), started_parts(experiment, layout)
+    wanted, distill = experiment["closed_form"], experiment["distill"]
+    if not made and not started:
+        return
+    if not wanted["datasets"] and distill["dataset"] is None:
+        yield f"{path}.closed_form.datasets: needed for adapters in closed form, of {', '.join([*made, *started])}"
+    if wanted["ridge"] is None and not wanted["held_out"]:
+        yield f"{path}.closed_form.held_out: needed to choose the ridge on, unless closed_form.ridge is given"
+    if started and distill["lora"]["use_dora"]:
+        yield f"{path}.distill.start: with DoRA, two adapters of one weight do not add up"
+    for part in (*made, *started):
+        stage = {"A": "A", "B": "AB", "C": "FULL"}[part]
+        try:
+            places = correction_places(
+                layout.active(stage), layout.layers_of(part), layout.num_layers, wanted["layers_behind"]
+            )
+        except LayoutError as error:
+            yield f"{path}.adapters.{part}: {error}"
+            continue
+        adapted = distill["parts"][part]["adapt_layers"]
+        left = [place.layer for place in places if adapted != "all" and place.layer not in adapted]
+        if part in started and left:
+            yield f"{path}.distill.parts.{part}.adapt_layers: leaves out layers {left}, which distill.start changes"
 
 
 def missing_text(path: str | Path, mend: str) -> str:
@@ -318,7 +355,22 @@ def merged_parts(experiment: Mapping, layout: Layout) -> list[str]:
 
 def trained_parts(experiment: Mapping, layout: Layout) -> list[str]:
     """The merged parts whose adapters are trained here rather than given."""
-    return [part for part in merged_parts(experiment, layout) if experiment["adapters"][part] == "train"]
+    return [part for part in merged_parts(experiment, layout) if experiment["adapters"][part] == TRAIN]
+
+
+def closed_form_parts(experiment: Mapping, layout: Layout) -> list[str]:
+    """The merged parts whose adapters are computed in closed form."""
+    return [part for part in merged_parts(experiment, layout) if experiment["adapters"][part] == CLOSED_FORM]
+
+
+def started_parts(experiment: Mapping, layout: Layout) -> list[str]:
+    """The parts whose training starts from an adapter in closed form."""
+    return trained_parts(experiment, layout) if experiment["distill"]["start"] else []
+
+
+def calibration_texts(experiment: Mapping) -> dict[str, float]:
+    """The texts of adapters in closed form with their weights: its own, or the one that is trained on."""
+    return experiment["closed_form"]["datasets"] or {experiment["distill"]["dataset"]: 1.0}
 
 
 def trains(experiment: Mapping, layout: Layout) -> bool:

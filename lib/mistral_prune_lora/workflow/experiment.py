@@ -13,10 +13,19 @@ from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments, stage_run
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, Windows
 from mistral_prune_lora.workflow.chosen import Chosen, choice_file
-from mistral_prune_lora.workflow.configuration import experiment_layout, merged_parts, trained_parts
+from mistral_prune_lora.workflow.configuration import (
+    CLOSED_FORM,
+    SHARED_STAGES,
+    TRAIN,
+    calibration_texts,
+    closed_form_parts,
+    experiment_layout,
+    merged_parts,
+    trained_parts,
+)
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.given import dense_model, given_adapter, given_part, text_files, text_identity
-from mistral_prune_lora.workflow.healing import PrefixStates, Reading, TeacherStates, Training
+from mistral_prune_lora.workflow.healing import ClosedForm, PrefixStates, Reading, TeacherStates, Training
 
 NO_KD = "no-kd"  # healed without a teacher
 JOINT = {"joint-AB": "AB", "joint-FULL": "FULL"}  # all parts of a stage healed together
@@ -135,9 +144,21 @@ class Experiment:
         """All trainings: of the parts that are healed, and of what they are compared with."""
         own = [self.training(part) for part in self.trained_parts]
         parts = [part for part in "ABC" if self.layout.layers_of(part)]
-        plain = [part for part in parts if self.settings["adapters"][part] == "train"]
+        plain = [part for part in parts if self.settings["adapters"][part] == TRAIN]
         without = [self.training(part, NO_KD) for part in plain if NO_KD in self.variants]
         return own + without + [self.training(stage, v) for v, stage in JOINT.items() if v in self.variants]
+
+    @cached_property
+    def closed_form_parts(self) -> list[str]:
+        """The merged parts whose adapters are computed in closed form."""
+        return closed_form_parts(self.settings, self.layout)
+
+    @cached_property
+    def closed_forms(self) -> list[ClosedForm]:
+        """All adapters in closed form: merged, or started from."""
+        variants = [variant for variant in ("merged", NO_KD) if variant in self.variants]
+        made = [self.closed_form(part, variant) for part in self.closed_form_parts for variant in variants]
+        return made + [training.start for training in self.trainings if training.start]
 
     @property
     def training_labels(self) -> list[str]:
@@ -158,23 +179,22 @@ class Experiment:
         """
         wanted = self.settings["distill"]
         parts = "".join(PARTS_OF_STAGE.get(trained, trained))
-        before = "" if len(parts) > 1 else "ABC"[: "ABC".index(trained)]
-        student = self.part(variant if before else "pruned", "A")
-        restored = [part for part in (parts if len(parts) > 1 else before + trained) if part != "A"]
-        bundles = {
-            part: self.part(variant if part in before else "pruned", part)
-            for part in restored
-            if self.layout.layers_of(part)
-        }
+        student, bundles = self._student(trained, parts, variant)
         settings = {key: wanted[key] for key in _DECIDING}
+        if shared := trained == "A" and self.settings["restore"] == SHARED_STAGES:
+            bundles = {part: self.part("pruned", part) for part in "BC" if self.layout.layers_of(part)}
+            settings["stages"] = wanted["stages"]
+        # What a training is compared with starts from nothing.
+        start = self.closed_form(trained) if wanted["start"] and variant == "merged" else None
         if variant == NO_KD:
             settings["loss"] = {**wanted["loss"], "kd_alpha": 0.0, "hidden": None}
         settings["optimiser"], settings["adapt_layers"] = self._optimiser(parts)
         taught = bool(settings["loss"]["kd_alpha"] or settings["loss"]["hidden"])
         layers = [layer for part in parts for layer in self.layout.layers_of(part)]
         adapted = [layer for layer in layers if settings["adapt_layers"] is None or layer in settings["adapt_layers"]]
-        active = [layer for part in ("A", *restored) for layer in self.layout.layers_of(part)]
-        prefix = tuple(layer for layer in sorted(active) if layer < min(adapted, default=0))
+        active = [layer for part in ("A", *bundles) for layer in self.layout.layers_of(part)]
+        first = 0 if shared else min(adapted, default=0)  # below it, every stage comes to something else
+        prefix = tuple(layer for layer in sorted(active) if layer < first)
         held = self._held_out_windows()
         data = self._reading(self.windows("distill", wanted["dataset"]), taught, student, bundles, prefix)
         return Training(
@@ -189,7 +209,32 @@ class Experiment:
             len(adapted),
             settings | {"held_out": _look(wanted["held_out"])},
             {"save_steps": wanted["save_steps"], "loggers": wanted["loggers"]},
+            start,
         )
+
+    @_once
+    def closed_form(self, part: str, variant: str = "merged") -> ClosedForm:
+        """An adapter in closed form, on the student that a part's adapter is trained on."""
+        wanted, (student, bundles) = self.settings["closed_form"], self._student(part, part, variant)
+        count = wanted["windows"] + wanted["held_out"]
+        texts = calibration_texts(self.settings).items()
+        windows = tuple((self._windows(text, wanted["seqlen"], count), weight) for text, weight in texts)
+        active = sum(len(self.layout.layers_of(each)) for each in ("A", *bundles))
+        settings = {key: wanted[key] for key in ("held_out", "rank", "ridge", "layers_behind", "dtype", "batch_size")}
+        restored = tuple(bundles.values())
+        return ClosedForm(part, student, restored, self.model, windows, self.layout.num_layers, active, settings)
+
+    def _student(self, trained: str, parts: str, variant: str) -> tuple[Source, dict[str, Source]]:
+        """What a part's adapter is made for, or that of all parts of a stage: the A model, and bundles by part."""
+        before = "" if len(parts) > 1 else "ABC"[: "ABC".index(trained)]
+        student = self.part(variant if before else "pruned", "A")
+        restored = [part for part in (parts if len(parts) > 1 else before + trained) if part != "A"]
+        bundles = {
+            part: self.part(variant if part in before else "pruned", part)
+            for part in restored
+            if self.layout.layers_of(part)
+        }
+        return student, bundles
 
     def _optimiser(self, parts: str) -> tuple[dict, list[int] | None]:
         """The optimiser's settings, and which layers are adapted.
@@ -246,20 +291,26 @@ class Experiment:
         how = (windows, self.settings["distill"]["dtype"], start, self.model, self.layout.num_layers)
         return PrefixStates(student, tuple(below), layers, last, *how)
 
+    def made_adapter(self, part: str) -> Training | ClosedForm:
+        """A part's adapter that is made here."""
+        return self.training(part) if part in self.trained_parts else self.closed_form(part)
+
     def adapter(self, part: str, variant: str = "merged") -> Source:
         """A part's adapter: the given one, or the one that is trained."""
         if variant in JOINT:
             return self.training(JOINT[variant], variant).source(part)
         source = self.settings["adapters"][part]
-        if source == "train":
+        if source == TRAIN:
             return self.training(part, variant).source(part)
+        if source == CLOSED_FORM:
+            return self.closed_form(part, variant).source
         return given_adapter(source, self.content)
 
     @_once
     def merge(self, part: str, variant: str = "merged") -> Merge:
         """The merge of a part's adapter."""
         base, skeleton = self.part("pruned", part), None if part == "A" else self.part("pruned", "A")
-        given = self.settings["adapters"][part] != "train" and variant not in JOINT
+        given = self.settings["adapters"][part] not in (TRAIN, CLOSED_FORM) and variant not in JOINT
         indices = self.settings["adapter_indices"] if part == "A" and given else "original"
         dtype = self.settings["merge"]["output_dtype"]
         layers, adapter, count = self.layout.layers_of(part), self.adapter(part, variant), self.layout.num_layers
@@ -346,6 +397,8 @@ class Experiment:
         for part in self.trained_parts:
             names = [file.rsplit("/", 1)[1] for file in self.training(part).files]
             placed += [f"{self.folder}/adapters/{part}_lora/{name}" for name in names]
+        for part in self.closed_form_parts:
+            placed += [f"{self.folder}/adapters/{part}_lora/{name}" for name in ClosedForm.names]
         for part in self.merged_parts:
             placed += [f"{self.folder}/merged/{part}_merged/{name}" for name in self.merge(part).names]
         if self.trainings:

@@ -107,6 +107,60 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class ClosedForm:
+    """An adapter, computed in closed form.
+
+    Attributes:
+        part: "A", "B" or "C".
+        student: the A model that it is for.
+        bundles: what is restored into that.
+        model: the dense model.
+        texts: what it is calibrated on, each with its weight.
+        num_layers: of the dense model.
+        active: how many layers the student runs.
+        settings: as the configuration has them, everything that decides the adapter's bytes.
+    """
+
+    part: str
+    student: Source
+    bundles: tuple[Source, ...]
+    model: Source
+    texts: tuple[tuple[Windows, float], ...]
+    num_layers: int
+    active: int
+    settings: Mapping = field(hash=False)
+
+    names = ("adapter_config.json", "adapter_model.safetensors", "closed_form.json")
+
+    @cached_property
+    def name(self) -> str:
+        """Its name under results/shared/adapters."""
+        recipe = {
+            "part": self.part,
+            "student": [self.student.identity, *(bundle.identity for bundle in self.bundles)],
+            "model": self.model.identity,
+            "texts": [[windows.name, weight] for windows, weight in self.texts],
+            "settings": self.settings,
+        }
+        return f"{self.part}-closed-form-{short_key(recipe)}"
+
+    @property
+    def folder(self) -> str:
+        """The adapter's directory."""
+        return f"{SHARED}/adapters/{self.name}"
+
+    @property
+    def files(self) -> list[str]:
+        """The files that are named in the rule."""
+        return [f"{self.folder}/{name}" for name in self.names]
+
+    @property
+    def source(self) -> Source:
+        """The adapter as jobs read it."""
+        return Source(self.folder, (self.files[-1],), self.name, maker="closed_form", made=self.name)
+
+
+@dataclass(frozen=True)
 class Training:
     """An adapter, trained.
 
@@ -122,6 +176,7 @@ class Training:
         adapted: how many of them get an adapter.
         settings: as the configuration has them, everything that decides the adapter's bytes.
         running: the rest: save_steps, loggers.
+        start: the adapter that it starts from; None for nothing.
     """
 
     part: str
@@ -135,6 +190,7 @@ class Training:
     adapted: int
     settings: Mapping = field(hash=False)
     running: Mapping = field(hash=False)
+    start: ClosedForm | None = None
 
     @cached_property
     def name(self) -> str:
@@ -149,6 +205,7 @@ class Training:
             "prefix": self.data.prefix.name if self.data.prefix else None,
             "settings": self.settings,
         }
+        recipe |= {"start": self.start.name} if self.start else {}
         return f"{self.part}-{short_key(recipe)}"
 
     @property

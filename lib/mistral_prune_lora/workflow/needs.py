@@ -11,7 +11,7 @@ from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source
 from mistral_prune_lora.workflow.choice import Choice
 from mistral_prune_lora.workflow.experiment import Experiment
 from mistral_prune_lora.workflow.geometry import Geometry
-from mistral_prune_lora.workflow.healing import PrefixStates, TeacherStates, Training
+from mistral_prune_lora.workflow.healing import ClosedForm, PrefixStates, TeacherStates, Training
 from mistral_prune_lora.workflow.resources import Needs, Pass
 
 
@@ -71,6 +71,14 @@ def of_training(training: Training) -> Needs:
     sizes = geometry(training.model, training.num_layers)
     stored = len(training.data.prefix.layers) if training.data.prefix else 0
     return resources.train_adapter(sizes, training.active - stored, training.adapted, how)
+
+
+def of_closed_form(made: ClosedForm) -> Needs:
+    """Of computing an adapter in closed form."""
+    settings, windows = made.settings, [cut for cut, _ in made.texts]
+    known = [cut.count for cut in windows if cut.count]
+    run = Pass(settings["dtype"], windows[0].seqlen, sum(known), settings["batch_size"])
+    return resources.closed_form(geometry(made.model, made.num_layers), made.active, run)
 
 
 def of_merge(merge: Merge) -> Needs:

@@ -9,7 +9,7 @@ from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Windows
 from mistral_prune_lora.workflow.choice import Choice, choices
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.experiment import Experiment
-from mistral_prune_lora.workflow.healing import PrefixStates, TeacherStates, Training
+from mistral_prune_lora.workflow.healing import ClosedForm, PrefixStates, TeacherStates, Training
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Plan:
 
     Attributes:
         experiments: by name.
-        prunings, windows, teachers, prefixes, trainings, merges: as the workflow makes them.
+        prunings, windows, teachers, prefixes, trainings, closed_forms, merges: as the workflow makes them.
         segments: runs whose boundary activations others start from.
         scores: runs that end in a score.
         choices: of layers, on request.
@@ -30,6 +30,7 @@ class Plan:
     teachers: dict[str, TeacherStates] = field(default_factory=dict)
     prefixes: dict[str, PrefixStates] = field(default_factory=dict)
     trainings: dict[str, Training] = field(default_factory=dict)
+    closed_forms: dict[str, ClosedForm] = field(default_factory=dict)
     merges: dict[str, Merge] = field(default_factory=dict)
     segments: dict[str, Run] = field(default_factory=dict)
     scores: dict[str, Run] = field(default_factory=dict)
@@ -67,6 +68,8 @@ class Plan:
             while prefix:
                 _put(self.prefixes, [prefix])
                 prefix = prefix.start
+        _put(self.closed_forms, experiment.closed_forms)
+        _put(self.windows, [windows for made in experiment.closed_forms for windows, _ in made.texts])
         _put(self.merges, experiment.merges)
         for (dataset, variant, _), score in experiment.scores().items():
             _put(self.scores, [score, *([score.dense] if score.dense else [])])
@@ -76,16 +79,22 @@ class Plan:
             _put(self.windows, [experiment.windows("importance", experiment.settings["importance"]["dataset"])])
 
     @property
+    def adapters(self) -> list[Training | ClosedForm]:
+        """Every adapter that is made here."""
+        return [*self.trainings.values(), *self.closed_forms.values()]
+
+    @property
     def files(self) -> list[str]:
         """Every file in results/shared that is to be there when all is done, and those of fetched models."""
         models = {e.model.folder: e.model for e in self.experiments.values() if not e.model.given}
         read = [reading.windows for training in self.trainings.values() for reading in training.readings]
+        read += [windows for made in self.closed_forms.values() for windows, _ in made.texts]
         windows = {cut.name: cut for cut in (*read, *(score.windows for score in self.scores.values()))}
         return [
             *(file for model in models.values() for file in model.depends),
             *(file for cut in windows.values() for file in (cut.file, cut.record)),
             *(file for pruning in self.prunings.values() for file in pruning.all_files),
-            *(file for adapter in self.trainings.values() for file in adapter.files),
+            *(file for made in self.adapters for file in made.files),
             *(file for merge in self.merges.values() for file in merge.files),
             *(file for score in self.scores.values() for file in (score.result, score.window_scores)),
         ]
@@ -96,8 +105,8 @@ class Plan:
         runs = [run.activations for run in (*self.segments.values(), *self.scores.values())]
         return [
             *(pruning.root for pruning in self.prunings.values()),
-            *(made.folder for made in self.trainings.values()),
-            *(f"{made.folder}.unfinished" for made in self.trainings.values()),
+            *(made.folder for made in self.adapters),
+            *(f"{made.folder}.unfinished" for made in self.adapters),
             *(merge.folder.rsplit("/", 1)[0] for merge in self.merges.values()),
             *(file for cut in self.windows.values() for file in (cut.file, cut.record)),
             *(states.file for states in self.teachers.values()),

@@ -7,16 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mistral_prune_lora.errors import printable
-from mistral_prune_lora.layout.partition import spans
+from mistral_prune_lora.layout.partition import Layout, spans
 from mistral_prune_lora.sizes import size_text
 from mistral_prune_lora.storage.space import free_space
 from mistral_prune_lora.workflow.amounts import KINDS, Amount, amounts
 from mistral_prune_lora.workflow.checks import Checked, check_inputs
 from mistral_prune_lora.workflow.configuration import (
+    CLOSED_FORM,
+    TRAIN,
     baseline_of,
+    calibration_texts,
+    closed_form_parts,
     dense_dir,
     experiment_layout,
     merged_parts,
+    started_parts,
     trains,
 )
 from mistral_prune_lora.workflow.dense_models import DenseModels
@@ -58,6 +63,7 @@ def _experiment(config: Mapping, name: str, made: Iterable[Amount]) -> Iterator[
         "parts": f"given, {experiment['pruned']['A']}" if "pruned" in experiment else "pruned here",
         "adapters": _adapters(experiment, merged_parts(experiment, layout)),
         "trained on": experiment["distill"]["dataset"] if trains(experiment, layout) else None,
+        "calibrated on": _calibration(experiment, layout),
         "measured on": ", ".join(wanted["datasets"]),
         "stages": _stages(experiment, stages),
         "beside": baseline_of(config, name),
@@ -84,9 +90,19 @@ def _model(config: Mapping, name: str) -> str:
     return f"{name} ({source}), {model['num_layers']} layers"
 
 
+def _calibration(experiment: Mapping, layout: Layout) -> str | None:
+    """The texts of adapters in closed form, if there are any, with their weights."""
+    if not closed_form_parts(experiment, layout) and not started_parts(experiment, layout):
+        return None
+    texts = calibration_texts(experiment)
+    return ", ".join(name if len(texts) == 1 else f"{name} ({weight:g})" for name, weight in texts.items())
+
+
 def _adapters(experiment: Mapping, merged: Sequence[str]) -> str:
     sources = {part: experiment["adapters"][part] for part in merged}
-    return "   ".join(f"{part} {'trained' if source == 'train' else source}" for part, source in sources.items())
+    start = " from closed form" if experiment["distill"]["start"] else ""
+    told = {TRAIN: f"trained{start}", CLOSED_FORM: "in closed form"}
+    return "   ".join(f"{part} {told.get(source, source)}" for part, source in sources.items())
 
 
 def _sizes(made: Sequence[Amount], kept: bool) -> list[str]:

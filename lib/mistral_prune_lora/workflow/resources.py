@@ -160,6 +160,19 @@ def choice(geometry: Geometry, amount: Amount, run: Pass) -> Needs:
     return Needs(_megabytes(budget + _PROCESS + _CUDA * run.gpu), _minutes(seconds), run.gpu)
 
 
+def closed_form(geometry: Geometry, layers: int, run: Pass) -> Needs:
+    """An adapter in closed form: both models' passes, the moments of one layer's features, and their eigenvectors.
+
+    In float64: sums for two sets of windows, of which one is mixed of several texts', and the solver's copies.
+    """
+    inner, hidden = geometry.intermediate, geometry.hidden
+    moments = 8 * (6 * inner * inner + 6 * inner * hidden)
+    passes = _streamed(geometry, layers + geometry.layers, run, beside=moments)
+    sums = 2 * run.tokens * inner * (inner + hidden) * (1 if run.gpu else 2)  # float64 has half a CPU's speed
+    solving = 30 * inner**3
+    return Needs(passes.mem_mb, passes.runtime + _minutes((sums + solving) / run.speed), passes.gpu)
+
+
 def streamed_bytes(geometry: Geometry, layers: int, run: Pass, heads: int = 0) -> int:
     """What a streamed run is to be allowed for layers and all that stands beside them.
 

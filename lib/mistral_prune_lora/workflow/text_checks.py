@@ -9,7 +9,14 @@ from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.text.glance import glance_at
 from mistral_prune_lora.text.hub_rows import check_columns
 from mistral_prune_lora.text.sources import DATASETS, SPLITS
-from mistral_prune_lora.workflow.configuration import experiment_layout, missing_text, trains
+from mistral_prune_lora.workflow.configuration import (
+    calibration_texts,
+    closed_form_parts,
+    experiment_layout,
+    missing_text,
+    started_parts,
+    trains,
+)
 from mistral_prune_lora.workflow.dense_models import DenseModels
 from mistral_prune_lora.workflow.findings import Findings
 
@@ -47,6 +54,10 @@ def _uses(config: Mapping, name: str) -> Iterator[tuple[str, str, int]]:
         yield "perplexity", text, experiment["perplexity"]["seqlen"]
     if trains(experiment, experiment_layout(config, name)):
         yield "distill", experiment["distill"]["dataset"], experiment["distill"]["seqlen"]
+    layout = experiment_layout(config, name)
+    if closed_form_parts(experiment, layout) or started_parts(experiment, layout):
+        for text in calibration_texts(experiment):
+            yield "closed_form", text, experiment["closed_form"]["seqlen"]
     if (ranked := experiment["importance"])["dataset"] is not None:
         yield "importance", ranked["dataset"], ranked["seqlen"]
     if (chosen := experiment["choose"])["dataset"] is not None:
@@ -58,7 +69,7 @@ def _misuse(section: str, text: str, spec: DatasetSpec, windows: int | None) -> 
     if section != "distill" and spec.is_examples:
         shape = spec.shape if spec.shape != "text" else "documents: each"
         told = f"{text} is of the shape {shape}, of which not every token is scored; measure on a running text"
-        yield "datasets" if section == "perplexity" else "dataset", told
+        yield "datasets" if section in ("perplexity", "closed_form") else "dataset", told
     if spec.streaming and windows is None:
         yield "windows", f"{text} is read as a stream, of which a number of windows or examples must be said"
 
@@ -99,15 +110,17 @@ def _faults(settings: Mapping) -> Iterator[tuple[str, str]]:
 
 
 def _warn_of_one_text(config: Mapping, name: str, findings: Findings) -> None:
-    """Warn of an experiment that is measured on what it was trained on."""
-    experiment, texts = config["experiments"][name], config["datasets"]
-    trained = experiment["distill"]["dataset"]
-    if not trains(experiment, experiment_layout(config, name)):
-        return
+    """Warn of an experiment that is measured on what it was healed on."""
+    experiment, texts, layout = config["experiments"][name], config["datasets"], experiment_layout(config, name)
+    healed = {"distill.dataset": [experiment["distill"]["dataset"]] if trains(experiment, layout) else []}
+    computed = closed_form_parts(experiment, layout) or started_parts(experiment, layout)
+    healed["closed_form.datasets"] = list(calibration_texts(experiment)) if computed else []
     for measured in experiment["perplexity"]["datasets"]:
-        if _meaning(texts[measured]) == _meaning(texts[trained]):
-            told = f"{measured} is the text of distill.dataset, {trained}: what is measured there was learnt by heart"
-            findings.tell(f"experiments.{name}.perplexity.datasets", told, fault=False)
+        for key, text in ((key, text) for key, names in healed.items() for text in names):
+            if _meaning(texts[measured]) == _meaning(texts[text]):
+                told = f"{measured} is the text of {key}, {text}: what is measured there was learnt by heart"
+                findings.tell(f"experiments.{name}.perplexity.datasets", told, fault=False)
+                break
 
 
 def _meaning(settings: Mapping) -> tuple:

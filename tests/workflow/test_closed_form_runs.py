@@ -1,0 +1,57 @@
+"""Adapters in closed form by snakemake for real: merged, measured, started from, and made again when they must be."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional
+
+from mistral_prune_lora.models.load import load_model
+from mistral_prune_lora.text.windows import Windows
+
+OPTIMISER = {"steps": 4, "batch_size": 2, "gradient_accumulation": 1, "warmup_steps": 0, "learning_rate": 0.01}
+
+
+@pytest.fixture
+def computed(project):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["adapters"] = {"A": "closed-form", "B": "train"}
+    experiment["layers"]["C"] = []
+    experiment["perplexity"] |= {"variants": ["pruned", "merged"], "stages": ["A", "AB"], "compare_with_dense": False}
+    experiment["closed_form"] = {"seqlen": 32, "windows": 6, "held_out": 2, "dtype": "fp32"}
+    experiment["distill"] = {
+        "dataset": "corpus", "seqlen": 32, "windows": 6, "dtype": "fp32", "start": "closed-form", "lora": {"rank": 2},
+        "parts": {"B": OPTIMISER},
+    }  # fmt: skip
+    return project
+
+
+def test_closed_forms_are_merged_started_from_and_made_again(computed):
+    jobs = computed.jobs()
+    assert (jobs["closed_form"], jobs["train_adapter"], jobs["merge_A"]) == (2, 1, 1)
+    told = json.loads(computed.path("adapters/A_lora/closed_form.json").read_text())
+    assert [place["layer"] for place in told["corrections"]] == [2]
+    started = json.loads(computed.path("adapters/B_lora/training.json").read_text())["start"]
+    assert "B-closed-form-" in started["dir"]
+    the_merged_a_is_what_transformers_measures(computed)
+
+    # Another seed trains B's adapter again, and what it starts from stays.
+    computed.config["experiments"]["tiny"]["distill"]["seed"] = 1
+    planned = computed.planned()
+    assert planned["train_adapter"] == 1 and not {"closed_form", "merge_A"} & planned.keys()
+
+
+def the_merged_a_is_what_transformers_measures(project) -> None:
+    table = pd.read_csv(project.folder / "results/summary.csv").set_index(["variant", "stage"])
+    model = load_model(project.path("merged/A_merged"), dtype=torch.float32)
+    measured = next(
+        w
+        for w in map(Windows.load, (project.folder / "results/shared/windows").glob("*.safetensors"))
+        if w.identity.ids_sha256 == table.ids_sha256.iloc[0]
+    )
+    ids = measured.ids.long()
+    with torch.no_grad():
+        nll = functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+    found = table.mean_nll["merged", "A"]
+    assert found == pytest.approx(nll.item(), rel=1e-5) and found != table.mean_nll["pruned", "A"]

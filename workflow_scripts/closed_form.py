@@ -1,0 +1,31 @@
+from pathlib import Path
+
+from mistral_prune_lora.quick_imports import quick_imports
+
+with quick_imports():
+    from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormSettings
+    from mistral_prune_lora.closed_form.written import ClosedFormJob
+    from mistral_prune_lora.console import job
+    from mistral_prune_lora.device import granted
+    from mistral_prune_lora.distillation.student import Student
+    from mistral_prune_lora.streaming.compute import Compute
+    from mistral_prune_lora.text.windows import Windows
+    from mistral_prune_lora.workflow.job import folder, folders, windows_file
+
+files, settings, resources = snakemake.input, snakemake.params.settings, snakemake.resources
+with job(snakemake.log[0]):
+    given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
+    records = [files.windows] if isinstance(files.windows, str) else files.windows
+    texts = [
+        CalibrationText(Windows.load(windows_file(record)), settings["held_out"], weight)
+        for record, weight in zip(records, snakemake.params.weights, strict=True)
+    ]
+    ClosedFormJob(
+        snakemake.params.part,
+        Student(folder(files.student), tuple(folders(files.bundles))),
+        folder(files.dense),
+        texts,
+        ClosedFormSettings(settings["rank"], settings["ridge"], settings["layers_behind"]),
+        Compute.named(given.device, settings["dtype"], settings["batch_size"], given.memory_bytes),
+        Path(snakemake.output.record).parent,
+    ).run(overwrite=True)
