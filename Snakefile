@@ -24,6 +24,7 @@ include: "rules/export.smk"
 include: "rules/perplexity.smk"
 include: "rules/place.smk"
 include: "rules/summary.smk"
+include: "rules/report.smk"
 
 
 CODE.keep()  # every rule has asked for its script's digest by now
@@ -41,6 +42,7 @@ rule all:
         [f"results/seeds{OF_CONFIG}.csv", f"results/baseline{OF_CONFIG}.csv"] if SWEEPS or BASELINES else [],
         PLAN.files,
         [experiment.files for experiment in EXPERIMENTS.values()],
+        REPORT if CONFIG["report"] else [],
         all_decided,
 
 

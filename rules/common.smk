@@ -11,6 +11,7 @@ from snakemake.io import checkpoint_target
 
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
+from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.workflow import needs
 from mistral_prune_lora.workflow.artefacts import MODEL_FILES, bundle_files
 from mistral_prune_lora.workflow.checks import check_inputs
@@ -24,6 +25,7 @@ from mistral_prune_lora.workflow.configuration import (
     with_yaml_values,
 )
 from mistral_prune_lora.workflow.content import Content
+from mistral_prune_lora.workflow.described import described
 from mistral_prune_lora.workflow.expansion import expand_experiments
 from mistral_prune_lora.workflow.fingerprint import Code
 from mistral_prune_lora.workflow.given import dense_model

@@ -10,8 +10,9 @@ for rule_name, merges in by_rule(PLAN.merges):
             rule_name
         input:
             base=lambda wildcards: depends(PLAN.merges[wildcards.made].base),
-            adapter=lambda wildcards: depends(PLAN.merges[wildcards.made].adapter),
+            adapter=lambda wildcards: depends(*filter(None, [PLAN.merges[wildcards.made].adapter])),
             skeleton=lambda wildcards: depends(*filter(None, [PLAN.merges[wildcards.made].skeleton])),
+            undo_of=lambda wildcards: depends(*PLAN.merges[wildcards.made].undoes),
         output:
             weights=expand(
                 "results/shared/merged/{{made}}/{part}_merged/{file}", part=merges[0].part, file=merges[0].names[:-1]

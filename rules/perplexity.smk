@@ -14,6 +14,7 @@ rule segment:
         model=lambda wildcards: depends(PLAN.segments[wildcards.made].model),
         weights=lambda wildcards: depends(PLAN.segments[wildcards.made].weights),
         parts=lambda wildcards: depends(*PLAN.segments[wildcards.made].read),
+        restores=lambda wildcards: depends(*PLAN.segments[wildcards.made].restores),
     output:
         activations_output("results/shared/activations/{made}.safetensors"),
     log:
@@ -74,6 +75,7 @@ rule perplexity:
         model=lambda wildcards: depends(PLAN.scores[wildcards.made].model),
         weights=lambda wildcards: depends(PLAN.scores[wildcards.made].weights),
         parts=lambda wildcards: depends(*PLAN.scores[wildcards.made].read),
+        restores=lambda wildcards: depends(*PLAN.scores[wildcards.made].restores),
         teacher=lambda wildcards: activations_of(PLAN.scores[wildcards.made].dense),
         dense=compared_model,
     output:

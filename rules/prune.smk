@@ -42,7 +42,10 @@ rule importance:
     output:
         table="results/{experiment}/importance.csv",
         plot=report(
-            "results/{experiment}/importance.svg", caption="../report/importance.rst", category="Layer importance"
+            "results/{experiment}/importance.svg",
+            caption="../report/importance.rst",
+            category="3 Layers",
+            labels={"page": "ranking, still"},
         ),
     log:
         "logs/importance/{experiment}.log",

@@ -70,7 +70,12 @@ rule plot_training:
     input:
         lambda wildcards: [curve_of(training) for training in EXPERIMENTS[wildcards.experiment].trainings],
     output:
-        report("results/{experiment}/training.svg", caption="../report/training.rst", category="Training"),
+        report(
+            "results/{experiment}/training.svg",
+            caption="../report/training_still.rst",
+            category="4 Training",
+            labels={"page": "still"},
+        ),
     log:
         "logs/plot_training/{experiment}.log",
     localrule: True
@@ -87,7 +92,12 @@ rule plot_perplexity:
     input:
         f"results/summary{OF_CONFIG}.csv",
     output:
-        report(f"results/plots/perplexity{OF_CONFIG}.svg", caption="../report/perplexity.rst", category="Perplexity"),
+        report(
+            f"results/plots/perplexity{OF_CONFIG}.svg",
+            caption="../report/perplexity.rst",
+            category="2 Stages",
+            labels={"page": "still"},
+        ),
     log:
         f"logs/plot_perplexity{OF_CONFIG}.log",
     benchmark:

@@ -111,6 +111,7 @@ def configuration() -> dict:
         "models": {"dense": {"path": "dense", "num_layers": 8}},
         "datasets": {"corpus": {"text_files": ["corpus.txt"]}},
         "experiments": {"tiny": experiment},
+        "report": False,  # tests of their own look at its pages
     }
 
 

@@ -7,7 +7,7 @@ with quick_imports():
     from mistral_prune_lora.evaluation.jobs import RunInputs, StageOutputs, score_stage
     from mistral_prune_lora.evaluation.scoring import DenseAnswers
     from mistral_prune_lora.streaming.compute import Compute
-    from mistral_prune_lora.workflow.job import folder, windows_file
+    from mistral_prune_lora.workflow.job import folder, folders, windows_file
 
 params, resources = snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
@@ -20,6 +20,7 @@ with job(snakemake.log[0]):
             folder(snakemake.input.weights),
             params.layers,
             windows=windows_file(snakemake.input.windows),
+            parts=folders(snakemake.input.get("restores") or []),
             source=snakemake.input.get("source") or None,
         ),
         StageOutputs(

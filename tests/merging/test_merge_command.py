@@ -53,7 +53,7 @@ def digest(path: Path) -> str:
 def test_the_nine_flags_and_three_more():
     flags = {word for action in parser()._actions for word in action.option_strings} - {"-h", "--help"}
     guide = "base_model adapter_path adapter_paths output_dir device tokenizer_path no_verify save_bundle_only"
-    more = ["save_full_model", "skeleton", "max_shard_size", "adapter_indices", "overwrite", "output_dtype"]
+    more = ["save_full_model", "skeleton", "max_shard_size", "adapter_indices", "overwrite", "output_dtype", "undo_of"]
     assert flags == {f"--{name}" for name in [*guide.split(), *more]}
 
 

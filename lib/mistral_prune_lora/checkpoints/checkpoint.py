@@ -47,6 +47,7 @@ class Checkpoint:
         config: the parsed config.json of a model, with the dense model's num_hidden_layers; {} for a bundle.
         layout: the parts of the model that the manifest describes; None without a manifest.
         written: what the record in the directory says of the weights; None without one that has digests.
+        beside: such records of other directories, of which some of the tensors are (see `undo.put_back`).
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     config: dict = field(default_factory=dict)
     layout: Layout | None = None
     written: Written | None = None
+    beside: tuple[Written, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -87,13 +89,19 @@ class Checkpoint:
         self, entries: Iterable[TensorEntry], checksum: Callable[[TensorEntry], str] = tensor_checksum
     ) -> None:
         """Raise a CheckpointError if tensors are not what the record says; see `written.Written.check_tensors`."""
-        if self.written:
-            self.written.check_tensors(entries, checksum)
+        entries = list(entries)
+        for record in self._records:
+            record.check_tensors([entry for entry in entries if entry.file.parent == record.record.parent], checksum)
 
     def check_files(self, files: Iterable[Path] | None = None, digest: Callable[[Path], str] = file_digest) -> None:
         """Raise a CheckpointError if weight files, all if none are named, are not what the record says."""
-        if self.written:
-            self.written.check_files(self.files if files is None else files, digest)
+        files = list(self.files if files is None else files)
+        for record in self._records:
+            record.check_files([file for file in files if file.parent == record.record.parent], digest)
+
+    @property
+    def _records(self) -> list[Written]:
+        return [*([self.written] if self.written else []), *self.beside]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One tensor by canonical name, in its stored dtype or cast to `dtype`.

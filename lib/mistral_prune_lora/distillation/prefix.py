@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.errors import DataError, PipelineError
 from mistral_prune_lora.storage.activations import ActivationReader
@@ -112,7 +111,7 @@ def holds_prefix(path: str | Path) -> bool:
 
 
 def _record(student: Student, sources: Sequence[LayerSource], windows: Windows, compute: Compute) -> RunRecord:
-    return RunRecord.start(open_checkpoint(student.model_dir), windows, compute.dtype).after(sources, compute)
+    return RunRecord.start(student.parts()[0], windows, compute.dtype).after(sources, compute)
 
 
 def _check_same(found: RunRecord, wanted: RunRecord, path: str | Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
+from mistral_prune_lora.checkpoints.undo import put_back
 from mistral_prune_lora.distillation.settings import LoraSettings
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
@@ -30,9 +31,13 @@ class Student:
 
     def checkpoint(self) -> Checkpoint:
         """The model; CheckpointError if its directory does not say which layers it runs without."""
-        checkpoint = open_checkpoint(self.model_dir)
+        checkpoint = self.parts()[0]
         self._layout_of(checkpoint)
         return checkpoint
+
+    def parts(self) -> list[Checkpoint]:
+        """The model and the bundles, with what these put back in each other."""
+        return put_back([open_checkpoint(folder) for folder in (self.model_dir, *self.bundles)])
 
     def _layout_of(self, checkpoint: Checkpoint) -> Layout:
         if checkpoint.layout is None:
@@ -105,8 +110,9 @@ class Student:
 
     def sources(self) -> list[LayerSource]:
         """All layers that it runs, in order, where their weights lie."""
-        held = [open_checkpoint(folder) for folder in (self.model_dir, *self.bundles)]
-        return sorted((LayerSource(i, each) for each in held for i in each.layers), key=lambda source: source.index)
+        return sorted(
+            (LayerSource(i, each) for each in self.parts() for i in each.layers), key=lambda source: source.index
+        )
 
     def _layout(self, part: str) -> Layout:
         """The layout, with B and C told by the bundles that are restored where the manifest leaves them open."""

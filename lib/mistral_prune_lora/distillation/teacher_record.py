@@ -10,6 +10,7 @@ import torch
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.checkpoints.manifest import read_layout
+from mistral_prune_lora.checkpoints.undo import read_undo
 from mistral_prune_lora.errors import CheckpointError, DataError
 from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.digests import file_digest
@@ -27,8 +28,10 @@ def weight_digests(path: str | Path) -> dict[str, str]:
         CheckpointError: one is not what the record of whoever wrote it says.
     """
     checkpoint = open_checkpoint(path)
-    checkpoint.check_files()
-    return {file.name: file_digest(file) for file in checkpoint.files}
+    undo = read_undo(checkpoint)
+    files = [*checkpoint.files, *({entry.file for entry in undo.entries.values()} if undo else ())]
+    checkpoint.check_files(files)
+    return {file.name: file_digest(file) for file in files}
 
 
 def teacher_record(windows: Windows, teacher_dir: str | Path) -> dict:

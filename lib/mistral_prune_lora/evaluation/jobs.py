@@ -5,6 +5,7 @@ Boundary activations are files between them, so that every run of layers that st
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from pathlib import Path
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.pruning_identity import KEY, check_same_pruning
+from mistral_prune_lora.checkpoints.undo import put_back
+from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.evaluation.result import StageResult, stage_result
 from mistral_prune_lora.evaluation.scoring import DenseAnswers, Scoring
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.passage import Passage
+from mistral_prune_lora.streaming.record import RunRecord, tensors_sha256
 from mistral_prune_lora.streaming.run import run_layers, run_to_file
 from mistral_prune_lora.text.doubts import warn_of
 from mistral_prune_lora.text.windows import Windows
@@ -33,6 +37,8 @@ class RunInputs:
         layers: original indices, ascending; none if a stage ends where `source` ends.
         windows: a file of windows.
         source: the parent segment's activations; None starts from the token ids.
+        parts: the directories of all parts of the stage, A's first, where its bundles put original tensors back; empty
+            where nothing is put back.
     """
 
     model_dir: str | Path
@@ -40,6 +46,26 @@ class RunInputs:
     layers: Sequence[int]
     windows: str | Path
     source: str | Path | None = None
+    parts: Sequence[str | Path] = ()
+
+    def open(self) -> tuple[Checkpoint, Checkpoint]:
+        """The model, and what holds the layers, with what is put back; errors as for `run_segment`."""
+        wanted = [Path(os.path.abspath(each)) for each in (self.model_dir, self.weights_dir or self.model_dir)]
+        if not self.parts:
+            model, holder = map(open_checkpoint, wanted)
+            check_same_pruning(wanted)
+            return model, holder
+        check_same_pruning(self.parts)
+        opened = {part.path: part for part in put_back([open_checkpoint(each) for each in self.parts])}
+        return opened[wanted[0]], opened[wanted[1]]
+
+    def check_origin(self, record: RunRecord) -> None:
+        """Raise a DataError if the layers before were run with other weights than those that are put back."""
+        for part in put_back([open_checkpoint(each) for each in self.parts]) if self.parts else ():
+            for layer in set(part.layers) & set(record.layers):
+                if record.weights[f"layers.{layer:03d}"] != tensors_sha256(part.layer(layer)):
+                    told = f"was run with other weights of layer {layer} than the stage has"
+                    raise DataError(told, where=self.source, mend="Delete it and run its segment again")
 
     def sources(self, holder: Checkpoint) -> list[LayerSource]:
         """The layers, of the checkpoint that holds them."""
@@ -77,9 +103,7 @@ def run_segment(inputs: RunInputs, output: str | Path, compute: Compute) -> None
         NumberError: weights or hidden states hold NaN or infinity.
         PipelineError: memory or disk space does not suffice, or another process is writing `output`.
     """
-    model = open_checkpoint(inputs.model_dir)
-    holder = open_checkpoint(inputs.weights_dir or inputs.model_dir)
-    check_same_pruning([model.path, holder.path])
+    model, holder = inputs.open()
     passage = Passage(model, Windows.load(inputs.windows), compute)
     print(f"boundary activations: {passage.nbytes / 1e6:.1f} MB in {output}", file=sys.stderr)
     run_to_file(passage, passage.origin(inputs.source), inputs.sources(holder), output)
@@ -105,12 +129,13 @@ def score_stage(
     Raises:
         As `run_segment`. NumberError also for a score or perplexity that is no number; nothing is written then.
     """
-    subject = Subject.open(inputs.model_dir)
-    holder = open_checkpoint(inputs.weights_dir or inputs.model_dir)
-    identity = check_same_pruning([subject.model.path, holder.path])
+    model, holder = inputs.open()
+    subject = Subject(model)
+    identity = check_same_pruning([model.path, holder.path])
     passage = Passage(subject.model, Windows.load(inputs.windows), compute)
     doubts = warn_of(subject.model, passage.windows)
     origin, tail = passage.origin(inputs.source), inputs.sources(holder)
+    inputs.check_origin(origin.record)
     journal = Path(outputs.result_json).with_name(f".{Path(outputs.result_json).name}.scores")
     run, words = origin.record.after(tail, compute), f"stage {stage}"
     with Scoring(passage, journal, run, words, dense=dense, final_hidden=outputs.final_hidden) as scoring:

@@ -55,18 +55,20 @@ def evaluate_stages(
     Raises:
         LayoutError: a stage needs a bundle that is not given. Others as `jobs.score_stage`.
     """
-    wanted, passage = stages_of(subject, stages), Passage(subject.model, windows, compute)
-    doubts, tree = warn_of(subject.model, windows), segment_tree(subject.layout, wanted)
-    boundaries = _Boundaries(passage, subject, tree, Path(work_dir), keep_parts)
+    wanted, doubts = stages_of(subject, stages), warn_of(subject.model, windows)
+    staged = {stage: subject.at(stage) for stage in wanted}
+    passages = {stage: Passage(there.model, windows, compute) for stage, there in staged.items()}
+    tree = _tree(subject, wanted)
+    boundaries = _Boundaries(passages, staged, tree, Path(work_dir), keep_parts)
     for stage in wanted:
         parent, tail = _tail(tree, boundaries.kept, stage)
-        sources = subject.sources(tail)
-        run, words = boundaries.records[parent].after(sources, compute), f"stage {stage}"
+        sources, passage = staged[stage].sources(tail), passages[stage]
+        run, words = boundaries.record(parent, stage).after(sources, compute), f"stage {stage}"
         journal = Path(work_dir) / f"{run.sha256[:24]}.{'kl' if dense else 'plain'}.scores"
         final = final_hidden if stage == wanted[-1] else None
         with Scoring(passage, journal, run, words, dense=dense, final_hidden=final) as scoring:
             if not scoring.is_complete:
-                run_layers(passage, boundaries.origin(parent), sources, scoring)
+                run_layers(passage, boundaries.origin(parent, stage), sources, scoring)
             scores = scoring.finish()
         about = {"stage": stage, "label": subject.label(stage), KEY: subject.pruning_identity}
         yield stage_result(about, scoring.record, scores, passage, doubts)
@@ -76,35 +78,55 @@ class _Boundaries:
     """The boundary activations at the ends of shared segments, each computed when it is first asked for.
 
     Attributes:
-        records: of the run to the end of each segment, by its name; of the token ids under None.
         kept: the segments whose activations are kept, by name.
     """
 
     def __init__(
-        self, passage: Passage, subject: Subject, tree: Sequence[Segment], folder: Path, keep_parts: bool
+        self,
+        passages: Mapping[str, Passage],
+        staged: Mapping[str, Subject],
+        tree: Sequence[Segment],
+        folder: Path,
+        keep_parts: bool,
     ) -> None:
-        self._passage, self._subject, self._tree = passage, subject, tree
-        model, windows, compute = passage.model, passage.windows, passage.compute
-        self.records: dict[str | None, RunRecord] = {None: RunRecord.start(model, windows, compute.dtype)}
+        """Look at what is there.
+
+        Args:
+            passages, staged: by stage; where stages share a segment, they have the same weights there.
+            tree, folder, keep_parts: as for `evaluate_stages`.
+        """
+        self._passages, self._staged, self._tree = passages, staged, tree
+        self._records: dict[str, RunRecord] = {}
         for segment in tree:
-            sources = subject.sources(segment.layers)
-            self.records[segment.name] = self.records[segment.parent].after(sources, compute)
-        self._files = {
-            name: folder / f"{record.sha256[:24]}.safetensors" for name, record in self.records.items() if name
-        }
+            stage = segment.through[0]
+            sources, compute = staged[stage].sources(segment.layers), passages[stage].compute
+            self._records[segment.name] = self.record(segment.parent, stage).after(sources, compute)
+        self._files = {name: folder / f"{record.sha256[:24]}.safetensors" for name, record in self._records.items()}
         # What an earlier evaluation has left is started from, whether this one would keep it or not.
-        self._there = {name for name, file in self._files.items() if open_finished(file, self.records[name].content())}
+        self._there = {name for name, file in self._files.items() if open_finished(file, self._records[name].content())}
         self.kept = _kept(tree, keep_parts, self._there)
 
-    def origin(self, name: str | None) -> Origin:
+    def record(self, name: str | None, stage: str) -> RunRecord:
+        """Of the run to the end of a segment of a stage; None: of the token ids."""
+        if name is not None:
+            return self._records[name]
+        passage = self._passages[stage]
+        return RunRecord.start(passage.model, passage.windows, passage.compute.dtype)
+
+    def origin(self, name: str | None, stage: str) -> Origin:
         """The activations at the end of a kept segment, computed now if they are not there; None: the token ids."""
+        passage = self._passages[stage]
         if name is None:
-            return self._passage.origin(None)
+            return passage.origin(None)
         if name not in self._there:
             start, layers = _way(self._tree, self.kept, self.kept[name])
-            run_to_file(self._passage, self.origin(start), self._subject.sources(layers), self._files[name])
+            run_to_file(passage, self.origin(start, stage), self._staged[stage].sources(layers), self._files[name])
             self._there.add(name)
-        return self._passage.origin(self._files[name])
+        return passage.origin(self._files[name])
+
+
+def _tree(subject: Subject, stages: Sequence[str]) -> list[Segment]:
+    return segment_tree(subject.layout, stages, {stage: subject.original_layers(stage) for stage in stages})
 
 
 def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
@@ -118,7 +140,7 @@ def stages_of(subject: Subject, stages: Sequence[str]) -> list[str]:
         raise LayoutError(f"there is no stage {unknown}", where="--stages", mend=f"Use some of {', '.join(STAGES)}")
     wanted = ["FULL"] if subject.is_dense else [stage for stage in STAGES if stage in stages]
     for stage in wanted:
-        subject.sources(subject.layout.active(stage))
+        subject.at(stage).sources(subject.layout.active(stage))
     return wanted
 
 
@@ -137,7 +159,7 @@ def boundary_bytes(
         PipelineError: memory does not suffice for one layer; known here before anything is computed.
     """
     wanted, passage = stages_of(subject, stages), Passage(subject.model, windows, compute)
-    tree = segment_tree(subject.layout, wanted)
+    tree = _tree(subject, wanted)
     kept = _kept(tree, keep_parts)
     heads = sum(head_bytes(model, compute.dtype) for model in [subject.model, *([dense.model] if dense else [])])
     # Between two groups of layers lies a file, which lives until the next one is there; the last group's is counted

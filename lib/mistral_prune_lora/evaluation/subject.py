@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
-from mistral_prune_lora.errors import LayoutError
+from mistral_prune_lora.checkpoints.undo import changed_layers, put_back, read_undo
+from mistral_prune_lora.errors import AdapterError, LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.models.ends import outside_entries
 from mistral_prune_lora.streaming.compute import LayerSource, UnmergedAdapter
@@ -76,6 +77,32 @@ class Subject:
     def is_dense(self) -> bool:
         """Whether the model runs without none of its layers."""
         return not self.layout.dropped
+
+    def at(self, stage: str) -> Subject:
+        """The subject as it is at a stage: with what the stage's bundles put back in other parts.
+
+        Raises:
+            CheckpointError: as `undo.put_back`.
+            AdapterError: an adapter is left unmerged on a part of which something is put back.
+        """
+        bundles = {part: self.bundles[part] for part in PARTS_OF_STAGE[stage] if part in self.bundles}
+        for bundle in bundles.values():
+            undo = read_undo(bundle)
+            undone = {self.layout.part_of(layer) for layer in undo.layers} if undo else set()
+            if adapted := sorted(undone & self.adapters.keys()):
+                raise AdapterError(
+                    f"puts back the original weights of {adapted[0]}, beside which an adapter is to run unmerged",
+                    where=bundle.path,
+                    mend="Leave the adapter out, or use bundles without undo.safetensors",
+                )
+        model, *rest = put_back([self.model, *bundles.values()])
+        return replace(self, model=model, bundles={**self.bundles, **dict(zip(bundles, rest, strict=True))})
+
+    def original_layers(self, stage: str) -> frozenset[int]:
+        """The layers that a stage runs with original weights that one of its bundles has put back."""
+        there = self.at(stage)
+        pairs = [(self.model, there.model), *((self.bundles[part], there.bundles[part]) for part in self.bundles)]
+        return frozenset().union(*(changed_layers(before, after) for before, after in pairs))
 
     def sources(self, layers: Sequence[int]) -> list[LayerSource]:
         """Where the layers' weights lie.

@@ -176,8 +176,8 @@ def _of_pruned(plan: ExportPlan) -> dict[str, Mapping | Path]:
 def _digests(plan: ExportPlan, inputs: InputDigests, small: Sequence[Path]) -> dict[str, str]:
     """The sha256 of every file that went in; CheckpointError if weights are not what their record says was written."""
     parts = [plan.subject.model, *plan.subject.bundles.values()]
-    used = {item.entry.file for item in plan.items}
-    read = {part.path: [file for file in part.files if file in used] for part in parts}
+    used = dict.fromkeys(item.entry.file for item in plan.items)
+    read = {part.path: [file for file in used if file.parent == part.path] for part in parts}
     digests = inputs.finish(tuple(file for files in read.values() for file in files))
     for part in parts:
         part.check_files(read[part.path], digests.__getitem__)

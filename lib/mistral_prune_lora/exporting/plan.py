@@ -11,19 +11,21 @@ from transformers import AutoModelForCausalLM
 
 from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.checkpoints.tensor_names import EMBEDDING, HEAD, LAYERS, NORM, layer_prefix
+from mistral_prune_lora.checkpoints.undo import put_back, read_undo
 from mistral_prune_lora.errors import CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.exporting.config import StageConfig, stage_config
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES
-from mistral_prune_lora.merging.tensor_files import Item, TensorFiles, split_files
+from mistral_prune_lora.merging.tensor_files import Item, TensorFiles, copied, split_files
 from mistral_prune_lora.models.config import model_config
 from mistral_prune_lora.models.ends import outside_entries
 from mistral_prune_lora.storage.dtype_names import FLOATS
-from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
+from mistral_prune_lora.storage.safetensors_file import TensorEntry
 from mistral_prune_lora.streaming.record import tensors_sha256
 
 FORMATS = ("stock", "stage_files")
 STAGE_FILES = {"B": "stage2_layers_B.safetensors", "C": "stage3_layers_C.safetensors"}
+UNDO_FILES = {"B": "stage2_undo_B.safetensors", "C": "stage3_undo_C.safetensors"}  # what restoring it puts back
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ class ExportPlan(TensorFiles):
     @property
     def weights(self) -> dict[str, list[Item]]:
         """The files that are the model's own, without the files of stages that are loaded later."""
-        return {name: items for name, items in self.files.items() if name not in STAGE_FILES.values()}
+        return {
+            name: items
+            for name, items in self.files.items()
+            if name not in (*STAGE_FILES.values(), *UNDO_FILES.values())
+        }
 
 
 def plan_export(
@@ -122,7 +128,8 @@ def _subject(
         remarks.append(f"weights of the dropped layers {strays} in {model.path} are left out")
     unused = [part for part in subject.bundles if part not in PARTS_OF_STAGE[stage]]
     remarks += [f"the bundle {part} is no part of stage {stage} and is left out" for part in unused]
-    return replace(subject, bundles={part: b for part, b in subject.bundles.items() if part not in unused})
+    kept = replace(subject, bundles={part: b for part, b in subject.bundles.items() if part not in unused})
+    return kept if form == "stage_files" else kept.at(stage)
 
 
 def _bundle(path: str | Path, part: str) -> Checkpoint:
@@ -183,7 +190,10 @@ def _staged(
 
     files = split_files(_items(outside, of_part("A"), numbers), max_shard_size)
     held = [part for part in subject.bundles if subject.layout.layers_of(part)]
-    return files | {STAGE_FILES[part]: _items({}, of_part(part), numbers) for part in held}
+    files |= {STAGE_FILES[part]: _items({}, of_part(part), numbers) for part in held}
+    put_back([subject.model, *subject.bundles.values()])  # or what is put back is of other weights
+    undone = {UNDO_FILES[part]: read_undo(subject.bundles[part]) for part in held}
+    return files | {name: copied(undo.entries) for name, undo in undone.items() if undo}
 
 
 def _items(
@@ -194,7 +204,7 @@ def _items(
     for layer, entries in stored.items():
         named |= {layer_prefix(numbers[layer]) + name: entry for name, entry in entries.items()}
     named |= outside
-    return [Item(TensorSpec(name, entry.dtype, entry.shape), entry) for name, entry in named.items()]
+    return copied(named)
 
 
 def _check_stock(items: Sequence[Item], config: Mapping, model: Checkpoint) -> None:

@@ -5,10 +5,12 @@ Imports neither torch nor Snakemake, so the Snakefile can ask it for every targe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from mistral_prune_lora.layout.partition import STAGES, Layout
+
+_Way = tuple[tuple[int, bool], ...]  # a stage's layers, each with whether its original weights are put back
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,22 @@ class Segment:
     ends: tuple[str, ...]
 
 
-def segment_tree(layout: Layout, stages: Sequence[str] = STAGES) -> list[Segment]:
+def segment_tree(
+    layout: Layout, stages: Sequence[str] = STAGES, original: Mapping[str, Set[int]] | None = None
+) -> list[Segment]:
     """The tree of segments that serves `stages` with every shared run of layers computed once; parents come first.
 
     The stages' layer sequences are put into a prefix tree, whose unbranched runs within one part are the segments.
     For Mistral-7B with B 21-24 and C 25-28: 21 + 3, 4 + 3 and 4 + 3 layers, 38 in all, where 84 run one by one.
+
+    Args:
+        layout: the layers of each part.
+        stages: those that are asked for.
+        original: of each stage, the layers whose original weights a bundle puts back: other layers than those of the
+            same number in a stage that runs them as they were merged.
     """
-    paths = {stage: layout.active(stage) for stage in stages}
+    original = original or {}
+    paths = {stage: _way(layout, stage, original) for stage in stages}
     segments: list[Segment] = []
 
     def grow(start: int, through: tuple[str, ...], parent: str | None) -> None:
@@ -51,9 +62,10 @@ def segment_tree(layout: Layout, stages: Sequence[str] = STAGES) -> list[Segment
             end += 1
         node = parent
         if end > start:
-            node = _segment_name(layout, path[:end], start)
+            node = _segment_name(layout, path[:end], start, original)
             ends = tuple(s for s in through if len(paths[s]) == end)
-            segments.append(Segment(node, layout.part_of(path[start]), path[start:end], parent, through, ends))
+            layers = tuple(layer for layer, _ in path[start:end])
+            segments.append(Segment(node, layout.part_of(layers[0]), layers, parent, through, ends))
         for layer in sorted({paths[s][end] for s in through if len(paths[s]) > end}):
             grow(end, tuple(s for s in through if len(paths[s]) > end and paths[s][end] == layer), node)
 
@@ -78,14 +90,19 @@ def shared_segments(tree: Sequence[Segment]) -> list[Segment]:
     return [s for s in tree if s.name in parents]
 
 
-def _goes_on(layout: Layout, paths: list[tuple[int, ...]], start: int, end: int) -> bool:
+def _way(layout: Layout, stage: str, original: Mapping[str, Set[int]]) -> _Way:
+    return tuple((layer, layer in original.get(stage, ())) for layer in layout.active(stage))
+
+
+def _goes_on(layout: Layout, paths: list[_Way], start: int, end: int) -> bool:
     """Whether a segment from position `start` can take in position `end`: no path ends, forks or changes part."""
     if any(len(path) == end for path in paths) or len({path[end] for path in paths}) != 1:
         return False
-    return end == start or layout.part_of(paths[0][end]) == layout.part_of(paths[0][start])
+    return end == start or layout.part_of(paths[0][end][0]) == layout.part_of(paths[0][start][0])
 
 
-def _segment_name(layout: Layout, prefix: tuple[int, ...], start: int) -> str:
+def _segment_name(layout: Layout, prefix: _Way, start: int, original: Mapping[str, Set[int]]) -> str:
     """The segment's own layers and the smallest of all stages that reaches it by the same way, asked for or not."""
-    stage = next(s for s in STAGES if layout.active(s)[: len(prefix)] == prefix)
-    return f"{layout.part_of(prefix[start])}{prefix[start]:03d}-{prefix[-1]:03d}_{stage}"
+    stage = next(s for s in STAGES if _way(layout, s, original)[: len(prefix)] == prefix)
+    first, last = prefix[start][0], prefix[-1][0]
+    return f"{layout.part_of(first)}{first:03d}-{last:03d}_{stage}"

@@ -81,7 +81,10 @@ def _bundle_meta(plan: MergePlan) -> dict:
     meta = (read_json_if_there(source, LayoutError) if base.kind == "bundle" else None) or {}
     if plan.identity:
         meta = {**meta, KEY: plan.identity}
-    return merged_bundle_meta(meta, plan.layers, facts, base.path)
+    described = merged_bundle_meta(meta, plan.layers, facts, base.path)
+    if plan.undo:
+        described |= plan.undo.described()
+    return described
 
 
 def _written_names(plan: MergePlan) -> dict[str, str]:

@@ -24,6 +24,7 @@ from mistral_prune_lora.merging.arithmetic import exact_arithmetic
 from mistral_prune_lora.merging.descriptions import describe_merge
 from mistral_prune_lora.merging.plan import MergePlan, MergeSettings, plan_merge
 from mistral_prune_lora.merging.stream import InputDigests, stream_file
+from mistral_prune_lora.merging.undo import check_undo
 from mistral_prune_lora.merging.verify import FileCheck
 from mistral_prune_lora.provenance import PACKAGE, file_sha256, other_files_sha256, versions
 from mistral_prune_lora.storage.dtypes import COMPUTE_DTYPES, torch_name
@@ -114,8 +115,11 @@ def merge_adapters(
         tokenizer_path,
         *named,
         *(file.parent for file in small_files),
+        *(settings.undo_of or ()),
     ]
     recheck = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
+    if plan.undo:
+        plan.undo.tell()
     require_space({Path(output_dir): plan.nbytes + _SMALL_FILES})
     inputs, verified, stopwatch = InputDigests(), 0, Stopwatch()
     written: dict[str, FileDigests] = {}
@@ -137,6 +141,8 @@ def merge_adapters(
                         stopwatch=stopwatch,
                     )
                     verified += check.finish(fresh / name) if check else 0
+            if plan.undo:
+                check_undo(plan.undo, fresh)
             _write_descriptions(plan, described, fresh, small_files)
             _write_record(plan, fresh, inputs, written, small_files)
     except OSError as error:
@@ -147,9 +153,8 @@ def merge_adapters(
         ) from error
     merged = sum(bool(item.updates) for item in plan.items)
     strangers = sum(map(len, plan.out_of_scope.values()))
-    report = MergeReport(
-        Path(output_dir), merged, len(plan.items) - merged, strangers, verified, dict(stopwatch.seconds)
-    )
+    copied = len(plan.items) - merged - (len(plan.undo.items) if plan.undo else 0)
+    report = MergeReport(Path(output_dir), merged, copied, strangers, verified, dict(stopwatch.seconds))
     _tell(plan, report)
     return report
 
@@ -187,12 +192,16 @@ def _write_dtype(config_file: Path, output_dtype: str) -> None:
 def _write_record(
     plan: MergePlan, fresh: Path, inputs: InputDigests, written: Mapping[str, FileDigests], small_files: Sequence[Path]
 ) -> None:
-    digests = inputs.finish(tuple(file for part in plan.parts for file in part.files))
+    undone = plan.undo.files if plan.undo else ()
+    digests = inputs.finish((*(file for part in plan.parts for file in part.files), *undone))
     for part in plan.parts:
         part.check_files(digest=digests.__getitem__)
+    if plan.undo and plan.undo.original:
+        plan.undo.original.check_files(undone, digest=digests.__getitem__)
     settings = [part.path / name for part in (plan.base, plan.skeleton) if part for name in _SETTINGS]
     digests |= {file: file_sha256(file) for file in [*settings, *small_files] if file.is_file()}
     merged = [item.spec.name for item in plan.items if item.updates]
+    put_back = len(plan.undo.items) if plan.undo else 0
     record = {
         "command": "merge",
         "kind": plan.kind,
@@ -218,7 +227,8 @@ def _write_record(
             for adapter in plan.adapters
         ],
         "merged_before": [entry for part in plan.parts for entry in merged_before(part.path).values()],
-        "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged)},
+        "tensors": {"merged": len(merged), "copied": len(plan.items) - len(merged) - put_back}
+        | ({"undo": put_back} if put_back else {}),
         "outputs": {name: digest.sha256 for name, digest in written.items()} | other_files_sha256(fresh, written),
         WEIGHTS: weights_entry(written),
         "versions": versions(PACKAGE, "torch"),

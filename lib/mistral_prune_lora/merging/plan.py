@@ -15,10 +15,12 @@ from mistral_prune_lora.checkpoints.families import read_config
 from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_layers_alike, check_model_tensors
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning, read_identity
 from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX
+from mistral_prune_lora.checkpoints.undo import UNDO_FILE, put_back
 from mistral_prune_lora.errors import AdapterError, CheckpointError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.matching import check_fit, check_same_model, layout_of, split_updates
 from mistral_prune_lora.merging.tensor_files import Item, TensorFiles, split_files
+from mistral_prune_lora.merging.undo import UndoPlan, plan_undo
 from mistral_prune_lora.storage.dtype_names import COMPUTE, FLOATS
 from mistral_prune_lora.storage.safetensors_file import TensorEntry, TensorSpec
 
@@ -35,6 +37,8 @@ class MergeSettings:
         adapter_indices: how the adapters count layers: "original", or "compact", from 0 over the layers that A keeps.
         output_dtype: "bf16", "fp16" or "fp32": what every float tensor of the base is cast to before anything is added;
             None leaves each in its own dtype.
+        undo_of: for a bundle, the part that it puts back in its original bytes: its directory before the merge, and
+            after it; None puts nothing back.
     """
 
     skeleton: str | Path | None = None
@@ -43,6 +47,7 @@ class MergeSettings:
     max_shard_size: int | None = None
     adapter_indices: str = "original"
     output_dtype: str | None = None
+    undo_of: tuple[str | Path, str | Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class MergePlan(TensorFiles):
         frame: the A model that a bundle belongs to; None for a model, or where nothing names it.
         identity: of the pruning that everything written is of; None where a part of it carries none.
         output_dtype: what all float tensors are cast to first: "bf16", "fp16" or "fp32"; None leaves each as it is.
+        undo: what the bundle puts back; it is written beside the layers.
     """
 
     kind: str
@@ -74,6 +80,7 @@ class MergePlan(TensorFiles):
     frame: Path | None = None
     identity: str | None = None
     output_dtype: str | None = None
+    undo: UndoPlan | None = None
 
     @property
     def parts(self) -> list[Checkpoint]:
@@ -96,13 +103,18 @@ def plan_merge(
             layers, or comes twice.
         CheckpointError, LayoutError: base or skeleton cannot be read or contradict each other.
     """
-    if not adapter_paths:
+    if not adapter_paths and not settings.undo_of:
         raise PipelineError("no adapter is given", where="--adapter_path", mend="name at least one adapter directory")
     if settings.save_bundle_only and settings.save_full_model:
         raise PipelineError("a bundle only and a full model exclude each other", mend="give one of the two flags")
     base = open_checkpoint(base_model)
     adapters = tuple(open_adapters(adapter_paths, [base.path]))
     bundle = settings.save_bundle_only or (base.kind == "bundle" and not settings.save_full_model)
+    undo = plan_undo(base, settings.undo_of) if base.kind == "bundle" and bundle else None
+    if settings.undo_of and not undo:
+        raise PipelineError(
+            "only a bundle puts tensors back", where="--undo_of", mend="give it when a bundle is merged"
+        )
     frame = None
     if base.kind == "bundle":
         frame = _find_skeleton(settings.skeleton, adapters, required=settings.save_full_model)
@@ -131,7 +143,7 @@ def plan_merge(
     sources = {name: entry for name, entry in base.entries.items() if _belongs(name, scope, bundle)}
     opened = None
     if frame is not None and not bundle:  # a bundle, and the model that it goes into
-        opened = open_checkpoint(frame)
+        opened = put_back([open_checkpoint(frame), base])[0]
         check_model_tensors(opened.config, opened.shapes, layout.kept if layout else opened.layers, opened.path)
         sources = {name: entry for name, entry in opened.entries.items() if _kept(name, layout)} | sources
     # A bundle's tensors carry no layer prefix of their own, and a skeleton may count only its kept layers; a model's
@@ -142,12 +154,12 @@ def plan_merge(
     else:
         files = _model_files(sources, updates, settings.output_dtype, settings.max_shard_size, renamed)
     layers = tuple(sorted({int(m[1]) for m in map(LAYER_PREFIX.match, sources) if m}))
+    files |= {UNDO_FILE: undo.items} if undo else {}
     kind = "bundle" if bundle else "model"
     common = check_same_pruning([base.path, beside])
     identity = read_identity(base.path) if opened is None else common
-    return MergePlan(
-        kind, base, opened, adapters, files, layers, layout, out_of_scope, frame, identity, settings.output_dtype
-    )
+    dtype = settings.output_dtype
+    return MergePlan(kind, base, opened, adapters, files, layers, layout, out_of_scope, frame, identity, dtype, undo)
 
 
 def _from_compact(adapters: Sequence[Adapter], base: Checkpoint, layout: Layout | None) -> tuple[Adapter, ...]:
@@ -168,8 +180,8 @@ def _find_skeleton(given, adapters: Sequence[Adapter], *, required: bool) -> Pat
         return Path(os.path.abspath(named))
     if given or required:
         raise CheckpointError(
-            f"{named or adapters[0].base_model or 'no model'} is not the directory of an A model",
-            where="--skeleton" if given else adapters[0].path / "adapter_config.json",
+            f"{named or (adapters and adapters[0].base_model) or 'no model'} is not the directory of an A model",
+            where="--skeleton" if given or not adapters else adapters[0].path / "adapter_config.json",
             mend="give the A model that the bundle was cut from with --skeleton",
         )
     return None

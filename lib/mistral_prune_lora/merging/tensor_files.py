@@ -39,6 +39,11 @@ class TensorFiles:
         return sum(item.spec.nbytes for item in self.items)
 
 
+def copied(entries: Mapping[str, TensorEntry]) -> list[Item]:
+    """Tensors as they are, by the names that they are to have."""
+    return [Item(TensorSpec(name, entry.dtype, entry.shape), entry) for name, entry in entries.items()]
+
+
 def split_files(items: Sequence[Item], max_shard_size: int | None) -> dict[str, list[Item]]:
     """One file, or shards of at most `max_shard_size` bytes filled in the order of the items."""
     shards: list[list[Item]] = [[]]

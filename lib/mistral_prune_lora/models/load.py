@@ -7,6 +7,7 @@ not: it streams layers (see the package streaming).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from mistral_prune_lora.checkpoints.family_tensors import check_layer_tensors, check_model_tensors
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
 from mistral_prune_lora.checkpoints.tensor_names import HEAD
+from mistral_prune_lora.checkpoints.undo import UNDO_FILE, put_back
 from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.models.architecture import empty_layer, renew_rotary_embedding
 from mistral_prune_lora.models.config import generation_config, head_name, model_config
@@ -40,7 +42,7 @@ def load_model(
         path: a dense model, an A model (dropped layers taken from its manifest) or a merged A.
         dtype: of all parameters.
         device: where they go.
-        bundles: bundle directories to restore.
+        bundles: bundle directories to restore, B before C; what they put back in other parts is put back.
         first_layer: layers below it are not read; PassLayers stand for them, too. For who has the hidden states that
             enter this layer.
 
@@ -52,9 +54,9 @@ def load_model(
             written.
         LayoutError: a bundle's layer is not one that the model dropped; parts of different prunings.
     """
-    checkpoint = open_checkpoint(path)
-    config = model_config(checkpoint)
     check_same_pruning([path, *bundles])
+    checkpoint, *restored = put_back([open_checkpoint(each) for each in (path, *bundles)])
+    config = model_config(checkpoint)
     checkpoint.check_files()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -80,13 +82,15 @@ def load_model(
     model.name_or_path = config._name_or_path = os.fspath(path)
     if (generation := generation_config(checkpoint.path)) is not None:
         model.generation_config = generation
-    for bundle in bundles:
-        restore_layers(model, open_checkpoint(bundle), first_layer)
+    for bundle in restored:
+        restore_layers(model, bundle, first_layer)
     return model.eval()
 
 
 def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
     """Put a bundle's layers in place of the model's PassLayers, in the model's dtype and device; returns their indices.
+
+    Original tensors that the bundle brings along are put back in the model.
 
     Raises:
         LayoutError: a layer of the bundle is not one that the model runs without; the bundle is of another pruning than
@@ -95,7 +99,28 @@ def restore_bundle(model: PreTrainedModel, path: str | Path) -> tuple[int, ...]:
     """
     bundle = open_checkpoint(path)
     check_same_pruning([model.name_or_path or None, *getattr(model, "restored_from", ()), bundle.path])
-    return restore_layers(model, bundle)
+    before = [open_checkpoint(each) for each in getattr(model, "restored_from", ())]
+    model_dir = [open_checkpoint(model.name_or_path)] if model.name_or_path else []
+    originals = original_tensors([*model_dir, *before, bundle], model)
+    layers = restore_layers(model, bundle)
+    for name, tensor in originals.items():
+        model.get_parameter(name).data = tensor
+    return layers
+
+
+def original_tensors(parts: Sequence[Checkpoint], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What the last of the parts puts back in the others, in a model's dtype and on its device, by canonical name.
+
+    Args:
+        parts: the model's own directory, the bundles that are restored into it, and the one that is to be.
+        model: in memory.
+
+    Raises:
+        CheckpointError: as `undo.put_back`.
+    """
+    file = parts[-1].path / UNDO_FILE
+    entries = {name: entry for part in put_back(parts) for name, entry in part.entries.items() if entry.file == file}
+    return {name: entry.read().to(model.dtype).to(model.device) for name, entry in entries.items()}
 
 
 def restore_layers(model: PreTrainedModel, bundle: Checkpoint, first_layer: int = 0) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,16 +12,27 @@ from torch import nn
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.checkpoints.directories import bundle_layers
 from mistral_prune_lora.checkpoints.pruning_identity import check_same_pruning
+from mistral_prune_lora.checkpoints.tensor_names import LAYER_PREFIX
 from mistral_prune_lora.errors import LayoutError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
-from mistral_prune_lora.models.load import load_model, restore_layers
+from mistral_prune_lora.models.load import load_model, original_tensors, restore_layers
 from mistral_prune_lora.models.pass_layer import PassLayer
+
+
+@dataclass(frozen=True)
+class _Versions:
+    """A parameter, with its values as merged and as a bundle puts them back."""
+
+    parameter: nn.Parameter
+    merged: torch.Tensor
+    original: torch.Tensor
 
 
 class DynamicStageManager:
     """Loads an A model once and puts the layers of B and C in and out of it.
 
-    A bundle is read when a stage first needs it and stays in memory, so switching back and forth costs nothing.
+    A bundle is read when a stage first needs it and stays in memory, so switching back and forth costs nothing. Where
+    it puts original tensors back, both those and the merged ones stay in memory.
 
     Attributes:
         model: the transformers model, at the current stage; use it as any other (`model.generate(...)`).
@@ -55,8 +67,9 @@ class DynamicStageManager:
             layout = layout.assigned({p: bundle_layers(b) for p, b in bundles.items()}, where=model_dir)
         self.layout = layout
         self.stage = "A"
-        self._bundles = dict(bundles)
+        self._model_dir, self._bundles = model_dir, dict(bundles)
         self._restored: dict[int, nn.Module] = {}
+        self._original: dict[str, list[_Versions]] = {}
 
     def set_stage(self, stage: str) -> None:
         """Switch to "A", "AB" or "FULL".
@@ -74,6 +87,9 @@ class DynamicStageManager:
         active = set(self.layout.active(stage))
         for index in self.layout.dropped:
             layers[index] = self._restored[index] if index in active else PassLayer(index)
+        for part, tensors in self._original.items():
+            for each in tensors:
+                each.parameter.data = each.original if part in PARTS_OF_STAGE[stage] else each.merged
         self.stage = stage
 
     def _read(self, part: str) -> None:
@@ -92,7 +108,22 @@ class DynamicStageManager:
                 where=self._bundles[part],
                 mend="Use the bundles that were cut from this model",
             )
+        originals = original_tensors([*map(open_checkpoint, self._before(part)), bundle], self.model)
         restore_layers(self.model, bundle)
+        parameters = {name: self._parameter(name) for name in originals}
+        self._original[part] = [_Versions(p, p.data, originals[name]) for name, p in parameters.items()]
         for index in wanted:
             self._restored[index] = self.model.model.layers[index]
             self.model.model.layers[index] = PassLayer(index)
+
+    def _before(self, part: str) -> list[str | Path]:
+        """The directories of the parts that a bundle is restored beside."""
+        bundles = [self._bundles[each] for each in "BC"[: "BC".index(part)] if self.layout.layers_of(each)]
+        return [self._model_dir, *bundles]
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        """A parameter by canonical name, of a layer too that is out of the model at this moment."""
+        match = LAYER_PREFIX.match(name)
+        if match and int(match[1]) in self._restored:
+            return self._restored[int(match[1])].get_parameter(name[match.end() :])
+        return self.model.get_parameter(name)

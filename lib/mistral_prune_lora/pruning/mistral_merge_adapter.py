@@ -20,6 +20,12 @@ EXAMPLES = """examples:
       --base_model ./25_mistral_results/pruning/bundles/B \\
       --adapter_path ./mistral_kd_lora_results/adapters/B_lora/stageB \\
       --output_dir ./merged_models_mistral_7b/B_merged --device cuda:0
+  B such that restoring it also undoes A's merge (and C, without an adapter, B's; FULL is the dense model then):
+    ... --undo_of ./25_mistral_results/pruning/A ./merged_models_mistral_7b/A_merged
+    python -m mistral_prune_lora.pruning.mistral_merge_adapter \\
+      --base_model ./25_mistral_results/pruning/bundles/C \\
+      --undo_of ./25_mistral_results/pruning/bundles/B ./merged_models_mistral_7b/B_merged \\
+      --output_dir ./merged_models_mistral_7b/C_merged
 """
 
 
@@ -34,9 +40,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--base_model", required=True, metavar="DIR", help="the A model, or the B or C bundle")
-    chosen = p.add_mutually_exclusive_group(required=True)
+    chosen = p.add_mutually_exclusive_group()
     chosen.add_argument("--adapter_path", metavar="DIR", help="the adapter")
     chosen.add_argument("--adapter_paths", nargs="+", metavar="DIR", help="several adapters, merged in this order")
+    p.add_argument(
+        "--undo_of",
+        nargs=2,
+        metavar=("ORIGINAL", "MERGED"),
+        help="with a bundle: write beside its layers what the merge of another part has changed there, so that"
+        " restoring the bundle puts it back: A before and after its merge, for bundle B; B before and after its merge,"
+        " for bundle C. A bundle needs no adapter then",
+    )
     p.add_argument("--output_dir", required=True, metavar="DIR", help="the result; a former merge is replaced whole")
     p.add_argument(
         "--device", default="auto", help="auto, cpu or cuda:N (default: auto, the first GPU if there is one)"
@@ -78,13 +92,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     given = parser().parse_args(argv)
+    if not (given.adapter_path or given.adapter_paths or given.undo_of):
+        parser().error("one of the arguments --adapter_path --adapter_paths --undo_of is required")
     with quick_imports():
         from mistral_prune_lora.merging.merge import merge_adapters
         from mistral_prune_lora.merging.plan import MergeSettings
 
     merge_adapters(
         given.base_model,
-        given.adapter_paths or [given.adapter_path],
+        given.adapter_paths or ([given.adapter_path] if given.adapter_path else []),
         given.output_dir,
         settings=MergeSettings(
             skeleton=given.skeleton,
@@ -93,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             max_shard_size=given.max_shard_size,
             adapter_indices=given.adapter_indices,
             output_dtype=given.output_dtype,
+            undo_of=tuple(given.undo_of) if given.undo_of else None,
         ),
         device=given.device,
         tokenizer_path=given.tokenizer_path,

@@ -29,6 +29,12 @@ def tensor_checksum(entry: TensorEntry) -> str:
     return tensors_digests({"": entry})[1][entry]
 
 
+def tensor_sha256(entry: TensorEntry) -> str:
+    """The sha256 of a tensor's bytes, as they lie in its file."""
+    state = entry.file.stat()
+    return _tensor_sha256(entry, state.st_mtime_ns, state.st_size)
+
+
 def tensors_digests(entries: Mapping[str, TensorEntry]) -> tuple[str, dict[TensorEntry, str]]:
     """Two digests of some tensors in one reading.
 
@@ -69,6 +75,18 @@ def weight_file_digests(path: Path) -> FileDigests:
 @cache
 def _file_digest(path: Path, mtime: int, size: int) -> str:
     return file_sha256(path)
+
+
+@cache
+def _tensor_sha256(entry: TensorEntry, mtime: int, size: int) -> str:
+    digest, left = hashlib.sha256(), entry.nbytes
+    with open(entry.file, "rb") as file:
+        file.seek(entry.start)
+        while left:
+            chunk = file.read(min(left, _CHUNK_BYTES))
+            digest.update(chunk)
+            left -= len(chunk) or left
+    return digest.hexdigest()
 
 
 @cache

@@ -13,6 +13,7 @@ from functools import cached_property
 
 from mistral_prune_lora.checkpoints.directories import BUNDLE_META, LAYERS_MAP, SINGLE_FILE, layer_file_name
 from mistral_prune_lora.checkpoints.manifest import MANIFEST, PRUNE_LOG
+from mistral_prune_lora.checkpoints.undo import UNDO_FILE
 from mistral_prune_lora.layout.partition import Layout, spans
 from mistral_prune_lora.text.dataset_spec import DatasetSpec
 from mistral_prune_lora.workflow.content import short_key
@@ -155,41 +156,46 @@ class Merge:
         part: "A", "B" or "C".
         layers: that the part holds.
         base: the part before.
-        adapter: what is merged.
+        adapter: what is merged; None for a bundle that only puts something back.
         skeleton: for a bundle, the A model it belongs to.
         indices: how the adapter counts layers.
         output_dtype: of the weights; None keeps their own.
         dense: the dense model, whose sizes tell what the merge needs.
         num_layers: of the dense model.
+        undoes: the part that restoring this bundle puts back, before and after its merge.
     """
 
     part: str
     layers: tuple[int, ...]
     base: Source
-    adapter: Source
+    adapter: Source | None
     skeleton: Source | None
     indices: str
     output_dtype: str | None
     dense: Source
     num_layers: int
+    undoes: tuple[Source, ...] = ()
 
     @cached_property
     def name(self) -> str:
         """Its name under results/shared/merged."""
-        recipe = {
+        recipe: dict[str, object] = {
             "part": self.part,
             "base": self.base.identity,
-            "adapter": self.adapter.identity,
+            "adapter": self.adapter.identity if self.adapter else None,
             "skeleton": self.skeleton.identity if self.skeleton else None,
             "indices": self.indices,
             "output_dtype": self.output_dtype,
         }
+        recipe |= {"undoes": [each.identity for each in self.undoes]} if self.undoes else {}
         return f"{self.part}-{short_key(recipe)}"
 
     @property
     def rule(self) -> str:
         """The rule that merges; each choice of a bundle's layers has its own."""
-        return "merge_A" if self.part == "A" else f"merge_{self.part}_{in_a_name(self.layers)}"
+        if self.part == "A":
+            return "merge_A"
+        return f"merge_{self.part}_{in_a_name(self.layers)}{'_undo' if self.undoes else ''}"
 
     @property
     def folder(self) -> str:
@@ -199,12 +205,18 @@ class Merge:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of its files that are named in the rule."""
-        return (*(MODEL_FILES if self.part == "A" else bundle_files(self.layers)), "merge.json")
+        undo = (UNDO_FILE,) if self.undoes else ()
+        return (*(MODEL_FILES if self.part == "A" else bundle_files(self.layers)), *undo, "merge.json")
 
     @property
     def files(self) -> list[str]:
         """Its files that are named in the rule."""
         return [f"{self.folder}/{name}" for name in self.names]
+
+    @property
+    def strength(self) -> str:
+        """Where it is told how much the adapter changes each weight."""
+        return f"{SHARED}/strength/{self.name}.csv"
 
     @property
     def source(self) -> Source:
@@ -229,6 +241,7 @@ class Run:
         parts: every part that the stage has, for a score.
         dense: the dense model's score whose hidden states this one is compared with.
         keeps: whether a score keeps its final hidden states for others.
+        restores: every part of the stage, where its bundles put original weights back in the layers that are run.
     """
 
     label: str
@@ -244,6 +257,7 @@ class Run:
     parts: tuple[Source, ...] = ()
     dense: Run | None = None
     keeps: bool = False
+    restores: tuple[Source, ...] = ()
 
     @cached_property
     def name(self) -> str:
@@ -260,6 +274,7 @@ class Run:
             "parts": [part.identity for part in self.parts],
             "dense": self.dense.name if self.dense else None,
         }
+        recipe |= {"restores": [part.identity for part in self.restores]} if self.restores else {}
         return f"{self.label}-{short_key(recipe)}"
 
     @property
@@ -280,5 +295,5 @@ class Run:
     @property
     def read(self) -> list[Source]:
         """Every part that the hidden states at its end, and its score, are made from."""
-        way = [self.model, self.weights, *self.parts, *(self.source.read if self.source else ())]
+        way = [self.model, self.weights, *self.parts, *self.restores, *(self.source.read if self.source else ())]
         return list(dict.fromkeys(way))

@@ -24,8 +24,6 @@ from mistral_prune_lora.errors import CheckpointError, LayoutError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.merging.matching import check_fit, check_same_model, split_updates
 from mistral_prune_lora.workflow.configuration import (
-    CLOSED_FORM,
-    TRAIN,
     experiment_layout,
     merged_parts,
     missing_text,
@@ -33,6 +31,7 @@ from mistral_prune_lora.workflow.configuration import (
 )
 from mistral_prune_lora.workflow.dense_models import DenseModels
 from mistral_prune_lora.workflow.findings import Findings
+from mistral_prune_lora.workflow.restoring import CLOSED_FORM, TRAIN
 from mistral_prune_lora.workflow.text_checks import check_texts
 
 _SIGNS = {
@@ -73,7 +72,7 @@ def check_inputs(config: Mapping) -> Checked:
         if "pruned" in experiment and needed_parts(experiment, layout):
             bases = _check_pruned(experiment, layout, model, f"{path}.pruned", findings)
         for part in merged_parts(experiment, layout):
-            if experiment["adapters"][part] not in (TRAIN, CLOSED_FORM):
+            if experiment["adapters"][part] not in (TRAIN, CLOSED_FORM, None):
                 _check_adapter(experiment, layout, part, bases[part], adapters, f"{path}.adapters.{part}", findings)
     check_texts(config, dense, findings)
     return Checked(findings.faults, findings.warnings)

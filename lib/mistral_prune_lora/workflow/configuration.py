@@ -21,10 +21,9 @@ from mistral_prune_lora.closed_form.places import correction_places
 from mistral_prune_lora.errors import LayoutError, PipelineError, printable, shortened
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 from mistral_prune_lora.workflow.chosen import Chosen, choice_file
+from mistral_prune_lora.workflow.restoring import CLOSED_FORM, TRAIN, restore_faults, undone_part
 
 _LONGEST_LINE = 500
-SHARED_STAGES = "shared"  # of `restore`: one adapter of A serves all stages
-TRAIN, CLOSED_FORM = "train", "closed-form"  # adapters that are made here; anything else is the path of one
 # In C where libyaml was there when PyYAML was built: a hundred experiments take a second less.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -204,8 +203,8 @@ def _broken_references(config: Mapping) -> Iterator[str]:
             ("distill.dataset", "datasets", [experiment["distill"]["dataset"]]),
             ("distill.held_out.dataset", "datasets", [(experiment["distill"]["held_out"] or {}).get("dataset")]),
             ("importance.dataset", "datasets", [experiment["importance"]["dataset"]]),
-            ("choose.dataset", "datasets", [experiment["choose"]["dataset"]]),
             ("closed_form.datasets", "datasets", experiment["closed_form"]["datasets"]),
+            ("choose.dataset", "datasets", [experiment["choose"]["dataset"]]),
         ):
             for value in values:
                 if value is not None and value not in config[section]:
@@ -258,12 +257,8 @@ def _layer_faults(config: Mapping, name: str, path: str) -> Iterator[str]:
         yield f"{path}.distill.dataset: needed to train the adapters {', '.join(trained)}"
     if trained:
         yield from _training_faults(config, experiment["distill"], layout, path, trained)
-    if experiment["restore"] == SHARED_STAGES:
-        if "A" not in trained:
-            yield f"{path}.restore: shared trains A's adapter for all stages, and adapters.A is not trained"
-        if experiment["distill"]["loss"]["hidden"]:
-            yield f"{path}.distill.loss.hidden: is of one stage, and with restore as shared several are trained"
     yield from _closed_form_faults(experiment, layout, path)
+    yield from restore_faults(experiment, layout, path)
     if experiment["adapter_indices"] == "compact" and "A" in (*trained, *closed_form_parts(experiment, layout)):
         yield f"{path}.adapter_indices: A's adapter is made here, under original indices; compact is for a given one"
 
@@ -340,17 +335,23 @@ def fetched_dir(model: str) -> str:
 def needed_parts(experiment: Mapping, layout: Layout) -> list[str]:
     """The parts with layers that what is measured goes through, or is merged from."""
     wanted = experiment["perplexity"]
-    if "pruned" not in wanted["variants"] or "merged" in wanted["variants"]:
-        return merged_parts(experiment, layout)
+    if "merged" in wanted["variants"]:
+        return [part for part in "ABC" if layout.layers_of(part)]
+    if "pruned" not in wanted["variants"]:
+        return []
     largest = max(wanted["stages"], key=STAGES.index)
     return [part for part in PARTS_OF_STAGE[largest] if layout.layers_of(part)]
 
 
 def merged_parts(experiment: Mapping, layout: Layout) -> list[str]:
-    """The parts whose adapters are merged: those that hold layers, if merged stages are measured at all."""
+    """The parts that are merged: those that hold layers, if merged stages are measured at all.
+
+    With `restore: exact`, a part may have no adapter; it is merged if it puts back what another's has changed.
+    """
     if "merged" not in experiment["perplexity"]["variants"]:
         return []
-    return [part for part in "ABC" if layout.layers_of(part)]
+    held = [part for part in "ABC" if layout.layers_of(part)]
+    return [p for p in held if experiment["adapters"][p] is not None or undone_part(experiment, layout, p)]
 
 
 def trained_parts(experiment: Mapping, layout: Layout) -> list[str]:

@@ -5,18 +5,15 @@ Nothing here knows of Snakemake: rules look up what a job reads and writes, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, wraps
+from functools import cached_property
 
-from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments, stage_run
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, Windows
 from mistral_prune_lora.workflow.chosen import Chosen, choice_file
 from mistral_prune_lora.workflow.configuration import (
-    CLOSED_FORM,
-    SHARED_STAGES,
-    TRAIN,
     calibration_texts,
     closed_form_parts,
     experiment_layout,
@@ -25,30 +22,22 @@ from mistral_prune_lora.workflow.configuration import (
 )
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.given import dense_model, given_adapter, given_part, text_files, text_identity
-from mistral_prune_lora.workflow.healing import ClosedForm, PrefixStates, Reading, TeacherStates, Training
+from mistral_prune_lora.workflow.healing import (
+    ClosedForm,
+    PrefixStates,
+    Reading,
+    TeacherStates,
+    Training,
+    look,
+    optimiser,
+)
+from mistral_prune_lora.workflow.once import once
+from mistral_prune_lora.workflow.restoring import CLOSED_FORM, EXACT, SHARED, TRAIN, original_layers, undone_part
 
 NO_KD = "no-kd"  # healed without a teacher
 JOINT = {"joint-AB": "AB", "joint-FULL": "FULL"}  # all parts of a stage healed together
 # Settings of a training that decide its bytes, by the configuration's keys.
 _DECIDING = ("dtype", "seed", "gradient_checkpointing", "lora", "loss", "skip_spikes", "teacher_4bit")
-
-
-def _once(method: Callable) -> Callable:
-    """A method that answers the same question once: names are digests over digests, and rules ask for them often."""
-
-    @wraps(method)
-    def answer(self, *question):
-        known = self._answers
-        if (method.__name__, question) not in known:
-            known[method.__name__, question] = method(self, *question)
-        return known[method.__name__, question]
-
-    return answer
-
-
-def _look(held_out: Mapping | None) -> dict | None:
-    """What is done with held-out windows, as the training takes it."""
-    return None if held_out is None else {key: held_out[key] for key in ("eval_steps", "keep", "patience")}
 
 
 @dataclass(frozen=True)
@@ -112,7 +101,7 @@ class Experiment:
         """The merged parts whose adapters are trained."""
         return trained_parts(self.settings, self.layout)
 
-    @_once
+    @once
     def windows(self, purpose: str, dataset: str) -> Windows:
         """The windows of a text for "perplexity", "distill" or "importance"."""
         wanted = self.settings[purpose]
@@ -123,18 +112,21 @@ class Experiment:
         identity = text_identity(settings, self.content)
         return Windows(self.model, settings, text_files(settings), identity, seqlen, count)
 
-    @_once
+    @once
     def part(self, variant: str, part: str) -> Source:
         """A part of the pruned or the merged model; of the dense model, itself."""
         if variant == "dense":
             return self.model
-        if variant != "pruned":
+        if variant in JOINT or (variant != "pruned" and self._is_merged(part)):
             return self.merge(part, variant).source
         if self.pruning:
             return self.pruning.source(part)
         return given_part(self.settings["pruned"], part, self.layout, self.content)
 
-    @_once
+    def _is_merged(self, part: str) -> bool:
+        return self.settings["adapters"][part] is not None or undone_part(self.settings, self.layout, part) is not None
+
+    @once
     def parts(self, variant: str, parts: str) -> tuple[Source, ...]:
         """Those of some parts that hold layers."""
         return tuple(self.part(variant, part) for part in parts if self.layout.layers_of(part))
@@ -169,7 +161,7 @@ class Experiment:
             for training in self.trainings
         ]
 
-    @_once
+    @once
     def training(self, trained: str, variant: str = "merged") -> Training:
         """A training: of A's adapter on the pruned A; of B's on A_merged with B restored, of C's on both merged.
 
@@ -181,14 +173,14 @@ class Experiment:
         parts = "".join(PARTS_OF_STAGE.get(trained, trained))
         student, bundles = self._student(trained, parts, variant)
         settings = {key: wanted[key] for key in _DECIDING}
-        if shared := trained == "A" and self.settings["restore"] == SHARED_STAGES:
+        if shared := trained == "A" and self.settings["restore"] == SHARED:
             bundles = {part: self.part("pruned", part) for part in "BC" if self.layout.layers_of(part)}
             settings["stages"] = wanted["stages"]
         # What a training is compared with starts from nothing.
         start = self.closed_form(trained) if wanted["start"] and variant == "merged" else None
         if variant == NO_KD:
             settings["loss"] = {**wanted["loss"], "kd_alpha": 0.0, "hidden": None}
-        settings["optimiser"], settings["adapt_layers"] = self._optimiser(parts)
+        settings["optimiser"], settings["adapt_layers"] = optimiser(wanted, parts)
         taught = bool(settings["loss"]["kd_alpha"] or settings["loss"]["hidden"])
         layers = [layer for part in parts for layer in self.layout.layers_of(part)]
         adapted = [layer for layer in layers if settings["adapt_layers"] is None or layer in settings["adapt_layers"]]
@@ -207,12 +199,12 @@ class Experiment:
             self.layout.num_layers,
             len(active),
             len(adapted),
-            settings | {"held_out": _look(wanted["held_out"])},
+            settings | {"held_out": look(wanted["held_out"])},
             {"save_steps": wanted["save_steps"], "loggers": wanted["loggers"]},
             start,
         )
 
-    @_once
+    @once
     def closed_form(self, part: str, variant: str = "merged") -> ClosedForm:
         """An adapter in closed form, on the student that a part's adapter is trained on."""
         wanted, (student, bundles) = self.settings["closed_form"], self._student(part, part, variant)
@@ -227,6 +219,8 @@ class Experiment:
     def _student(self, trained: str, parts: str, variant: str) -> tuple[Source, dict[str, Source]]:
         """What a part's adapter is made for, or that of all parts of a stage: the A model, and bundles by part."""
         before = "" if len(parts) > 1 else "ABC"[: "ABC".index(trained)]
+        if self.settings["restore"] == EXACT:
+            variant = "pruned"  # what was healed before is undone once the part is there
         student = self.part(variant if before else "pruned", "A")
         restored = [part for part in (parts if len(parts) > 1 else before + trained) if part != "A"]
         bundles = {
@@ -235,19 +229,6 @@ class Experiment:
             if self.layout.layers_of(part)
         }
         return student, bundles
-
-    def _optimiser(self, parts: str) -> tuple[dict, list[int] | None]:
-        """The optimiser's settings, and which layers are adapted.
-
-        Of parts that are trained together, A's settings with as many updates as all of them have apart.
-        """
-        own = [self.settings["distill"]["parts"][part] for part in parts]
-        optimiser = {key: value for key, value in own[0].items() if key != "adapt_layers"}
-        for key in ("steps", "warmup_steps"):
-            optimiser[key] = sum(each[key] for each in own)
-        if len(own) > 1 or own[0]["adapt_layers"] == "all":
-            return optimiser, None
-        return optimiser, own[0]["adapt_layers"]
 
     def _held_out_windows(self) -> Windows | None:
         held = self.settings["distill"]["held_out"]
@@ -295,8 +276,8 @@ class Experiment:
         """A part's adapter that is made here."""
         return self.training(part) if part in self.trained_parts else self.closed_form(part)
 
-    def adapter(self, part: str, variant: str = "merged") -> Source:
-        """A part's adapter: the given one, or the one that is trained."""
+    def adapter(self, part: str, variant: str = "merged") -> Source | None:
+        """A part's adapter: the given one, or the one that is made; None where a part is to have none."""
         if variant in JOINT:
             return self.training(JOINT[variant], variant).source(part)
         source = self.settings["adapters"][part]
@@ -304,9 +285,9 @@ class Experiment:
             return self.training(part, variant).source(part)
         if source == CLOSED_FORM:
             return self.closed_form(part, variant).source
-        return given_adapter(source, self.content)
+        return None if source is None else given_adapter(source, self.content)
 
-    @_once
+    @once
     def merge(self, part: str, variant: str = "merged") -> Merge:
         """The merge of a part's adapter."""
         base, skeleton = self.part("pruned", part), None if part == "A" else self.part("pruned", "A")
@@ -314,23 +295,43 @@ class Experiment:
         indices = self.settings["adapter_indices"] if part == "A" and given else "original"
         dtype = self.settings["merge"]["output_dtype"]
         layers, adapter, count = self.layout.layers_of(part), self.adapter(part, variant), self.layout.num_layers
-        return Merge(part, layers, base, adapter, skeleton, indices, dtype, self.model, count)
+        undone = None if variant in JOINT else undone_part(self.settings, self.layout, part)
+        undoes = (self.part("pruned", undone), self.part(variant, undone)) if undone else ()
+        return Merge(part, layers, base, adapter, skeleton, indices, dtype, self.model, count, undoes)
 
     @cached_property
     def merges(self) -> list[Merge]:
         """All merges: of the healed parts, and of those that they are compared with."""
-        own = [self.merge(part) for part in self.merged_parts]
+        return list(self.labelled_merges.values())
+
+    @cached_property
+    def labelled_merges(self) -> dict[tuple[str, str], Merge]:
+        """All merges by variant and part."""
+        own = {("merged", part): self.merge(part) for part in self.merged_parts}
         for variant in self.settings["baselines"]:
-            parts = PARTS_OF_STAGE[JOINT[variant]] if variant in JOINT else "ABC"
-            own += [self.merge(part, variant) for part in parts if self.layout.layers_of(part)]
+            joint = variant in JOINT
+            parts = PARTS_OF_STAGE[JOINT[variant]] if joint else filter(self._is_merged, "ABC")
+            own |= {(variant, part): self.merge(part, variant) for part in parts if self.layout.layers_of(part)}
         return own
 
-    @_once
+    @once
     def tree(self, variant: str) -> list[Segment]:
         """The segments of one variant; the dense model is a single one."""
         if variant == "dense":
             return segment_tree(Layout(self.layout.num_layers), ("FULL",))
-        return segment_tree(self.layout, self.stages(variant))
+        return segment_tree(self.layout, self.stages(variant), self._original(variant))
+
+    @once
+    def _original(self, variant: str) -> dict[str, frozenset[int]]:
+        """Of each stage, the layers whose original weights its bundles put back."""
+        if variant in ("dense", "pruned", *JOINT):
+            return {}
+        return original_layers(self.settings, self.layout)
+
+    def _restored(self, variant: str, stage: str, layers: Sequence[int]) -> tuple[Source, ...]:
+        """All parts of a stage, if its bundles put something back in some layers."""
+        original = self._original(variant).get(stage, frozenset())
+        return self.parts(variant, PARTS_OF_STAGE[stage]) if original.intersection(layers) else ()
 
     def stages(self, variant: str) -> list[str]:
         """The stages that one variant is measured at."""
@@ -338,12 +339,14 @@ class Experiment:
             return [JOINT[variant]]
         return ["FULL"] if variant == "dense" else self.settings["perplexity"]["stages"]
 
-    @_once
+    @once
     def segment(self, variant: str, dataset: str, name: str) -> Run:
         """The run of a segment that others start from."""
         segment = next(s for s in self.tree(variant) if s.name == name)
         source = self.segment(variant, dataset, segment.parent) if segment.parent else None
-        return self._run(segment.name, variant, dataset, segment.part, segment.layers, source)
+        run = self._run(segment.name, variant, dataset, segment.part, segment.layers, source)
+        smallest = min(segment.through, key=STAGES.index)
+        return replace(run, restores=self._restored(variant, smallest, segment.layers))
 
     def shared_runs(self, variant: str, dataset: str) -> list[Run]:
         """The runs of all segments that others start from."""
@@ -351,7 +354,7 @@ class Experiment:
             return []
         return [self.segment(variant, dataset, s.name) for s in shared_segments(self.tree(variant))]
 
-    @_once
+    @once
     def score(self, variant: str, dataset: str, stage: str) -> Run:
         """The score of a stage: the dense model's, or that of a stage's tail."""
         compared = self.settings["perplexity"]["compare_with_dense"]
@@ -359,7 +362,7 @@ class Experiment:
             layers = tuple(range(self.layout.num_layers))
             return self._run("dense", variant, dataset, "A", layers, None, keeps=True)
         start, tail = stage_run(self.tree(variant), stage)
-        return self._run(
+        run = self._run(
             stage,
             variant,
             dataset,
@@ -369,8 +372,9 @@ class Experiment:
             parts=self.parts(variant, PARTS_OF_STAGE[stage]),
             dense=self.score("dense", dataset, "FULL") if compared else None,
         )
+        return replace(run, restores=self._restored(variant, stage, self.layout.active(stage)))
 
-    @_once
+    @once
     def scores(self) -> dict[tuple[str, str, str], Run]:
         """Every score that makes a row of the summary, by (dataset, variant, stage)."""
         wanted = self.settings["perplexity"]

@@ -256,3 +256,22 @@ class Training:
             folder = f"{self.folder}/{part}_lora"
             depends = (f"{folder}/adapter_config.json", f"{folder}/adapter_model.safetensors")
         return Source(folder, depends, f"{self.name}/{part}", maker=self.rule, made=self.name)
+
+
+def optimiser(distill: Mapping, parts: str) -> tuple[dict, list[int] | None]:
+    """The optimiser's settings, as the configuration has them, and which layers are adapted; None for all.
+
+    Of parts that are trained together, A's settings with as many updates as all of them have apart.
+    """
+    own = [distill["parts"][part] for part in parts]
+    settings = {key: value for key, value in own[0].items() if key != "adapt_layers"}
+    for key in ("steps", "warmup_steps"):
+        settings[key] = sum(each[key] for each in own)
+    if len(own) > 1 or own[0]["adapt_layers"] == "all":
+        return settings, None
+    return settings, own[0]["adapt_layers"]
+
+
+def look(held_out: Mapping | None) -> dict | None:
+    """What is done with held-out windows, as the training takes it."""
+    return None if held_out is None else {key: held_out[key] for key in ("eval_steps", "keep", "patience")}

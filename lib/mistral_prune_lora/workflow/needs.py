@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -84,6 +85,11 @@ def of_closed_form(made: ClosedForm) -> Needs:
 def of_merge(merge: Merge) -> Needs:
     """Of merging an adapter."""
     return resources.merge(geometry(merge.dense, merge.num_layers), len(merge.layers), ends=merge.part == "A")
+
+
+def of_strength(merge: Merge) -> Needs:
+    """Of reading an adapter and the weights that it is for: as much as a merge, and no GPU."""
+    return replace(of_merge(merge), gpu=0)
 
 
 def of_segment(run: Run) -> Needs:

@@ -100,6 +100,15 @@ class Plan:
         ]
 
     @property
+    def names(self) -> list[str]:
+        """What stands for an artefact in the name of a job: of everything made, of models and of experiments."""
+        made = (self.prunings, self.windows, self.teachers, self.prefixes, self.trainings, self.merges)
+        models = {e.settings["model"] for e in self.experiments.values()}
+        return sorted(
+            {*self.experiments, *models, *self.segments, *self.scores, *(name for each in made for name in each)}
+        )
+
+    @property
     def paths(self) -> list[str]:
         """Everything in results/shared that is asked for, on request too: directories and files."""
         runs = [run.activations for run in (*self.segments.values(), *self.scores.values())]
@@ -108,6 +117,7 @@ class Plan:
             *(made.folder for made in self.adapters),
             *(f"{made.folder}.unfinished" for made in self.adapters),
             *(merge.folder.rsplit("/", 1)[0] for merge in self.merges.values()),
+            *(merge.strength for merge in self.merges.values()),
             *(file for cut in self.windows.values() for file in (cut.file, cut.record)),
             *(states.file for states in self.teachers.values()),
             *(states.file for states in self.prefixes.values()),

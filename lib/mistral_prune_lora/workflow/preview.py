@@ -13,8 +13,6 @@ from mistral_prune_lora.storage.space import free_space
 from mistral_prune_lora.workflow.amounts import KINDS, Amount, amounts
 from mistral_prune_lora.workflow.checks import Checked, check_inputs
 from mistral_prune_lora.workflow.configuration import (
-    CLOSED_FORM,
-    TRAIN,
     baseline_of,
     calibration_texts,
     closed_form_parts,
@@ -25,6 +23,7 @@ from mistral_prune_lora.workflow.configuration import (
     trains,
 )
 from mistral_prune_lora.workflow.dense_models import DenseModels
+from mistral_prune_lora.workflow.restoring import CLOSED_FORM, TRAIN
 
 _RESULTS = Path("results")
 _UNKNOWN = "unknown"
@@ -101,7 +100,7 @@ def _calibration(experiment: Mapping, layout: Layout) -> str | None:
 def _adapters(experiment: Mapping, merged: Sequence[str]) -> str:
     sources = {part: experiment["adapters"][part] for part in merged}
     start = " from closed form" if experiment["distill"]["start"] else ""
-    told = {TRAIN: f"trained{start}", CLOSED_FORM: "in closed form"}
+    told = {TRAIN: f"trained{start}", CLOSED_FORM: "in closed form", None: "none"}
     return "   ".join(f"{part} {told.get(source, source)}" for part, source in sources.items())
 
 

@@ -145,6 +145,19 @@ def importance(geometry: Geometry, run: Pass) -> Needs:
     return _streamed(geometry, geometry.layers, run, beside=states)
 
 
+def closed_form(geometry: Geometry, layers: int, run: Pass) -> Needs:
+    """An adapter in closed form: both models' passes, the moments of one layer's features, and their eigenvectors.
+
+    In float64: sums for two sets of windows, of which one is mixed of several texts', and the solver's copies.
+    """
+    inner, hidden = geometry.intermediate, geometry.hidden
+    moments = 8 * (6 * inner * inner + 6 * inner * hidden)
+    passes = _streamed(geometry, layers + geometry.layers, run, beside=moments)
+    sums = 2 * run.tokens * inner * (inner + hidden) * (1 if run.gpu else 2)  # float64 has half a CPU's speed
+    solving = 30 * inner**3
+    return Needs(passes.mem_mb, passes.runtime + _minutes((sums + solving) / run.speed), passes.gpu)
+
+
 def choice(geometry: Geometry, amount: Amount, run: Pass) -> Needs:
     """Candidates that go through a tree of layers together, a layer at a time, their hidden states in memory.
 
@@ -158,19 +171,6 @@ def choice(geometry: Geometry, amount: Amount, run: Pass) -> Needs:
     seconds = _operations(geometry, amount.passes, run, heads=amount.scored) / run.speed
     seconds += rounds * geometry.weights_bytes() / _DISK
     return Needs(_megabytes(budget + _PROCESS + _CUDA * run.gpu), _minutes(seconds), run.gpu)
-
-
-def closed_form(geometry: Geometry, layers: int, run: Pass) -> Needs:
-    """An adapter in closed form: both models' passes, the moments of one layer's features, and their eigenvectors.
-
-    In float64: sums for two sets of windows, of which one is mixed of several texts', and the solver's copies.
-    """
-    inner, hidden = geometry.intermediate, geometry.hidden
-    moments = 8 * (6 * inner * inner + 6 * inner * hidden)
-    passes = _streamed(geometry, layers + geometry.layers, run, beside=moments)
-    sums = 2 * run.tokens * inner * (inner + hidden) * (1 if run.gpu else 2)  # float64 has half a CPU's speed
-    solving = 30 * inner**3
-    return Needs(passes.mem_mb, passes.runtime + _minutes((sums + solving) / run.speed), passes.gpu)
 
 
 def streamed_bytes(geometry: Geometry, layers: int, run: Pass, heads: int = 0) -> int:

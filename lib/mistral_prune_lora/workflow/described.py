@@ -1,0 +1,46 @@
+"""What an experiment is, in the words of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mistral_prune_lora.layout.partition import spans
+from mistral_prune_lora.workflow.experiment import Experiment
+
+
+def described(experiment: Experiment) -> dict[str, str]:
+    """What is told of an experiment, by what the words are about."""
+    settings, layout = experiment.settings, experiment.layout
+    parts = [part for part in "ABC" if layout.layers_of(part)]
+    told = {
+        "model": f"{settings['model']}, {layout.num_layers} layers",
+        "layers": "; ".join(f"{part} {spans(layout.layers_of(part))}" for part in parts),
+    }
+    if "pruned" in settings:
+        told["parts"] = f"given, {settings['pruned']['A']}"
+    healed = [f"{part} {_adapter(settings['adapters'][part])}" for part in experiment.merged_parts]
+    if healed:
+        told["adapters"] = ", ".join(healed)
+    if experiment.trained_parts:
+        wanted = settings["distill"]
+        count = "all" if wanted["windows"] is None else wanted["windows"]
+        told["trained on"] = (
+            f"{wanted['dataset']}, {count} windows of {wanted['seqlen']} tokens, {_loss(wanted['loss'])}"
+        )
+    measured = settings["perplexity"]
+    told["measured on"] = (
+        f"{', '.join(measured['datasets'])}, windows of {measured['seqlen']} tokens, {measured['dtype']}"
+    )
+    return told
+
+
+def _adapter(source: str) -> str:
+    return "trained here" if source == "train" else f"given, {source}"
+
+
+def _windows(wanted: Mapping) -> str:
+    return f"windows of {wanted['seqlen']} tokens"
+
+
+def _loss(loss: Mapping) -> str:
+    return f"{loss['kd_loss']} with weight {loss['kd_alpha']:g}" if loss["kd_alpha"] else "cross-entropy alone"
