@@ -179,7 +179,7 @@ class Merge:
     @cached_property
     def name(self) -> str:
         """Its name under results/shared/merged."""
-        recipe = {
+        recipe: dict = {
             "part": self.part,
             "base": self.base.identity,
             "adapter": self.adapter.identity if self.adapter else None,

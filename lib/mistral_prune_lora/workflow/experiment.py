@@ -297,8 +297,7 @@ class Experiment:
         """All merges: of the healed parts, and of those that they are compared with."""
         own = [self.merge(part) for part in self.merged_parts]
         for variant in self.settings["baselines"]:
-            parts = PARTS_OF_STAGE[JOINT[variant]] if variant in JOINT else "ABC"
-            parts = [part for part in parts if variant in JOINT or self._is_merged(part)]
+            parts = PARTS_OF_STAGE[JOINT[variant]] if variant in JOINT else filter(self._is_merged, "ABC")
             own += [self.merge(part, variant) for part in parts if self.layout.layers_of(part)]
         return own
 
