@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test attack test-consumers lint format clean
+.PHONY: setup run test test-cluster attack test-consumers lint format clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,10 @@ run: setup
 # A process a core; the tests of one file stay together, since they share what is expensive to make.
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# The workflow on a Slurm: on one that answers, or on one node that is started for the tests (root, Debian's packages).
+test-cluster: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_CLUSTER=1 python -m pytest -n 0 tests/cluster
 
 # Hostile files, kills, full disks and rival writers, in about a quarter of an hour on 2 cores. See docs/attacks.md.
 attack: setup

@@ -51,3 +51,10 @@ onsuccess:
 
     if Path(f"results/summary{OF_CONFIG}.csv").is_file():
         print(summary_table(f"results/summary{OF_CONFIG}.csv"))
+
+
+onerror:
+    from mistral_prune_lora.workflow.failures import failures
+
+    for line in failures(log):
+        print(line, file=sys.stderr)

@@ -12,6 +12,7 @@ from snakemake.io import checkpoint_target
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.provenance import file_sha256
+from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.workflow import needs
 from mistral_prune_lora.workflow.artefacts import MODEL_FILES, bundle_files
 from mistral_prune_lora.workflow.checks import check_inputs
@@ -33,6 +34,7 @@ from mistral_prune_lora.workflow.healing import ClosedForm
 from mistral_prune_lora.workflow.plan import Plan
 from mistral_prune_lora.workflow.preview import preview
 from mistral_prune_lora.workflow.resources import scaled
+from mistral_prune_lora.workflow.sharding import Sharding, made_of, sensible, shard_files
 
 # Of this file, wherever the workflow is used as a module of another one.
 RULES = Path(str(workflow.current_basedir.get_path_or_uri(secret_free=False)))
@@ -40,6 +42,7 @@ RULES = Path(str(workflow.current_basedir.get_path_or_uri(secret_free=False)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTENT = Content(".snakemake/mistral_prune_lora/content.json")
 CODE = Code(".snakemake/mistral_prune_lora/code.json")
+SHARDS = Sharding(".snakemake/mistral_prune_lora/shards.json", decides=workflow.is_main_process)
 # What --cores gives on one machine. On a cluster nothing is given; a job that has a GPU needs few, and every node has two.
 COMPUTE_THREADS = workflow.resource_settings.cores or 2
 STREAM_THREADS = min(4, COMPUTE_THREADS)
@@ -100,6 +103,7 @@ wildcard_constraints:
     stage="A|AB|FULL",
     variant="dense|pruned|merged|no-kd|joint-AB|joint-FULL",
     made=r"[A-Za-z0-9_-]+",
+    shard=r"\d+-of-\d+",
 
 
 def all_decided(wildcards):

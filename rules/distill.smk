@@ -6,6 +6,7 @@
 
 rule teacher_states:
     input:
+        shards=lambda wildcards: shards_of(wildcards, PLAN.teachers, rules.teacher_states),
         dense=lambda wildcards: depends(PLAN.teachers[wildcards.made].model),
         windows=lambda wildcards: depends(PLAN.teachers[wildcards.made].windows.source),
     output:
@@ -16,9 +17,9 @@ rule teacher_states:
         "benchmarks/teacher_states/{made}.tsv"
     conda:
         "../envs/torch.yaml"
-    threads: COMPUTE_THREADS
+    threads: threads_of(lambda: rules.teacher_states)
     resources:
-        **granted(lambda wildcards: needs.of_teacher(PLAN.teachers[wildcards.made])),
+        **granted(needed_by(PLAN.teachers, needs.of_teacher, lambda: rules.teacher_states)),
     params:
         dtype=lambda wildcards: PLAN.teachers[wildcards.made].dtype,
         layer=lambda wildcards: PLAN.teachers[wildcards.made].layer,
@@ -27,9 +28,19 @@ rule teacher_states:
         "../workflow_scripts/teacher_states.py"
 
 
+use rule teacher_states as teacher_states_shard with:
+    output:
+        temp("results/shared/shards/teacher_states/{made}.{shard}.safetensors"),
+    log:
+        "logs/teacher_states/{made}.{shard}.log",
+    benchmark:
+        "benchmarks/teacher_states/{made}.{shard}.tsv"
+
+
 # What enters the first adapted layer: frozen, and so the same for every pass, seed and setting.
 rule prefix_states:
     input:
+        shards=lambda wildcards: shards_of(wildcards, PLAN.prefixes, rules.prefix_states),
         student=lambda wildcards: depends(PLAN.prefixes[wildcards.made].student),
         bundles=lambda wildcards: depends(*PLAN.prefixes[wildcards.made].bundles),
         windows=lambda wildcards: depends(PLAN.prefixes[wildcards.made].windows.source),
@@ -42,15 +53,24 @@ rule prefix_states:
         "benchmarks/prefix_states/{made}.tsv"
     conda:
         "../envs/torch.yaml"
-    threads: COMPUTE_THREADS
+    threads: threads_of(lambda: rules.prefix_states)
     resources:
-        **granted(lambda wildcards: needs.of_prefix(PLAN.prefixes[wildcards.made])),
+        **granted(needed_by(PLAN.prefixes, needs.of_prefix, lambda: rules.prefix_states)),
     params:
         first=lambda wildcards: PLAN.prefixes[wildcards.made].first,
         dtype=lambda wildcards: PLAN.prefixes[wildcards.made].dtype,
         code=code_of("prefix_states"),
     script:
         "../workflow_scripts/prefix_states.py"
+
+
+use rule prefix_states as prefix_states_shard with:
+    output:
+        temp("results/shared/shards/prefix_states/{made}.{shard}.safetensors"),
+    log:
+        "logs/prefix_states/{made}.{shard}.log",
+    benchmark:
+        "benchmarks/prefix_states/{made}.{shard}.tsv"
 
 
 # No training: what a cut takes from the stream, regressed on the layer before it.

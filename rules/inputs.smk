@@ -29,6 +29,48 @@ def start_of(made):
     return depends(start.source) if start else []
 
 
+def shards_of(wildcards, artefacts, maker, endings=("safetensors",)):
+    """The shards that an artefact is gathered from; none where one job makes it, nor for a shard itself.
+
+    How many windows a text has is known once they are cut, so a number of shards that follows from them is too.
+    """
+    if "shard" in wildcards.keys():
+        return []
+    made, (file, *_) = artefacts[wildcards.made], maker.rule.expand_output(wildcards)[0]
+
+    def find():
+        depends(made.windows.source)
+        known = made_of(workflow.persistence.input(file))
+        if made.shards == 1 or known is not None:
+            return known or 1
+        record = next(path for path in OUTPUTS[made.windows.source] if path.endswith(".json"))
+        return sensible(made.shards, read_json(record)["windows"], made.batch_size)
+
+    kind, count = Path(file).parent.name, SHARDS.count(str(file), find, keep=not workflow.dryrun)
+    return shard_files(kind, made.name, count, endings) if count > 1 else []
+
+
+def gathers(wildcards, maker):
+    """Whether a job puts shards together rather than running anything."""
+    return "shard" not in wildcards.keys() and SHARDS.known(str(maker.rule.expand_output(wildcards)[0][0])) > 1
+
+
+def needed_by(artefacts, need, maker):
+    """What a job needs that makes an artefact, a shard of it, or the artefact out of its shards."""
+
+    def needed(wildcards):
+        if gathers(wildcards, maker()):
+            return needs.of_gathering(artefacts[wildcards.made])
+        return need(artefacts[wildcards.made], int(wildcards.get("shard", "1-of-1").split("-")[-1]))
+
+    return needed
+
+
+def threads_of(maker):
+    """The threads of such a job."""
+    return lambda wildcards: 1 if gathers(wildcards, maker()) else COMPUTE_THREADS
+
+
 def held_out_windows(made):
     """The windows that a training is looked at on, if there are any."""
     held = PLAN.trainings[made].held_out

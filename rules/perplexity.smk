@@ -9,6 +9,7 @@
 
 rule segment:
     input:
+        shards=lambda wildcards: shards_of(wildcards, PLAN.segments, rules.segment),
         source=lambda wildcards: activations_of(PLAN.segments[wildcards.made].source),
         windows=lambda wildcards: depends(PLAN.segments[wildcards.made].windows.source),
         model=lambda wildcards: depends(PLAN.segments[wildcards.made].model),
@@ -25,9 +26,9 @@ rule segment:
         made=names(PLAN.segments),
     conda:
         "../envs/torch.yaml"
-    threads: COMPUTE_THREADS
+    threads: threads_of(lambda: rules.segment)
     resources:
-        **granted(lambda wildcards: needs.of_segment(PLAN.segments[wildcards.made])),
+        **granted(needed_by(PLAN.segments, needs.of_segment, lambda: rules.segment)),
     params:
         layers=lambda wildcards: PLAN.segments[wildcards.made].layers,
         batch_size=lambda wildcards: PLAN.segments[wildcards.made].batch_size,
@@ -37,9 +38,20 @@ rule segment:
         "../workflow_scripts/segment.py"
 
 
+# Some of the windows, where several jobs share them; `segment` then gathers what they made. So it is with the others.
+use rule segment as segment_shard with:
+    output:
+        temp("results/shared/shards/activations/{made}.{shard}.safetensors"),
+    log:
+        "logs/segment/{made}.{shard}.log",
+    benchmark:
+        "benchmarks/segment/{made}.{shard}.tsv"
+
+
 # The dense model is measured whole, and its last hidden states are what the stages are compared with.
 rule dense_perplexity:
     input:
+        shards=lambda wildcards: shards_of(wildcards, PLAN.scores, rules.dense_perplexity, ("json", "safetensors")),
         windows=lambda wildcards: depends(PLAN.scores[wildcards.made].windows.source),
         model=lambda wildcards: depends(PLAN.scores[wildcards.made].model),
         weights=lambda wildcards: depends(PLAN.scores[wildcards.made].model),
@@ -55,9 +67,9 @@ rule dense_perplexity:
         made=names(name for name, score in PLAN.scores.items() if score.keeps),
     conda:
         "../envs/torch.yaml"
-    threads: COMPUTE_THREADS
+    threads: threads_of(lambda: rules.dense_perplexity)
     resources:
-        **granted(lambda wildcards: needs.of_score(PLAN.scores[wildcards.made])),
+        **granted(needed_by(PLAN.scores, needs.of_score, lambda: rules.dense_perplexity)),
     params:
         stage="FULL",
         layers=lambda wildcards: PLAN.scores[wildcards.made].layers,
@@ -68,8 +80,19 @@ rule dense_perplexity:
         "../workflow_scripts/perplexity.py"
 
 
+use rule dense_perplexity as dense_perplexity_shard with:
+    output:
+        result=temp("results/shared/shards/ppl/{made}.{shard}.json"),
+        final_hidden=temp("results/shared/shards/ppl/{made}.{shard}.safetensors"),
+    log:
+        "logs/dense_perplexity/{made}.{shard}.log",
+    benchmark:
+        "benchmarks/dense_perplexity/{made}.{shard}.tsv"
+
+
 rule perplexity:
     input:
+        shards=lambda wildcards: shards_of(wildcards, PLAN.scores, rules.perplexity, ("json",)),
         source=lambda wildcards: activations_of(PLAN.scores[wildcards.made].source),
         windows=lambda wildcards: depends(PLAN.scores[wildcards.made].windows.source),
         model=lambda wildcards: depends(PLAN.scores[wildcards.made].model),
@@ -89,9 +112,9 @@ rule perplexity:
         made=names(name for name, score in PLAN.scores.items() if not score.keeps),
     conda:
         "../envs/torch.yaml"
-    threads: COMPUTE_THREADS
+    threads: threads_of(lambda: rules.perplexity)
     resources:
-        **granted(lambda wildcards: needs.of_score(PLAN.scores[wildcards.made])),
+        **granted(needed_by(PLAN.scores, needs.of_score, lambda: rules.perplexity)),
     params:
         stage=lambda wildcards: PLAN.scores[wildcards.made].label,
         layers=lambda wildcards: PLAN.scores[wildcards.made].layers,
@@ -100,3 +123,12 @@ rule perplexity:
         code=code_of("perplexity"),
     script:
         "../workflow_scripts/perplexity.py"
+
+
+use rule perplexity as perplexity_shard with:
+    output:
+        result=temp("results/shared/shards/ppl/{made}.{shard}.json"),
+    log:
+        "logs/perplexity/{made}.{shard}.log",
+    benchmark:
+        "benchmarks/perplexity/{made}.{shard}.tsv"

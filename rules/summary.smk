@@ -144,7 +144,8 @@ rule drop_activations:
     conda:
         "../envs/report.yaml"
     shell:
-        "rm -rf results/shared/activations results/shared/teacher_states results/shared/prefix_states 2>{log}"
+        "rm -rf results/shared/activations results/shared/teacher_states results/shared/prefix_states results/shared/shards"
+        " 2>{log}"
 
 
 # On request: what lies in results/shared and is neither asked for by this configuration nor linked to by a result.

@@ -18,7 +18,7 @@ from made_once import made_once
 from output_project import write_inputs
 from tiny import save_adapter, save_tokenizer, tiny_config
 from transformers import MistralForCausalLM
-from workflow_project import Project
+from workflow_project import Project, configuration
 
 from mistral_prune_lora.layout.partition import Layout
 
@@ -97,22 +97,6 @@ def assets(tmp_path_factory) -> Path:
     ):
         save_adapter(folder / "adapters" / name, folder / "dense", layers, seed)
     return folder
-
-
-def configuration() -> dict:
-    """Given adapters, pruned here, measured at three stages."""
-    experiment = {
-        "model": "dense",
-        "layers": {"B": [3, 4], "C": [5, 6]},
-        "adapters": {part: f"adapters/{part}" for part in "ABC"},
-        "perplexity": {"datasets": ["corpus"], "seqlen": 32, "windows": 6, "batch_size": 4, "dtype": "fp32"},
-    }
-    return {
-        "models": {"dense": {"path": "dense", "num_layers": 8}},
-        "datasets": {"corpus": {"text_files": ["corpus.txt"]}},
-        "experiments": {"tiny": experiment},
-        "report": False,  # tests of their own look at its pages
-    }
 
 
 @pytest.fixture

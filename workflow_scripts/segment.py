@@ -5,20 +5,27 @@ with quick_imports():
     from mistral_prune_lora.device import granted
     from mistral_prune_lora.evaluation.jobs import RunInputs, run_segment
     from mistral_prune_lora.streaming.compute import Compute
+    from mistral_prune_lora.streaming.shards import Shard, gather_activations
+    from mistral_prune_lora.text.windows import Windows
     from mistral_prune_lora.workflow.job import folder, folders, windows_file
 
-params, resources = snakemake.params, snakemake.resources
+files, params, resources = snakemake.input, snakemake.params, snakemake.resources
 with job(snakemake.log[0]):
-    given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
-    run_segment(
-        RunInputs(
-            folder(snakemake.input.model),
-            folder(snakemake.input.weights),
-            params.layers,
-            windows=windows_file(snakemake.input.windows),
-            parts=folders(snakemake.input.get("restores") or []),
-            source=snakemake.input.source or None,
-        ),
-        snakemake.output[0],
-        Compute.named(given.device, params.dtype, params.batch_size, given.memory_bytes),
-    )
+    if files.shards:
+        windows = Windows.load(windows_file(files.windows))
+        gather_activations(files.shards, windows, params.batch_size, snakemake.output[0])
+    else:
+        given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
+        run_segment(
+            RunInputs(
+                folder(files.model),
+                folder(files.weights),
+                params.layers,
+                windows=windows_file(files.windows),
+                source=files.source or None,
+                parts=folders(files.get("restores") or []),
+            ),
+            snakemake.output[0],
+            Compute.named(given.device, params.dtype, params.batch_size, given.memory_bytes),
+            shard=Shard.named(snakemake.wildcards.get("shard")),
+        )

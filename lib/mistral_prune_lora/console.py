@@ -34,6 +34,14 @@ def progress(*, total: int | float, description: str, unit: str, **tqdm_options)
     return tqdm(total=total, desc=description, unit=unit, file=sys.stderr, **options)
 
 
+_in_job = False
+
+
+def in_job() -> bool:
+    """Whether this process is a job of the workflow."""
+    return _in_job
+
+
 @contextmanager
 def job(log: str | Path) -> Iterator[None]:
     """Run a workflow job: everything printed goes to the terminal and into `log`, errors too.
@@ -41,6 +49,8 @@ def job(log: str | Path) -> Iterator[None]:
     A PipelineError, or lack of memory or disk space, ends the process with exit code 1 after its one line; anything
     else keeps its traceback.
     """
+    global _in_job
+    _in_job = True
     # Names may hold what is no UTF-8, and a log must not fail for it.
     with open(log, "w", encoding="utf-8", errors="backslashreplace") as file:
         out, err = sys.stdout, sys.stderr
@@ -56,7 +66,7 @@ def job(log: str | Path) -> Iterator[None]:
             print(f"error: {mistake}", file=sys.stderr)
             raise SystemExit(1) from None
         finally:
-            sys.stdout, sys.stderr = out, err
+            sys.stdout, sys.stderr, _in_job = out, err, False
 
 
 class _Tee(io.TextIOBase):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mistral_prune_lora.errors import DeviceError
+from mistral_prune_lora.gpus import own_gpu
 
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
 _PROCESS_BYTES = 800_000_000  # Python with torch and transformers imported, and their buffers
@@ -52,6 +53,9 @@ class Granted:
 def granted(threads: int, gpus: int | None, mem_mb: int | None) -> Granted:
     """Take what a job was granted: use so many threads, and say in one line on stderr what is computed with.
 
+    Of several GPUs on one machine it takes one that no other job holds, and waits until there is one. What a batch job
+    sees is its own: the cluster has decided.
+
     Args:
         threads: Snakemake's `threads`.
         gpus: how many GPUs; None where nothing says, which takes one if there is one.
@@ -59,10 +63,13 @@ def granted(threads: int, gpus: int | None, mem_mb: int | None) -> Granted:
 
     Raises:
         DeviceError: a batch job was granted a GPU that torch cannot use. Elsewhere that is only said, loudly: a profile
-            for one machine grants its GPU whether it has one or not.
+            for one machine grants its GPU whether it has one or not. The locks on GPUs cannot be taken.
     """
     use_threads(threads)
     device = resolve_device("auto" if gpus or gpus is None else "cpu")
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and batch_job() is None:
+        device = torch.device("cuda", own_gpu(torch.cuda.device_count()))
+        torch.cuda.set_device(device)
     if gpus and device.type == "cpu":
         _say_without_gpu(threads)
     given = "as much as is free" if mem_mb is None else f"{mem_mb / 1000:.1f} GB"

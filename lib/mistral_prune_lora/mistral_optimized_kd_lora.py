@@ -213,10 +213,11 @@ def main(argv: list[str] | None = None) -> None:
         from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
         from mistral_prune_lora.distillation.prefix import holds_prefix, open_prefix, prefix_output, prefix_states
         from mistral_prune_lora.distillation.prepare import TrainingData
+        from mistral_prune_lora.distillation.schedule import FROZEN_BATCH
         from mistral_prune_lora.distillation.student import Student
         from mistral_prune_lora.distillation.teacher_record import check_teacher
         from mistral_prune_lora.distillation.teacher_states import holds_states, states_output, teacher_states
-        from mistral_prune_lora.distillation.train import FROZEN_BATCH, TrainingJob, train_adapter
+        from mistral_prune_lora.distillation.train import TrainingJob, train_adapter
         from mistral_prune_lora.distillation.written import RECORD
         from mistral_prune_lora.storage.outputs import Output, claim
         from mistral_prune_lora.storage.transaction import check_place

@@ -71,7 +71,7 @@ def same(first, second):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_candidate_has_the_bits_that_it_has_alone(dense, tmp_path, dtype):
     how = compute(dtype)
-    ways = [*EVERY_BLOCK, (1, 3, 6), (7,), (0, 2, 4, 6)]
+    ways = [*EVERY_BLOCK[::2], (1, 3, 6), (7,)]
     found = measured(dense, tmp_path, ways, how).scores
     for missing in ways:
         assert same(found[missing], alone(dense, tmp_path, missing, how))

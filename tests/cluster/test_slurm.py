@@ -1,29 +1,190 @@
-"""The whole workflow as Slurm jobs, where a Slurm answers; elsewhere the dry run of the profile has to do."""
+"""The workflow as jobs of a Slurm: what they ask for and make, and what becomes of those that do not end well."""
 
+from __future__ import annotations
+
+import copy
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
-import pandas as pd
 import pytest
-from workflow_project import ROOT
+import yaml
+from slurm_project import Running, copied, jobs, on_slurm, rule_of, signal
+from workflow_project import ROOT, Project, configuration
+
+from mistral_prune_lora.workflow import needs
+from mistral_prune_lora.workflow.configuration import check_config
+from mistral_prune_lora.workflow.content import Content
+from mistral_prune_lora.workflow.plan import Plan
+
+pytestmark = pytest.mark.usefixtures("cluster")
+OPTIMISER = {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "warmup_steps": 0, "learning_rate": 0.01}
 
 
-def missing() -> str | None:
-    """Why there is no cluster to test on, or None."""
-    if shutil.which("sinfo") is None:
-        return "no Slurm client on this machine"
-    nodes = subprocess.run(["sinfo", "--noheader", "--format=%t %G"], capture_output=True, text=True, timeout=30)
-    if nodes.returncode != 0 or not nodes.stdout.strip():
-        return "no Slurm controller answers"
-    return None if "gpu" in nodes.stdout else "no node of this cluster has a GPU (a fake one will do)"
+def two_layouts(base: dict) -> dict:
+    """Two layouts. The first is trained and measured after healing; the second is only measured, its windows shared."""
+    config = copy.deepcopy(base)
+    first = config["experiments"].pop("tiny")
+    first["layers"]["C"] = []
+    first["adapters"] = {"A": "train", "B": "train", "C": "train"}
+    first["distill"] = {
+        "dataset": "corpus", "seqlen": 32, "windows": 8, "dtype": "fp32", "share_teacher_states": True,
+        "share_prefix_states": True, "lora": {"rank": 2}, "parts": {part: OPTIMISER for part in "ABC"},
+    }  # fmt: skip
+    first["importance"] = {"dataset": "corpus", "drop": 2, "seqlen": 32, "windows": 4, "dtype": "fp32"}
+    measured = first["perplexity"] | {"batch_size": 2}
+    first["perplexity"] = measured | {"variants": ["merged"], "stages": ["AB"], "compare_with_dense": False}
+    second = {
+        "model": "dense",
+        "layers": {"B": [7], "C": []},
+        "perplexity": measured | {"variants": ["dense", "pruned"], "stages": ["AB"]},
+    }
+    config["experiments"] = {"first": first, "second": second}
+    return config
 
 
-@pytest.mark.skipif(missing() is not None, reason=missing() or "")
-def test_every_rule_runs_as_a_slurm_job_with_what_the_profile_asks_for(project):
-    arguments = ["--workflow-profile", str(ROOT / "profiles/slurm"), "--slurm-init-seconds-before-status-checks", "5"]
-    ran = project.jobs(*arguments)
-    assert ran["segment"] == 6 and ran["merge_A"] == 1
-    assert len(pd.read_csv(project.folder / "results/summary.csv")) == 7
-    logs = list((project.folder / ".snakemake/slurm_logs").rglob("*.log"))
-    assert logs == [] or all("rule_" in str(log) for log in logs)  # logs of jobs that went well are tidied away
-    assert project.jobs(*arguments) == {}
+def sharded(config: dict) -> dict:
+    config = copy.deepcopy(config)
+    config["experiments"]["second"]["perplexity"]["shards"] = 2
+    config["experiments"]["first"]["distill"]["shards"] = 2
+    return config
+
+
+TARGETS = ("all", "results/first/importance.csv")
+
+
+@pytest.fixture(scope="module")
+def ran(cluster, assets, tmp_path_factory) -> tuple[Project, list[dict[str, str]], list[str]]:
+    """Everything on the cluster, while one job hangs and the node is drained for a while.
+
+    Returns the project, what Slurm says of the jobs in the end, and why jobs waited meanwhile.
+    """
+    folder = tmp_path_factory.mktemp("slurm-run") / "project"
+    shutil.copytree(assets, folder)
+    project = Project(folder, sharded(two_layouts(configuration())))
+    run = Running(project, *TARGETS, *on_slurm(resources=["importance:runtime=attempt"]))
+    hanging = run.until(lambda: [job for job in jobs("importance") if job["JobState"] == "RUNNING"])[0]
+    log = project.folder / "logs/importance/first.log"
+    run.until(lambda: log.exists() and "device cpu" in log.read_text())
+    signal(hanging, "STOP")
+    node = hanging["NodeList"]
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test"], check=True)
+    waiting = run.until(lambda: [j["Reason"] for j in jobs() if "DRAINED" in j["Reason"]])
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=True)
+    run.end()
+    return project, jobs(), waiting
+
+
+def test_every_job_asks_for_what_its_model_needs(ran, monkeypatch):
+    project, asked, _ = ran
+    monkeypatch.chdir(project.folder)
+    config = check_config(yaml.safe_load(yaml.safe_dump(project.config)), ROOT / "rules/config.schema.yaml")
+    plan = Plan.of(config, Content("digests.json"))
+    made = {
+        **{f"{p.rule}_wildcards_{name}": needs.of_pruning(p) for name, p in plan.prunings.items()},
+        **{f"{m.rule}_wildcards_{name}": needs.of_merge(m) for name, m in plan.merges.items()},
+        **{f"{t.rule}_wildcards_{name}": needs.of_training(t) for name, t in plan.trainings.items()},
+        **{f"windows_wildcards_{name}": needs.of_windows() for name in plan.windows},
+        **wanted("segment", plan.segments, needs.of_segment),
+        **wanted("dense_perplexity", {n: s for n, s in plan.scores.items() if s.keeps}, needs.of_score),
+        **wanted("perplexity", {n: s for n, s in plan.scores.items() if not s.keeps}, needs.of_score),
+        **wanted("teacher_states", plan.teachers, needs.of_teacher),
+        **wanted("prefix_states", plan.prefixes, needs.of_prefix),
+    }
+    found = {rule_of(job): job for job in asked if not rule_of(job).startswith("importance")}
+    assert found.keys() >= made.keys()
+    for name, need in made.items():
+        hours, minutes, _ = map(int, found[name]["TimeLimit"].split(":"))
+        memory = float(found[name]["MinMemoryNode"].rstrip("MG")) * (1024 if "G" in found[name]["MinMemoryNode"] else 1)
+        assert (60 * hours + minutes, round(memory)) == (need.runtime, need.mem_mb), name
+    assert len({p.name for p in plan.prunings.values()}) == 2
+
+
+def wanted(rule: str, artefacts: dict, need) -> dict:
+    """What the jobs of a rule ask for, by what Slurm knows them as; where windows are shared, the shards' too."""
+    asked = {}
+    for name, made in artefacts.items():
+        if made.shards == 1:
+            asked[f"{rule}_wildcards_{name}"] = need(made)
+            continue
+        asked[f"{rule}_wildcards_{name}"] = needs.of_gathering(made)
+        for number in range(1, made.shards + 1):
+            told = f"{rule}_shard_wildcards_{name}_{number}-of-{made.shards}"
+            asked[told] = need(made, made.shards)
+    return asked
+
+
+def test_the_numbers_are_those_of_one_machine_to_the_last_digit(ran, tmp_path):
+    project = ran[0]
+    here = copied(project, tmp_path / "here")
+    here.config = unsharded(project.config)
+    here.snakemake(*TARGETS)
+    for name in ("summary.csv", "comparisons.csv", "first/importance.csv"):
+        assert (here.folder / "results" / name).read_bytes() == (project.folder / "results" / name).read_bytes(), name
+
+
+def unsharded(config: dict) -> dict:
+    config = copy.deepcopy(config)
+    for experiment in config["experiments"].values():
+        for section in ("distill", "perplexity"):
+            experiment.get(section, {}).pop("shards", None)
+    return config
+
+
+def test_a_job_that_its_time_limit_kills_gets_more_time(ran):
+    first, second = jobs("importance")
+    assert (first["JobState"], first["TimeLimit"]) == ("TIMEOUT", "00:01:00")
+    assert (second["JobState"], second["TimeLimit"]) == ("COMPLETED", "00:02:00")
+
+
+def test_jobs_wait_while_their_node_drains(ran):
+    assert ran[2]
+
+
+@pytest.fixture
+def again(ran, tmp_path) -> Project:
+    """The project with everything made; its measuring is to be done again, in batches of another size."""
+    return remeasured(ran[0], tmp_path / "project")
+
+
+def remeasured(project: Project, folder: Path) -> Project:
+    subprocess.run(["cp", "-a", project.folder, folder], check=True)
+    config = unsharded(project.config)
+    for experiment in config["experiments"].values():
+        experiment["perplexity"]["batch_size"] = 3
+    return Project(folder, config)
+
+
+def test_jobs_side_by_side_have_a_device_each_and_a_failing_one_names_its_log(again):
+    run = Running(again, *on_slurm("--retries", "0", "--keep-going", gpus=True))
+    printed = run.end(succeeds=False)
+    seen = re.findall(r"torch can use none: .* CUDA_VISIBLE_DEVICES is '(\d)' \(in SLURM_JOB_ID", printed)
+    assert {*seen} == {"0", "1"}
+    assert {job["TresPerJob"] for job in jobs("dense_perplexity")[-1:]} == {"gres:gpu:1"}
+    assert re.search(
+        r"\ndense_perplexity failed; its log logs/dense_perplexity/dense-\w+\.log ends with:\n    .*", printed
+    )
+
+
+def test_a_main_process_that_is_killed_leaves_jobs_that_the_next_one_waits_for(ran, again, tmp_path):
+    run = Running(again, *on_slurm())
+    old = run.until(lambda: [j for j in jobs("dense_perplexity") if j["JobState"] == "RUNNING"])[-1]
+    shared = again.folder / "results/shared/ppl"
+    run.until(lambda: [*shared.glob(".dense-*.json.scores")])
+    signal(old, "STOP")
+    run.process.kill()
+    run.process.wait()
+    again.snakemake("--unlock")
+    run = Running(again, *on_slurm())
+    run.until(
+        lambda: [j for j in jobs("dense_perplexity") if j["JobState"] == "RUNNING" and j["JobId"] != old["JobId"]]
+    )
+    log = next((again.folder / "logs/dense_perplexity").iterdir())
+    run.until(lambda: "waiting for it" in log.read_text())
+    assert [j["JobState"] for j in jobs() if j["JobId"] == old["JobId"]] == ["RUNNING"]
+    signal(old, "CONT")
+    run.end()
+    here = remeasured(ran[0], tmp_path / "here")
+    here.snakemake()
+    assert (here.folder / "results/summary.csv").read_bytes() == (again.folder / "results/summary.csv").read_bytes()

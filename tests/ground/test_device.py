@@ -1,6 +1,13 @@
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+
 import pytest
 import torch
 
+from mistral_prune_lora import gpus
 from mistral_prune_lora.device import Granted, batch_job, granted, resolve_device
 from mistral_prune_lora.errors import DeviceError
 
@@ -74,3 +81,62 @@ def test_grid_engine_is_told_by_more_than_a_job_id(machine):
     assert batch_job() is None
     machine.setenv("SGE_ROOT", "/opt/sge")
     assert batch_job() == "JOB_ID 12"
+
+
+HOLDS = "import sys, time; from mistral_prune_lora.gpus import own_gpu; print(own_gpu(2), flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def two_gpus(machine, tmp_path):
+    """A machine with two of them, whose locks lie in a folder of the test's; a function that starts a job on one."""
+    machine.setenv("TMPDIR", str(tmp_path))
+    machine.setattr(tempfile, "tempdir", None)
+    machine.setattr(torch.cuda, "is_available", lambda: True)
+    machine.setattr(torch.cuda, "device_count", lambda: 2)
+    machine.setattr(torch.cuda, "set_device", lambda device: None)
+    machine.setattr(gpus, "_LOOK_AGAIN", 0.05)
+    jobs = []
+
+    def start() -> tuple[subprocess.Popen, str]:
+        job = subprocess.Popen([sys.executable, "-c", HOLDS], stdout=subprocess.PIPE, text=True)
+        jobs.append(job)
+        return job, job.stdout.readline().strip()
+
+    yield start
+    for job in jobs:
+        job.kill()
+        job.wait()
+    for descriptor in gpus._held:
+        os.close(descriptor)
+    gpus._held.clear()
+
+
+def test_jobs_on_one_machine_get_a_gpu_each_and_a_killed_one_leaves_it(two_gpus, capsys):
+    first, number = two_gpus()
+    assert number == "0" and granted(1, 1, None).device == "cuda:1"
+    capsys.readouterr()
+    threading.Timer(0.3, first.kill).start()
+    assert granted(1, 1, None).device == "cuda:0"
+    assert capsys.readouterr().err.startswith("all 2 GPUs are held by other jobs of yours: waiting for one (locks in ")
+
+
+def test_gpus_are_locked_by_the_machine_s_names_for_them(two_gpus, machine):
+    assert two_gpus()[1] == "0" and two_gpus()[1] == "1"
+    machine.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert granted(1, 1, None).device == "cuda:1"  # the machine's third; its first is held
+    machine.setenv("CUDA_VISIBLE_DEVICES", "GPU-5ebe9f43-ac33420d,GPU-0/../x")
+    assert [granted(1, 1, None).device for _ in range(2)] == ["cuda:0", "cuda:1"]
+
+
+def test_in_a_batch_job_what_the_cluster_shows_decides(two_gpus, machine, tmp_path):
+    two_gpus()
+    locks = set(tmp_path.rglob("*.lock"))
+    machine.setenv("SLURM_JOB_ID", "4711")
+    machine.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert granted(1, 1, None).device == "cuda:0" and set(tmp_path.rglob("*.lock")) == locks
+
+
+def test_a_folder_of_somebody_else_is_not_locked_in(two_gpus, tmp_path):
+    (tmp_path / f"mistral_prune_lora-{os.getuid()}").symlink_to(tmp_path)
+    with pytest.raises(DeviceError, match="cannot be taken: it is not a folder of yours"):
+        granted(1, 1, None)

@@ -19,6 +19,7 @@ from merge_oracle import LAYOUT, PROJECTIONS, random_adapter, save_base
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.merging import merge as merge_module
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.pruning.mistral_merge_adapter import main
 
 TRIALS = 30
@@ -32,9 +33,10 @@ import torch
 sys.path[:0] = {tests!r}
 from test_merge_crash import state
 from mistral_prune_lora.merging.merge import merge_adapters
+from mistral_prune_lora.merging.plan import MergeSettings
 from mistral_prune_lora.storage import transaction
 
-base, first, second, out, renames = sys.argv[1:]
+base, first, second, out, renames, *undo_of = sys.argv[1:]
 sys.stderr = open(os.devnull, "w")
 if renames == "two":
     transaction._exchange = lambda first, second: False
@@ -42,7 +44,8 @@ if renames == "two":
 def start(adapter):
     pid = os.fork()
     if pid == 0:
-        merge_adapters(base, [adapter], out, device="cpu")
+        settings = MergeSettings(undo_of=tuple(undo_of) or None)
+        merge_adapters(base, [adapter], out, settings=settings, device="cpu")
         os._exit(0)
     return pid
 
@@ -76,19 +79,31 @@ def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
     )
 
 
-@pytest.mark.parametrize("renames", ["exchange", "two"])
-def test_killed_at_any_moment(renames, inputs, tmp_path):
-    base, first, second = inputs
+@pytest.fixture(scope="module")
+def undoing(inputs, tmp_path_factory) -> tuple[tuple[Path, Path, Path], tuple[Path, Path]]:
+    """As `inputs`, of a bundle, and the part that it puts back before and after its merge."""
+    folder, (a, first, _) = tmp_path_factory.mktemp("undoing"), inputs
+    merge_adapters(a, [first], folder / "A_merged")
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS, "layers_to_transform": list(LAYOUT.b)}
+    adapters = [random_adapter(folder / f"b{i}", a.parent / "dense", settings, seed=i) for i in range(2)]
+    return (a.parent / "bundles/B", *adapters), (a, folder / "A_merged")
+
+
+@pytest.mark.parametrize("renames", ["exchange", "two", "exchange, with what a bundle puts back"])
+def test_killed_at_any_moment(renames, inputs, undoing, tmp_path):
+    renames, undoes, _ = renames.partition(",")
+    (base, first, second), undo_of = undoing if undoes else (inputs, ())
+    settings = MergeSettings(undo_of=undo_of or None)
     out = tmp_path / "out" / "A_merged"
     results = []
     for adapter in (first, second):
-        merge_adapters(base, [adapter], out)
+        merge_adapters(base, [adapter], out, settings=settings)
         results.append(state(out))
     assert results[0] != results[1]
     script = KILLER.format(
         tests=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")], trials=TRIALS
     )
-    words = [sys.executable, "-c", script, *map(str, (base, first, second, out)), renames]
+    words = [sys.executable, "-c", script, *map(str, (base, first, second, out)), renames, *map(str, undo_of)]
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -99,7 +114,7 @@ def test_killed_at_any_moment(renames, inputs, tmp_path):
     for found, _ in trials:
         # Of two renames, a kill may fall between them; the exchange leaves no such moment.
         assert found in results or (renames == "two" and found is None)
-    merge_adapters(base, [first], out)
+    merge_adapters(base, [first], out, settings=settings)
     assert state(out) == results[0]
     assert os.listdir(out.parent) == ["A_merged"]
 
@@ -122,6 +137,19 @@ def test_a_full_disk(limit, former, inputs, tmp_path):
     assert "Traceback" not in done.err
     assert state(out) == before
     assert os.listdir(tmp_path) == (["out"] if former else [])
+
+
+def test_a_disk_that_is_full_before_what_a_bundle_puts_back(undoing, tmp_path):
+    (base, first, second), undo_of = undoing
+    merge_adapters(base, [first], tmp_path / "out", settings=MergeSettings(undo_of=undo_of))
+    before = state(tmp_path / "out")
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
+    limit = sizes["undo.safetensors"] - 1
+    assert limit > max(size for name, size in sizes.items() if name.startswith("layer_"))
+    words = ["--base_model", base, "--adapter_path", second, "--undo_of", *undo_of, "--output_dir", tmp_path / "out"]
+    done = Forked(run_limited, limit, main, [*map(str, words), "--device", "cpu"]).wait()
+    assert done.code == 1 and "the result cannot be written: File too large" in done.err
+    assert state(tmp_path / "out") == before and os.listdir(tmp_path) == ["out"]
 
 
 def test_a_disk_that_is_too_small_is_seen_before(inputs, tmp_path, monkeypatch):

@@ -30,6 +30,22 @@ EVERYTHING = {
 }
 
 
+def configuration() -> dict:
+    """Given adapters, pruned here, measured at three stages."""
+    experiment = {
+        "model": "dense",
+        "layers": {"B": [3, 4], "C": [5, 6]},
+        "adapters": {part: f"adapters/{part}" for part in "ABC"},
+        "perplexity": {"datasets": ["corpus"], "seqlen": 32, "windows": 6, "batch_size": 4, "dtype": "fp32"},
+    }
+    return {
+        "models": {"dense": {"path": "dense", "num_layers": 8}},
+        "datasets": {"corpus": {"text_files": ["corpus.txt"]}},
+        "experiments": {"tiny": experiment},
+        "report": False,  # tests of their own look at its pages
+    }
+
+
 class Project:
     """A working directory with a configuration, and snakemake to run in it."""
 

@@ -138,8 +138,7 @@ class Measurement:
         windows, alive = len(self.passage.windows), list(candidates)
         found: dict[Missing, list[WindowScores]] = {missing: [] for missing in (DENSE, *alive)}
         proxies, first, passes = None if block is None else Proxies(block), 0, 0
-        whole = self._work(self._tree(alive)) * windows
-        with progress(total=whole, description=words, unit="tok", unit_scale=True) as bar:
+        with self._bar(words, self._tree(alive)) as bar:
             while first < windows:
                 tree = self._tree(alive)
                 bar.total = bar.n + self._work(tree) * (windows - first)
@@ -164,6 +163,11 @@ class Measurement:
 
     def _tree(self, candidates: Sequence[Missing]) -> Tree:
         return Tree.of([running(self.num_layers, missing) for missing in (DENSE, *candidates)])
+
+    def _bar(self, words: str, tree: Tree) -> tqdm:
+        return progress(
+            total=self._work(tree) * len(self.passage.windows), description=words, unit="tok", unit_scale=True
+        )
 
     def _work(self, tree: Tree) -> int:
         """What a window costs, for the progress bar: tokens through layers, a score by what its head weighs."""
@@ -238,7 +242,7 @@ class Measurement:
             return
         words = f"without layers {spans(missing)}" if missing else "the dense model"
         run = [self._sources[layer] for layer in running(self.num_layers, missing)]
-        with layers_blamed(self._origin, run, self.passage.compute, words):
+        with layers_blamed(self._origin, run, self.passage, words):
             raise NumberError(
                 f"{words}: the score of window {first + fault} is NaN or infinity",
                 where=self.passage.model.path,

@@ -67,7 +67,7 @@ class Calibration:
                 progress(
                     total=passage.windows.ids.numel(), description=f"regress {words}", unit="tok", unit_scale=True
                 ) as bar,
-                layers_blamed(origin, [source], passage.compute, words),
+                layers_blamed(origin, [source], passage, words),
             ):
                 run_batches(backbone, origin.read, len(passage.windows), sink, bar)
         return sink.moments()

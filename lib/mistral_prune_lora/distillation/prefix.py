@@ -20,6 +20,7 @@ from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.passage import Passage
 from mistral_prune_lora.streaming.record import RunRecord
 from mistral_prune_lora.streaming.run import run_to_file
+from mistral_prune_lora.streaming.shards import Shard
 from mistral_prune_lora.text.windows import Windows
 
 _AGAIN = "make them again"
@@ -39,6 +40,7 @@ def prefix_states(
     compute: Compute,
     start: str | Path | None = None,
     overwrite: bool = False,
+    shard: Shard | None = None,
 ) -> None:
     """Run windows through the layers below one and keep what enters it. A killed run goes on from its last batch.
 
@@ -50,6 +52,7 @@ def prefix_states(
         compute: device, dtype, batch size, memory.
         start: such states of the same windows further below, to set out from: B's for C.
         overwrite: replace what holds no such states, too; never an input.
+        shard: which of the windows; None takes all.
 
     Raises:
         DataError: `start` is of other windows, or not of layers that lie below; a token id without an embedding; no
@@ -59,7 +62,7 @@ def prefix_states(
     """
     _check_any(student, first, output)
     claim([prefix_output(output)], [student.model_dir, *student.bundles, start], overwrite=overwrite)
-    passage, sources = Passage(student.checkpoint(), windows, compute), prefix_sources(student, first)
+    passage, sources = Passage(student.checkpoint(), windows, compute).shard(shard), prefix_sources(student, first)
     origin = passage.origin(start)
     done = origin.record.layers
     if done != [source.index for source in sources[: len(done)]]:
@@ -69,7 +72,7 @@ def prefix_states(
             mend="name the states of a part that lies below, or none",
         )
     if start is not None:
-        _check_same(origin.record, _record(student, sources[: len(done)], windows, compute), start)
+        _check_same(origin.record, _record(student, sources[: len(done)], passage.windows, compute), start)
     run_to_file(passage, origin, sources[len(done) :], output)
 
 

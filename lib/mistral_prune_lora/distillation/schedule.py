@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from mistral_prune_lora.distillation.settings import OptimiserSettings
 
+FROZEN_BATCH = 4  # windows that go through a frozen layer together
+
 
 def batches_of_updates(count: int, optimiser: OptimiserSettings, seed: int, processes: int = 1) -> Iterator[list[list]]:
     """For every update, the windows of each of its forward passes.

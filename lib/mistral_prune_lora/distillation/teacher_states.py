@@ -13,6 +13,7 @@ from mistral_prune_lora.storage.outputs import Output, claim
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.passage import Passage
 from mistral_prune_lora.streaming.run import KeptActivations, run_layers
+from mistral_prune_lora.streaming.shards import Shard
 from mistral_prune_lora.text.windows import Windows
 
 
@@ -24,6 +25,7 @@ def teacher_states(
     compute: Compute,
     layer: int | None = None,
     overwrite: bool = False,
+    shard: Shard | None = None,
 ) -> None:
     """Run the dense model over the training windows once and keep its hidden states.
 
@@ -38,6 +40,7 @@ def teacher_states(
         compute: of the teacher's forward pass.
         layer: keep what leaves this layer; None keeps the final hidden states, after the norm.
         overwrite: replace what holds no such states, too; never the teacher.
+        shard: which of the windows; None takes all.
 
     Raises:
         CheckpointError: weights are missing or do not fit.
@@ -47,7 +50,7 @@ def teacher_states(
     """
     claim([states_output(output)], [teacher_dir], overwrite=overwrite)
     teacher = open_checkpoint(teacher_dir)
-    passage = Passage(teacher, windows, compute)
+    passage = Passage(teacher, windows, compute).shard(shard)
     count = passage.config.num_hidden_layers
     if layer is not None and layer >= count:
         raise DataError(
@@ -57,7 +60,7 @@ def teacher_states(
         )
     change = build_norm(passage.config, teacher, compute.dtype, compute.device) if layer is None else None
     # With the batch size, since a run that goes on must cut the same batches.
-    record = teacher_record(windows, teacher_dir) | {"batch_size": compute.batch_size}
+    record = teacher_record(passage.windows, teacher_dir) | {"batch_size": compute.batch_size}
     record |= {} if layer is None else {"layer": layer}
     layers = [LayerSource(index, teacher) for index in range(count if layer is None else layer + 1)]
     with KeptActivations(output, passage.shape, compute, record, change=change) as states:

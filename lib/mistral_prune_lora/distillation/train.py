@@ -27,7 +27,7 @@ from mistral_prune_lora.distillation.held_out import HeldOut, check_disjoint
 from mistral_prune_lora.distillation.loop import Loop, Outcome, Watch
 from mistral_prune_lora.distillation.prepare import Preparation, TrainingData, predictions
 from mistral_prune_lora.distillation.ranks import Ranks, local_device, started
-from mistral_prune_lora.distillation.schedule import passes_over
+from mistral_prune_lora.distillation.schedule import FROZEN_BATCH, passes_over
 from mistral_prune_lora.distillation.settings import Running, TrainingSettings
 from mistral_prune_lora.distillation.start import StartAdapter
 from mistral_prune_lora.distillation.student import Student
@@ -47,7 +47,6 @@ from mistral_prune_lora.text.doubts import warn_of
 from mistral_prune_lora.text.windows import Windows
 
 _SMALL_FILES = 4 << 20  # room for configuration, card and curve beside the weights
-FROZEN_BATCH = 4  # windows that go through a frozen layer together
 
 
 @dataclass(frozen=True)

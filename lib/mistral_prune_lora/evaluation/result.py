@@ -67,7 +67,7 @@ def stage_result(
         **numbers,
         "seqlen": windows.seqlen,
         "dtype": run.dtype,
-        "device": str(passage.compute.device),
+        "device": passage.compute.device.type,  # which of several equal GPUs it was is chance
         "batch_size": passage.compute.batch_size,
         "protocol": PROTOCOL,
         "text": {

@@ -22,7 +22,7 @@ from mistral_prune_lora.results.statistics import WindowScores
 from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.storage.finite import all_finite, mend_for
 from mistral_prune_lora.storage.journal import Journal, say_left_out
-from mistral_prune_lora.streaming.passage import Boundary, Passage
+from mistral_prune_lora.streaming.passage import Passage
 from mistral_prune_lora.streaming.record import RunRecord, checked_sha256
 from mistral_prune_lora.streaming.run import KeptActivations
 
@@ -89,8 +89,8 @@ class Scoring:
         self.record = run.with_head(passage.model)
         self._taught = None
         if dense:
-            self._taught = Boundary(replace(passage, model=dense.model), dense.hidden)
-            self.record = replace(self.record, dense=dense.sha256(self._taught.record))
+            self._taught = replace(passage, model=dense.model).boundary(dense.hidden)
+            self.record = replace(self.record, dense=dense.sha256(self._taught.whole_record))
         with ExitStack() as held:
             self._journal = held.enter_context(Journal(place, {"run": self.record.content()}))
             self._scores = self._believed()
@@ -195,7 +195,7 @@ class Scoring:
         if fault is None:
             return
         window = first + fault
-        said = f"{self.words}: the score of window {window} is NaN or infinity"
+        said = f"{self.words}: the score of window {self._passage.first + window} is NaN or infinity"
         if not all_finite(hidden[fault]):
             raise NumberError(said, window=window)
         if self._taught and (error := self._taught.fault(window)):

@@ -11,16 +11,19 @@ import json
 import os
 import stat
 import sys
+import time
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from mistral_prune_lora.console import in_job
 from mistral_prune_lora.errors import PipelineError, printable
 from mistral_prune_lora.storage.json_file import parsed
 from mistral_prune_lora.storage.scratch import NoLocks, locked
 
 _LONGEST_LINE = 1 << 26  # bytes; a batch of half a million windows would have as many
+_LOOK_AGAIN = 1.0  # seconds between two looks whether another process has ended
 _ELSEWHERE = "Move it away, or work in another folder"
 
 
@@ -138,6 +141,9 @@ def open_own(path: Path) -> int:
 def open_held(path: Path, told: str, *, where: Path | None = None) -> int:
     """Open a file of unfinished work as `open_own` does and hold it, where the file system knows locks.
 
+    A job of the workflow waits for another process that holds it, and says so: Snakemake lets no two run at once, so it
+    is a job that lives on after its main process was killed.
+
     Args:
         path: the file.
         told: what is said where another process holds it.
@@ -146,6 +152,7 @@ def open_held(path: Path, told: str, *, where: Path | None = None) -> int:
     Raises:
         PipelineError: another process holds it, or it cannot be opened.
     """
+    said = False
     while True:
         descriptor = open_own(path)
         try:
@@ -154,6 +161,12 @@ def open_held(path: Path, told: str, *, where: Path | None = None) -> int:
             return descriptor
         if not free:
             os.close(descriptor)
+            if in_job():
+                if not said:
+                    print(f"{printable(str(where or path))}: {told}: waiting for it", file=sys.stderr, flush=True)
+                said = True
+                time.sleep(_LOOK_AGAIN)
+                continue
             raise PipelineError(told, where=where or path, mend="Wait for it, or end it")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,8 @@ from mistral_prune_lora.storage.activations import ActivationReader
 from mistral_prune_lora.storage.finite import all_finite, tensor_fault
 from mistral_prune_lora.streaming.compute import Compute
 from mistral_prune_lora.streaming.record import RunRecord
-from mistral_prune_lora.text.windows import Windows
+from mistral_prune_lora.streaming.shards import Shard
+from mistral_prune_lora.text.windows import Windows, windows_between
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,26 @@ class Passage:
         model: gives the configuration, and the embedding where a run sets out from the token ids.
         windows: the token ids.
         compute: device, dtype, batch size, memory.
+        whole: the windows that these are a shard of; None if these are all.
+        first: which of them the shard begins with.
     """
 
     model: Checkpoint
     windows: Windows
     compute: Compute
+    whole: Windows | None = None
+    first: int = 0
+
+    def shard(self, shard: Shard | None) -> Passage:
+        """The passage of a shard's windows; None takes all.
+
+        Raises:
+            DataError: there are not so many batches.
+        """
+        if shard is None:
+            return self
+        span = shard.span(len(self.windows), self.compute.batch_size)
+        return replace(self, windows=windows_between(self.windows, *span), whole=self.windows, first=span[0])
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -72,7 +88,11 @@ class Passage:
 
     def origin(self, file: str | Path | None) -> Origin:
         """Where to set out from: the boundary activations in a file, or the token ids."""
-        return TokenIds(self) if file is None else Boundary(self, file)
+        return TokenIds(self) if file is None else self.boundary(file)
+
+    def boundary(self, file: str | Path) -> Boundary | PartOfBoundary:
+        """What another run left in a file: of all windows, also where this is a shard."""
+        return Boundary(self, file) if self.whole is None else PartOfBoundary(self, file)
 
 
 class Origin(Protocol):
@@ -126,6 +146,7 @@ class Boundary:
 
     Attributes:
         path: the file.
+        whole_record: the record of the run over all windows.
     """
 
     nbytes = 0
@@ -139,7 +160,7 @@ class Boundary:
         """
         self._file = ActivationReader(path)
         self.path = self._file.path
-        self.record = RunRecord.parse(self._file.run, path)
+        self.record = self.whole_record = RunRecord.parse(self._file.run, path)
         self.record.check_continues(RunRecord.start(passage.model, passage.windows, passage.compute.dtype), path)
         found, wanted = (self._file.shape, self._file.dtype), (passage.shape, passage.compute.dtype)
         if found != wanted:
@@ -158,6 +179,32 @@ class Boundary:
         return NumberError(
             f"window {window} holds NaN or infinity", where=self.path, mend="Delete it and run the same again"
         )
+
+
+class PartOfBoundary:
+    """A shard's boundary activations, out of a file that holds those of all windows.
+
+    Attributes:
+        whole_record: the record of the run over all windows.
+    """
+
+    nbytes = 0
+
+    def __init__(self, passage: Passage, path: str | Path) -> None:
+        """Open them; errors as for `Boundary`."""
+        assert passage.whole is not None
+        self._all = Boundary(replace(passage, windows=passage.whole, whole=None, first=0), path)
+        self._first = passage.first
+        self.whole_record = self._all.record
+        self.record = self.whole_record.of_windows(passage.windows)
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """See `Origin.read`."""
+        return self._all.read(self._first + first, self._first + last)
+
+    def fault(self, window: int) -> NumberError | None:
+        """See `Origin.fault`."""
+        return self._all.fault(self._first + window)
 
 
 def embedding_bytes(model: Checkpoint, compute: Compute) -> int:

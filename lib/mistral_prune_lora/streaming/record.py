@@ -127,6 +127,10 @@ class RunRecord:
         counted = self.parameters + parameters(outside.values())
         return replace(self, weights=self.weights | digests, parameters=counted)
 
+    def of_windows(self, windows: Windows) -> RunRecord:
+        """The record of the same run over other windows: a shard's, or all."""
+        return replace(self, ids_sha256=windows.identity.ids_sha256, windows=len(windows))
+
     def content(self) -> dict:
         """The record as JSON takes it."""
         content = asdict(self)

@@ -211,7 +211,7 @@ def _run_group(passage: Passage, backbone: Backbone, origin: Origin, group: Sequ
         progress(
             total=passage.windows.ids.numel(), description=words, unit="tok", initial=there, unit_scale=True
         ) as bar,
-        layers_blamed(origin, group, passage.compute, words),
+        layers_blamed(origin, group, passage, words),
     ):
         run_batches(backbone, origin.read, len(passage.windows), sink, bar, positions=passage.positions_of)
 

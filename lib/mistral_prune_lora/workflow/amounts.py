@@ -25,6 +25,7 @@ from mistral_prune_lora.workflow.configuration import (
     trained_parts,
 )
 from mistral_prune_lora.workflow.dense_models import DenseModels
+from mistral_prune_lora.workflow.restoring import changed_layers, original_layers, undone_part
 
 KINDS = (
     "dense model",
@@ -68,7 +69,7 @@ def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
     # Roughly: an adapter of A says nothing about the pruned parts, but all that training is told about all adapters.
     pruning = [experiment["model"], given or [layout.num_layers, layout.b, layout.c]]
     healing = [pruning, experiment["adapters"], experiment["distill"] if trained else None]
-    merging = [healing, experiment["merge"], experiment["adapter_indices"]]
+    merging = [healing, experiment["merge"], experiment["adapter_indices"], experiment["restore"]]
     found = []
     if model is None and not dense.is_local(experiment["model"]):
         found.append(_amount("dense model", [experiment["model"]], None))
@@ -88,7 +89,9 @@ def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
         )
     if merged:
         cast = experiment["merge"]["output_dtype"]
-        found.append(_amount("merged parts", merging, _total(_bytes(weights[part], cast) for part in merged)))
+        sizes = [_bytes(weights[part], cast) for part in merged]
+        sizes += [_undo_bytes(experiment, layout, part, weights) for part in merged]
+        found.append(_amount("merged parts", merging, _total(sizes)))
     for baseline in experiment["baselines"]:
         stage = baseline.removeprefix("joint-")
         parts = [part for part in PARTS_OF_STAGE.get(stage, "ABC") if part in weights]
@@ -110,10 +113,11 @@ def _activations(
 ) -> Iterator[Amount]:
     wanted = experiment["perplexity"]
     shared = len(shared_segments(segment_tree(layout, wanted["stages"])))
+    merged = segment_tree(layout, wanted["stages"], original_layers(experiment, layout))
     files = {
         "dense": ([experiment["model"]], int(wanted["compare_with_dense"])),
         "pruned": (pruning, shared),
-        "merged": (merging, shared),
+        "merged": (merging, len(shared_segments(merged))),
     }
     for variant in wanted["variants"]:
         key, count = files[variant]
@@ -185,6 +189,16 @@ def _closed_form_bytes(wanted: Mapping, model: Checkpoint) -> int:
     inner, hidden = model.config["intermediate_size"], model.config["hidden_size"]
     rank = min(wanted["rank"] or hidden, hidden, inner)
     return _LORA_BYTES * (1 + wanted["layers_behind"]) * rank * (inner + hidden)
+
+
+def _undo_bytes(
+    experiment: Mapping, layout: Layout, part: str, weights: Mapping[str, list[TensorEntry] | None]
+) -> int | None:
+    """What a bundle puts back, at most: all of the layers that an adapter changes, as its part has them on the mean."""
+    undone = undone_part(experiment, layout, part)
+    if undone is None or (whole := _bytes(weights[undone])) is None:
+        return None if undone else 0
+    return math.ceil(whole * len(changed_layers(experiment, layout, undone)) / len(layout.layers_of(undone)))
 
 
 def _total(sizes: Iterable[int | None]) -> int | None:

@@ -8,7 +8,7 @@ nothing that is there is ever out of date; only the code that makes it can be, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from mistral_prune_lora.checkpoints.directories import BUNDLE_META, LAYERS_MAP, SINGLE_FILE, layer_file_name
@@ -242,6 +242,7 @@ class Run:
         dense: the dense model's score whose hidden states this one is compared with.
         keeps: whether a score keeps its final hidden states for others.
         restores: every part of the stage, where its bundles put original weights back in the layers that are run.
+        shards: how many jobs share its windows, which changes nothing of what is made.
     """
 
     label: str
@@ -258,6 +259,7 @@ class Run:
     dense: Run | None = None
     keeps: bool = False
     restores: tuple[Source, ...] = ()
+    shards: int = field(default=1, compare=False)
 
     @cached_property
     def name(self) -> str:

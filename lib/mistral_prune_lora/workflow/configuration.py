@@ -366,7 +366,9 @@ def closed_form_parts(experiment: Mapping, layout: Layout) -> list[str]:
 
 def started_parts(experiment: Mapping, layout: Layout) -> list[str]:
     """The parts whose training starts from an adapter in closed form."""
-    return trained_parts(experiment, layout) if experiment["distill"]["start"] else []
+    start = experiment["distill"]["start"]
+    parts = trained_parts(experiment, layout)
+    return [part for part in parts if (start.get(part) if isinstance(start, Mapping) else start)]
 
 
 def calibration_texts(experiment: Mapping) -> dict[str, float]:

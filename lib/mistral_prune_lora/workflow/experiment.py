@@ -18,6 +18,7 @@ from mistral_prune_lora.workflow.configuration import (
     closed_form_parts,
     experiment_layout,
     merged_parts,
+    started_parts,
     trained_parts,
 )
 from mistral_prune_lora.workflow.content import Content
@@ -141,6 +142,11 @@ class Experiment:
         return own + without + [self.training(stage, v) for v, stage in JOINT.items() if v in self.variants]
 
     @cached_property
+    def started_parts(self) -> list[str]:
+        """The trained parts whose training starts from an adapter in closed form."""
+        return started_parts(self.settings, self.layout)
+
+    @cached_property
     def closed_form_parts(self) -> list[str]:
         """The merged parts whose adapters are computed in closed form."""
         return closed_form_parts(self.settings, self.layout)
@@ -177,7 +183,7 @@ class Experiment:
             bundles = {part: self.part("pruned", part) for part in "BC" if self.layout.layers_of(part)}
             settings["stages"] = wanted["stages"]
         # What a training is compared with starts from nothing.
-        start = self.closed_form(trained) if wanted["start"] and variant == "merged" else None
+        start = self.closed_form(trained) if trained in self.started_parts and variant == "merged" else None
         if variant == NO_KD:
             settings["loss"] = {**wanted["loss"], "kd_alpha": 0.0, "hidden": None}
         settings["optimiser"], settings["adapt_layers"] = optimiser(wanted, parts)
@@ -251,7 +257,8 @@ class Experiment:
         wanted, hidden = self.settings["distill"], self.settings["distill"]["loss"]["hidden"]
         states = layer = None
         if taught and wanted["share_teacher_states"]:
-            states = TeacherStates(self.model, windows, wanted["dtype"], self.layout.num_layers)
+            how = (wanted["dtype"], self.layout.num_layers)
+            states = TeacherStates(self.model, windows, *how, shards=wanted["shards"])
             layer = replace(states, layer=hidden["teacher_layer"]) if hidden and not looked else None
         shared = wanted["share_prefix_states"] and prefix
         entering = self._prefix(windows, student, bundles, prefix) if shared else None
@@ -270,7 +277,7 @@ class Experiment:
             start = self._prefix(windows, student, {}, layers[:lead])
         last = layers[-1] + 1
         how = (windows, self.settings["distill"]["dtype"], start, self.model, self.layout.num_layers)
-        return PrefixStates(student, tuple(below), layers, last, *how)
+        return PrefixStates(student, tuple(below), layers, last, *how, self.settings["distill"]["shards"])
 
     def made_adapter(self, part: str) -> Training | ClosedForm:
         """A part's adapter that is made here."""
@@ -389,7 +396,8 @@ class Experiment:
         wanted = self.settings["perplexity"]
         model, weights, windows = self.part(variant, "A"), self.part(variant, part), self.windows("perplexity", dataset)
         how = (wanted["batch_size"], wanted["dtype"], self.model, self.layout.num_layers)
-        return Run(label, model, weights, tuple(layers), source, windows, *how, parts, dense, keeps)
+        shards = wanted["shards"]
+        return Run(label, model, weights, tuple(layers), source, windows, *how, parts, dense, keeps, shards=shards)
 
     @cached_property
     def files(self) -> list[str]:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
+from typing import ClassVar
 
-from mistral_prune_lora.distillation.schedule import passes_over
+from mistral_prune_lora.distillation.schedule import FROZEN_BATCH, passes_over
 from mistral_prune_lora.distillation.settings import OptimiserSettings
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.workflow.artefacts import SHARED, Source, Windows
@@ -27,6 +28,7 @@ class TeacherStates:
         dtype: of the states.
         num_layers: of the dense model.
         layer: which layer they leave; None for the final ones, after the norm.
+        shards: how many jobs share the windows, which changes nothing of what is made.
     """
 
     model: Source
@@ -34,6 +36,8 @@ class TeacherStates:
     dtype: str
     num_layers: int
     layer: int | None = None
+    shards: int = field(default=1, compare=False)
+    batch_size: ClassVar[int] = FROZEN_BATCH
 
     @cached_property
     def name(self) -> str:
@@ -61,6 +65,7 @@ class PrefixStates:
         start: such states further below, of the same windows, to set out from.
         model: the dense model, whose sizes tell what the run needs.
         num_layers: of the dense model.
+        shards: as for `TeacherStates`.
     """
 
     student: Source
@@ -72,6 +77,8 @@ class PrefixStates:
     start: PrefixStates | None
     model: Source
     num_layers: int
+    shards: int = field(default=1, compare=False)
+    batch_size: ClassVar[int] = FROZEN_BATCH
 
     @cached_property
     def name(self) -> str:

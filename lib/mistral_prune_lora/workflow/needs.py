@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from math import ceil
 from pathlib import Path
 
+from mistral_prune_lora.distillation.schedule import FROZEN_BATCH
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.workflow import resources
-from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source
+from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, Windows
 from mistral_prune_lora.workflow.choice import Choice
 from mistral_prune_lora.workflow.experiment import Experiment
 from mistral_prune_lora.workflow.geometry import Geometry
@@ -43,15 +45,15 @@ def of_windows() -> Needs:
     return resources.windows()
 
 
-def of_teacher(states: TeacherStates) -> Needs:
-    """Of the dense model's pass over the training windows."""
-    run = Pass(states.dtype, states.windows.seqlen, states.windows.count)
+def of_teacher(states: TeacherStates, shards: int = 1) -> Needs:
+    """Of the dense model's pass over the training windows, or over one of so many shards of them."""
+    run = Pass(states.dtype, states.windows.seqlen, _share(states.windows, shards))
     return resources.teacher_states(geometry(states.model, states.num_layers), run)
 
 
-def of_prefix(states: PrefixStates) -> Needs:
-    """Of the frozen layers' pass over the training windows."""
-    run = Pass(states.dtype, states.windows.seqlen, states.windows.count)
+def of_prefix(states: PrefixStates, shards: int = 1) -> Needs:
+    """Of the frozen layers' pass over the training windows, or over one of so many shards of them."""
+    run = Pass(states.dtype, states.windows.seqlen, _share(states.windows, shards))
     done = states.start.layers if states.start else ()
     return resources.segment(geometry(states.model, states.num_layers), len(states.layers) - len(done), run)
 
@@ -92,17 +94,25 @@ def of_strength(merge: Merge) -> Needs:
     return replace(of_merge(merge), gpu=0)
 
 
-def of_segment(run: Run) -> Needs:
-    """Of a run of layers whose end is kept."""
-    return resources.segment(geometry(run.origin, run.num_layers), len(run.layers), _pass(run))
+def of_segment(run: Run, shards: int = 1) -> Needs:
+    """Of a run of layers whose end is kept, on all windows or on one of so many shards of them."""
+    return resources.segment(geometry(run.origin, run.num_layers), len(run.layers), _pass(run, shards))
 
 
-def of_score(run: Run) -> Needs:
-    """Of a run of layers that ends in a score."""
-    sizes = geometry(run.origin, run.num_layers)
+def of_score(run: Run, shards: int = 1) -> Needs:
+    """Of a run of layers that ends in a score, on all windows or on one of so many shards of them."""
+    sizes, how = geometry(run.origin, run.num_layers), _pass(run, shards)
     if run.keeps:
-        return resources.dense_perplexity(sizes, _pass(run))
-    return resources.perplexity(sizes, len(run.layers), _pass(run), compared=run.dense is not None)
+        return resources.dense_perplexity(sizes, how)
+    return resources.perplexity(sizes, len(run.layers), how, compared=run.dense is not None)
+
+
+def of_gathering(made: Run | TeacherStates | PrefixStates) -> Needs:
+    """Of putting shards together: a batch of hidden states after another, read and written."""
+    model = made.origin if isinstance(made, Run) else made.model
+    windows = made.windows
+    run = Pass(made.dtype, windows.seqlen, windows.count, made.batch_size, gpu=0)
+    return resources.gather(geometry(model, made.num_layers), run)
 
 
 def of_importance(experiment: Experiment) -> Needs:
@@ -125,5 +135,12 @@ def of_export(experiment: Experiment, stage: str) -> Needs:
     return resources.export(geometry(experiment.model, experiment.layout.num_layers), layers)
 
 
-def _pass(run: Run) -> Pass:
-    return Pass(run.dtype, run.windows.seqlen, run.windows.count, run.batch_size)
+def _pass(run: Run, shards: int) -> Pass:
+    return Pass(run.dtype, run.windows.seqlen, _share(run.windows, shards, run.batch_size), run.batch_size)
+
+
+def _share(windows: Windows, shards: int, batch_size: int = FROZEN_BATCH) -> int | None:
+    """The windows of the largest of so many shards; None for those of a whole text, however long that is."""
+    if windows.count is None:
+        return None
+    return min(windows.count, ceil(ceil(windows.count / batch_size) / shards) * batch_size)

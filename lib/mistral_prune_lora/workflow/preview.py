@@ -60,7 +60,7 @@ def _experiment(config: Mapping, name: str, made: Iterable[Amount]) -> Iterator[
         "model": _model(config, experiment["model"]),
         "layers": "   ".join(f"{part} {spans(layout.layers_of(part))}" for part in parts),
         "parts": f"given, {experiment['pruned']['A']}" if "pruned" in experiment else "pruned here",
-        "adapters": _adapters(experiment, merged_parts(experiment, layout)),
+        "adapters": _adapters(experiment, layout),
         "trained on": experiment["distill"]["dataset"] if trains(experiment, layout) else None,
         "calibrated on": _calibration(experiment, layout),
         "measured on": ", ".join(wanted["datasets"]),
@@ -97,11 +97,11 @@ def _calibration(experiment: Mapping, layout: Layout) -> str | None:
     return ", ".join(name if len(texts) == 1 else f"{name} ({weight:g})" for name, weight in texts.items())
 
 
-def _adapters(experiment: Mapping, merged: Sequence[str]) -> str:
-    sources = {part: experiment["adapters"][part] for part in merged}
-    start = " from closed form" if experiment["distill"]["start"] else ""
-    told = {TRAIN: f"trained{start}", CLOSED_FORM: "in closed form", None: "none"}
-    return "   ".join(f"{part} {told.get(source, source)}" for part, source in sources.items())
+def _adapters(experiment: Mapping, layout: Layout) -> str:
+    told = {TRAIN: "trained", CLOSED_FORM: "in closed form", None: "none"}
+    started = {part: " from closed form" for part in started_parts(experiment, layout)}
+    sources = {part: experiment["adapters"][part] for part in merged_parts(experiment, layout)}
+    return "   ".join(f"{part} {told.get(source, source)}{started.get(part, '')}" for part, source in sources.items())
 
 
 def _sizes(made: Sequence[Amount], kept: bool) -> list[str]:

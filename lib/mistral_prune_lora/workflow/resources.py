@@ -139,6 +139,13 @@ def teacher_states(geometry: Geometry, run: Pass) -> Needs:
     return _streamed(geometry, geometry.layers, run)
 
 
+def gather(geometry: Geometry, run: Pass) -> Needs:
+    """Shards of hidden states into one file, a batch in memory."""
+    token = geometry.hidden * run.itemsize
+    held = 3 * run.batch_size * run.seqlen * token
+    return Needs(max(_FLAT, _megabytes(held + _PROCESS)), _copied(run.tokens * token))
+
+
 def importance(geometry: Geometry, run: Pass) -> Needs:
     """The ranking of layers, which also keeps every window's last token in float32 before and after each of them."""
     states = 4 * (geometry.layers + 1) * (run.windows or 0) * geometry.hidden

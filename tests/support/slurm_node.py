@@ -1,0 +1,130 @@
+"""A Slurm of one node on this machine: munged, slurmctld and slurmd on the loopback, with GPUs that are none.
+
+Debian's packages slurm-wlm and munge bring the programs. Slurm is read from /etc/slurm alone, since jobs drop
+SLURM_CONF, so a machine that has one configured keeps it, and none is started there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+_CONFIGURED, _DEVICES = Path("/etc/slurm/slurm.conf"), Path("/etc/slurm/gres.conf")
+_PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo")
+_CPUS, _MEMORY = 8, 64_000  # what the node says it has, so that jobs of two CPUs always run side by side
+# Without accounting, sacct answers nothing, and Snakemake's plugin, which turns to it when scontrol was slow for once,
+# waits for ever. This one knows what squeue knows.
+_SACCT = """\
+#!/bin/sh
+for name; do :; done
+exec squeue --states=all --noheader --format='%i|%T' --name "$name"
+"""
+_CONF = """\
+ClusterName=tests
+SlurmctldHost=localhost(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.pid
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SchedulerParameters=sched_interval=2,bf_interval=2
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+MinJobAge=600
+OverTimeLimit=0
+KillWait=2
+GresTypes=gpu
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:fake:2 State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def answers() -> bool:
+    """Whether a Slurm answers already."""
+    return shutil.which("sinfo") is not None and _told("sinfo", "--noheader") is not None
+
+
+def lacking() -> str | None:
+    """Why none can be started here; None if it can."""
+    if missing := [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]:
+        return f"not installed: {', '.join(missing)} (Debian's slurm-wlm and munge)"
+    if os.geteuid() != 0:
+        return "only root may start a Slurm"
+    if _CONFIGURED.exists():
+        return f"{_CONFIGURED} is there, and its Slurm does not answer"
+    return None
+
+
+@contextmanager
+def slurm_node(root: Path) -> Iterator[None]:
+    """Run one for the length of a block; its processes are ended by their ids.
+
+    Args:
+        root: a folder for its state and logs, and `bin`, which is to stand first on Snakemake's PATH.
+    """
+    host = socket.gethostname().split(".")[0]
+    for name in ("state", "spool", "bin"):
+        (root / name).mkdir(parents=True)
+    (root / "bin/sacct").write_text(_SACCT)
+    (root / "bin/sacct").chmod(0o755)
+    devices = [root / "gpu0", root / "gpu1"]
+    for device in devices:
+        subprocess.run(["mknod", str(device), "c", "1", "3"], check=True)  # the null device
+    with ExitStack() as started:
+        started.callback(_CONFIGURED.unlink, missing_ok=True)
+        started.callback(_DEVICES.unlink, missing_ok=True)
+        _CONFIGURED.write_text(_CONF.format(root=root, host=host, cpus=_CPUS, memory=_MEMORY))
+        _DEVICES.write_text("".join(f"NodeName={host} Name=gpu Type=fake File={device}\n" for device in devices))
+        if _told("munge", "-n") is None:
+            Path("/run/munge").mkdir(exist_ok=True)
+            shutil.chown("/run/munge", "munge", "munge")
+            started.enter_context(_running(root, "runuser", "-u", "munge", "--", "/usr/sbin/munged", "--foreground"))
+            _wait_for(lambda: _told("munge", "-n") is not None, "munged")
+        started.enter_context(_running(root, "/usr/sbin/slurmctld", "-D"))
+        _wait_for(answers, "slurmctld")
+        started.enter_context(_running(root, "/usr/sbin/slurmd", "-D", "-N", host))
+        _wait_for(lambda: _told("sinfo", "--noheader", "--format=%t") == "idle", "slurmd")
+        yield
+        subprocess.run(["scancel", "--user", "root"], check=True)
+        _wait_for(lambda: _told("squeue", "--noheader") == "", "squeue")
+
+
+@contextmanager
+def _running(root: Path, *command: str) -> Iterator[None]:
+    with open(root / "daemons.log", "a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _told(*command: str) -> str | None:
+    """What a command prints; None where it fails."""
+    run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _wait_for(ready, what: str) -> None:
+    end = time.monotonic() + 60
+    while not ready():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what} does not answer")
+        time.sleep(0.2)
