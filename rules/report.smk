@@ -12,6 +12,7 @@ ADAPTERS = [
     (name, f"{variant}.{part}", merge.strength)
     for name, e in EXPERIMENTS.items()
     for (variant, part), merge in e.labelled_merges.items()
+    if merge.adapter
 ]
 CURVES = [
     (name, label, curve_of(training))

@@ -20,8 +20,10 @@ def test_full_is_the_dense_model(finished):
     experiment = finished.config["experiments"]["tiny"]
     experiment |= {"restore": "exact", "adapters": experiment["adapters"] | {"C": None}}
     experiment["perplexity"] |= {"variants": ["dense", "merged"], "stages": ["AB", "FULL"], "compare_with_dense": True}
+    finished.config["report"] = True
     jobs = finished.jobs()
     assert (jobs["merge_B_3to4_undo"], jobs["merge_C_5to6_undo"]) == (1, 1)
+    assert (jobs["strength"], jobs["report_pages"]) == (2, 1), "C has no adapter, whose strength could be told"
     assert not {"merge_A", "prune_B3to4_C5to6", "windows", "dense_perplexity"} & jobs.keys()  # as they were
     table = pd.read_csv(finished.folder / "results/summary.csv").set_index(["variant", "stage"])
     dense, full = table.loc["dense", "FULL"], table.loc["merged", "FULL"]
