@@ -11,10 +11,8 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 IMAGES = Path(__file__).parent / "images"
 # What is shown of which page: everything from the top of the first selector's element to the end of the last's.
 SHOTS = {
-    "report-results": ("results", "h1", ".pages section:nth-of-type(1) .wide"),
     "report-stages": ("stages", "h1", ".pages .figures figure:nth-of-type(3)"),
     "report-layers": ("layers", "h1", ".pages section:nth-of-type(1)"),
-    "report-training": ("training", "h1", ".pages section:nth-of-type(1)"),
 }
 WIDTH = 1100  # CSS pixels, as wide as a page of GitHub shows pictures
 LARGEST = 100_000  # bytes
