@@ -11,8 +11,8 @@ STYLE = """
 .pages .figures { display: grid; gap: 14px 28px; }
 .pages .figures { grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); }
 .pages .chart { width: 100%; min-height: 80px; }
-.pages .chart.vega-embed { padding: 0; display: block; }
-.pages .chart.vega-embed details { margin: 0; top: -30px; }
+.pages .chart.vega-embed { padding: 24px 0 0; display: block; }
+.pages .chart.vega-embed summary { padding: 2px; top: -4px; }
 .pages .wide { overflow-x: auto; max-height: 80vh; border: 1px solid #dde3e6; border-radius: 4px; margin: 6px 0 14px; }
 .pages table { border-collapse: collapse; font-size: 13px; width: 100%; margin: 0; }
 .pages th, .pages td { padding: 4px 9px; text-align: left; white-space: nowrap; border-bottom: 1px solid #edf1f3; }
