@@ -34,7 +34,7 @@ def finished(chart: alt.TopLevelMixin, height: int = HEIGHT) -> dict:
         .configure(font="system-ui, sans-serif")
         .configure_view(stroke=None)
         .configure_axis(gridColor="#e8ecee", labelOverlap="greedy", **words)
-        .configure_legend(orient="top", title=None, labelFontSize=_TEXT, symbolSize=90, columns=3)
+        .configure_legend(orient="top", title=None, labelFontSize=_TEXT, symbolSize=90, symbolOpacity=1, columns=3)
         .to_dict()
     )
 

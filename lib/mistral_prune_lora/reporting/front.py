@@ -75,4 +75,6 @@ def _interval(row: pd.Series, value: str, low: str, high: str) -> str | tuple[st
 
 
 def _short(value: float) -> str:
+    if value == 0:
+        return "0"
     return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.3g}"

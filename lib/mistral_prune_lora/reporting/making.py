@@ -61,12 +61,13 @@ def training_chart(path: str | Path) -> dict:
         tooltip=["series", "step", *told],
     )  # fmt: skip
     y = alt.Y("value:Q", title="nats a token", scale=alt.Scale(zero=False))
-    held = base.transform_filter(alt.FieldOneOfPredicate("series", [name for name in names if "held" in name]))
     lines = [
         base.mark_line(strokeWidth=0.8, opacity=0.3).encode(y=alt.Y("raw:Q", title="nats a token")),
         base.mark_line(strokeWidth=2).encode(y=y),
-        held.mark_point(filled=True, size=60).encode(y=y),
     ]
+    if held := [name for name in names if "held" in name]:
+        points = base.transform_filter(alt.FieldOneOfPredicate("series", held))
+        lines.append(points.mark_point(filled=True, size=60).encode(y=y))
     return finished(alt.layer(*lines), 220)
 
 
@@ -80,7 +81,7 @@ def strength_chart(table: pd.DataFrame) -> dict:
         y=alt.Y("module:N", sort=order, title=None),
         color=alt.Color(
             "strength:Q",
-            scale=alt.Scale(scheme="viridis"),
+            scale=alt.Scale(scheme="viridis", type="sqrt"),  # a root tells those apart that change little
             legend=alt.Legend(title="|delta| / |weight|", gradientLength=160, format=".1%", tickCount=3),
         ),
         tooltip=["part", "layer", "module", "rank", alt.Tooltip("strength", format=".3%"),

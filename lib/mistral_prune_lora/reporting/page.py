@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def _section(section: Section, figures: Sequence[Figure]) -> str:
     return f"<section><h2>{escape(section.title)}</h2>{section.lead}{grid}{section.body}</section>"
 
 
+@functools.cache  # it takes more than a second, and every page with figures carries the same
 def _vega() -> str:
     """Vega, Vega-Lite and their embedding as one script, out of the package that also holds their licences."""
     import vl_convert

@@ -106,8 +106,8 @@ def _points(table: pd.DataFrame, all_rows: pd.DataFrame, value: str, title: str,
     )  # fmt: skip
     ticks = alt.Axis(tickCount=6)
     y = alt.Y(f"{value}:Q", title=title, scale=scale, axis=ticks)
-    return [
-        base.mark_line(strokeWidth=1.2, opacity=0.6).encode(y=y),
-        base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title=title, scale=scale, axis=ticks), y2="high:Q"),
-        base.mark_point(filled=True, size=80, opacity=1).encode(y=y),
-    ]
+    layers = [base.mark_line(strokeWidth=1.2, opacity=0.6).encode(y=y)]
+    if np.isfinite(table[["low", "high"]]).all(axis=1).any():  # of a single window there is none
+        low = alt.Y("low:Q", title=title, scale=scale, axis=ticks)
+        layers.append(base.mark_rule(strokeWidth=2).encode(y=low, y2="high:Q"))
+    return [*layers, base.mark_point(filled=True, size=80, opacity=1).encode(y=y)]
