@@ -131,7 +131,7 @@ class Student:
         model = open_checkpoint(self.model_dir)
         if changed := changed_layers(model, self.parts()[0]):
             raise LayoutError(
-                f"the bundles put back original weights of layers {sorted(changed)}, and a stage without them has others",
+                f"the bundles put back original weights of layers {sorted(changed)}, which smaller stages have not",
                 where="--bundle",
                 mend="train one adapter for several stages on the parts that pruning wrote",
             )
