@@ -180,8 +180,8 @@ def test_a_main_process_that_is_killed_leaves_jobs_that_the_next_one_waits_for(r
     run.until(
         lambda: [j for j in jobs("dense_perplexity") if j["JobState"] == "RUNNING" and j["JobId"] != old["JobId"]]
     )
-    log = next((again.folder / "logs/dense_perplexity").iterdir())
-    run.until(lambda: "waiting for it" in log.read_text())
+    log = again.folder / "logs" / "dense_perplexity" / f"{rule_of(old).split('_wildcards_')[1]}.log"
+    run.until(lambda: log.exists() and "waiting for it" in log.read_text())
     assert [j["JobState"] for j in jobs() if j["JobId"] == old["JobId"]] == ["RUNNING"]
     signal(old, "CONT")
     run.end()

@@ -116,15 +116,15 @@ def _states(
     key: object = None,
     count: int = 1,
 ) -> Amount:
-    """Some files of hidden states of one text."""
+    """Some files of hidden states of one text; of those that are gathered from shards, these too."""
     wanted = experiment[section]
     settings = config["datasets"][text or wanted["dataset"]]
     benchmark = BENCHMARKS.get(settings.get("dataset"))
     limits = [wanted["windows"], benchmark.windows(settings["split"]) if benchmark else None]
     windows = min((limit for limit in limits if limit is not None), default=None)
-    shape = [windows, wanted["seqlen"], hidden]
-    nbytes = None if None in shape else count * math.prod(shape) * ITEMSIZES[COMPUTE[wanted["dtype"]]]
-    return _amount(kind, [experiment["model"], settings, shape, wanted["dtype"], key], nbytes)
+    shape, copies = [windows, wanted["seqlen"], hidden], 1 + (wanted["shards"] > 1)
+    nbytes = None if None in shape else copies * count * math.prod(shape) * ITEMSIZES[COMPUTE[wanted["dtype"]]]
+    return _amount(kind, [experiment["model"], settings, shape, copies, wanted["dtype"], key], nbytes)
 
 
 def _amount(kind: str, key: object, nbytes: int | None) -> Amount:
