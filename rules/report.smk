@@ -48,22 +48,6 @@ rule strength:
         "../workflow_scripts/strength.py"
 
 
-def rankings():
-    """The rankings of blocks that are there, with their digests: they are made on request, and not made for a report."""
-    tables = {name: f"results/{name}/importance.csv" for name in EXPERIMENTS}
-    return {name: [path, file_sha256(path)] for name, path in tables.items() if Path(path).is_file()}
-
-
-def page(name, shown, category):
-    """A page of the report."""
-    return report(
-        f"results/report{OF_CONFIG}/{name}.html",
-        caption=f"../report/{name}.rst",
-        category=category,
-        labels={"page": shown},
-    )
-
-
 rule report_pages:
     input:
         summary=f"results/summary{OF_CONFIG}.csv",
