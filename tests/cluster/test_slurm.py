@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 import shutil
@@ -166,32 +165,3 @@ def test_jobs_side_by_side_have_a_device_each_and_a_failing_one_names_its_log(ag
     assert re.search(
         r"\ndense_perplexity failed; its log logs/dense_perplexity/dense-\w+\.log ends with:\n    .*", printed
     )
-
-
-def told_by(logs) -> str:
-    """What lies in a rule's logs; Snakemake removes an old one just before its job starts."""
-    with contextlib.suppress(FileNotFoundError):
-        return "".join(log.read_text() for log in logs.iterdir())
-    return ""
-
-
-def test_a_main_process_that_is_killed_leaves_jobs_that_the_next_one_waits_for(ran, again, tmp_path):
-    run = Running(again, *on_slurm())
-    old = run.until(lambda: [j for j in jobs("dense_perplexity") if j["JobState"] == "RUNNING"])[-1]
-    shared = again.folder / "results/shared/ppl"
-    run.until(lambda: [*shared.glob(".dense-*.json.scores")])
-    signal(old, "STOP")
-    run.process.kill()
-    run.process.wait()
-    again.snakemake("--unlock")
-    run = Running(again, *on_slurm())
-    run.until(
-        lambda: [j for j in jobs("dense_perplexity") if j["JobState"] == "RUNNING" and j["JobId"] != old["JobId"]]
-    )
-    run.until(lambda: "waiting for it" in told_by(again.folder / "logs/dense_perplexity"))
-    assert [j["JobState"] for j in jobs() if j["JobId"] == old["JobId"]] == ["RUNNING"]
-    signal(old, "CONT")
-    run.end()
-    here = remeasured(ran[0], tmp_path / "here")
-    here.snakemake()
-    assert (here.folder / "results/summary.csv").read_bytes() == (again.folder / "results/summary.csv").read_bytes()

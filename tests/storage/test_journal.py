@@ -3,12 +3,14 @@
 import errno
 import fcntl
 import os
+import threading
 import zlib
 
 import pytest
 
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.storage.journal import Journal
+from mistral_prune_lora.storage import journal
+from mistral_prune_lora.storage.journal import Journal, open_held
 
 HEADER = {"run": "one", "shape": (2, 3)}
 ENTRIES = [{"batch": number, "nll": [number + 0.125, 7.25]} for number in range(3)]
@@ -17,9 +19,9 @@ ENTRIES = [{"batch": number, "nll": [number + 0.125, 7.25]} for number in range(
 @pytest.fixture
 def path(tmp_path):
     """A journal of three entries."""
-    with Journal(tmp_path / "work/journal", HEADER) as journal:
+    with Journal(tmp_path / "work/journal", HEADER) as fresh:
         for entry in ENTRIES:
-            journal.append(entry)
+            fresh.append(entry)
     return tmp_path / "work/journal"
 
 
@@ -134,3 +136,15 @@ def test_a_journal_that_was_finished_while_it_was_opened_is_not_written_to(path,
         assert journal.entries == []
         journal.append(ENTRIES[0])
     assert entries(path) == ENTRIES[:1]
+
+
+def test_a_job_waits_for_one_that_lives_on_after_its_main_process(path, monkeypatch, capsys):
+    """A command says that another one is at work; a job of the workflow takes over once that has ended."""
+    held = open_held(path, "another one is writing it")
+    with pytest.raises(PipelineError, match="another one is writing it"):
+        open_held(path, "another one is writing it")
+    monkeypatch.setattr(journal, "in_job", lambda: True)
+    monkeypatch.setattr(journal, "_LOOK_AGAIN", 0.05)
+    threading.Timer(0.3, os.close, [held]).start()
+    os.close(open_held(path, "another one is writing it"))
+    assert capsys.readouterr().err.count("waiting for it") == 1
