@@ -51,7 +51,7 @@ def test_every_stage_comes_to_what_the_whole_model_gives(parts):
     )
     ids = random_windows(2, 16).ids.long()
     with torch.no_grad():
-        found = adapted.finals(Batch(ids, None, None, ids[:, 1:]))
+        found, _ = adapted.finals(Batch(ids, None, None, ids[:, 1:]))
         assert [share for share, _ in found] == [0.25, 0.25, 0.5]
         for restored, (_, final) in zip(((), ("B",), ("B", "C")), found, strict=True):
             whole = load_model(a, dtype=torch.float32, bundles=tuple(bundles[part] for part in restored))

@@ -16,7 +16,7 @@ from mistral_prune_lora.closed_form.correction import FeatureTap
 from mistral_prune_lora.closed_form.regression import Moments, Sums
 from mistral_prune_lora.closed_form.settings import CalibrationText
 from mistral_prune_lora.console import progress
-from mistral_prune_lora.storage.activations import ActivationReader, open_finished
+from mistral_prune_lora.storage.activations import open_finished
 from mistral_prune_lora.streaming.backbone import Backbone
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.faults import layers_blamed
@@ -43,13 +43,11 @@ class Calibration:
         """What leaves the student's first layers; the token ids if there are none."""
         return self._end(self.student, sources)
 
-    def wanted(self, sources: Sequence[LayerSource]) -> ActivationReader:
+    def wanted(self, sources: Sequence[LayerSource]) -> Origin:
         """What leaves the dense model's first layers."""
-        end = self._end(self.dense, sources)
-        assert isinstance(end, Boundary)
-        return ActivationReader(end.path)
+        return self._end(self.dense, sources)
 
-    def moments(self, origin: Origin, source: LayerSource, wanted: ActivationReader) -> tuple[Moments, Moments | None]:
+    def moments(self, origin: Origin, source: LayerSource, wanted: Origin) -> tuple[Moments, Moments | None]:
         """The moments of a layer's features and of what its output lacks, of the windows solved for and held out.
 
         Args:
@@ -95,7 +93,7 @@ class _Regressed:
 
     done: frozenset[int] = frozenset()
 
-    def __init__(self, text: CalibrationText, wanted: ActivationReader, tap: FeatureTap, compute: Compute) -> None:
+    def __init__(self, text: CalibrationText, wanted: Origin, tap: FeatureTap, compute: Compute) -> None:
         self._text, self._wanted, self._tap, self._compute = text, wanted, tap, compute
         self._sums: list[Sums] = []
 

@@ -75,16 +75,17 @@ class AdaptedStudent:
         self._staged = StagedDecoder(model.model, student.layout, list(settings.stages)) if settings.stages else None
         self._shares = [share / sum(settings.stages.values()) for share in settings.stages.values()]
 
-    def finals(self, batch: Batch) -> list[tuple[float, torch.Tensor]]:
-        """The final hidden states after the norm at every stage that is trained, each with its share of the loss.
+    def finals(self, batch: Batch) -> tuple[list[tuple[float, torch.Tensor]], torch.Tensor | None]:
+        """As `hidden`, with the final hidden states at every stage that is trained, each with its share of the loss.
 
         Returns:
-            One pair, with a share of 1, unless several stages are trained; shape (n, seqlen, hidden) each.
+            One pair, with a share of 1, unless several stages are trained; and what leaves the watched layer.
         """
         if self._staged is None:
-            return [(1.0, self.hidden(batch)[0])]
+            final, watched = self.hidden(batch)
+            return [(1.0, final)], watched
         found = self._staged({"input_ids": batch.ids}, batch.positions)
-        return list(zip(self._shares, found, strict=True))
+        return list(zip(self._shares, found, strict=True)), None
 
     def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The final hidden states after the norm, and those that leave the watched layer, if any is watched.

@@ -64,7 +64,7 @@ class HeldOut:
         with torch.no_grad(), _evaluating(student):
             for batch in self._shelf.ahead([[window] for window in windows]):
                 taught = None if self._teacher is None else batch.scored(self._teacher.answer(batch)[0])
-                for share, final in student.finals(batch):
+                for share, final in student.finals(batch)[0]:
                     sums += share * self._scored(batch.scored(final), batch.targets, taught, student.head)
         self._ranks.sum(sums)
         nll, _, kl, agree = (sums / self._shelf.windows.predicted_tokens).tolist()

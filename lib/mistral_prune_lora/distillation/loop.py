@@ -191,12 +191,7 @@ class Loop:
 
     def _add_gradients(self, batch: Batch) -> torch.Tensor:
         """Add the gradients of one batch, summed over its tokens; returns loss, divergence and cross-entropy, too."""
-        watched: torch.Tensor | None = None
-        if self._settings.stages:
-            finals = self._student.finals(batch)
-        else:
-            whole, watched = self._student.hidden(batch)
-            finals = [(1.0, whole)]
+        finals, watched = self._student.finals(batch)
         taught, taught_layer = None, None
         if self._teacher is not None:
             answer, taught_layer = self._teacher.answer(batch)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -55,7 +56,13 @@ class RunInputs:
     source: str | Path | None = None
     parts: Sequence[str | Path] = ()
 
-    def open(self) -> tuple[Checkpoint, Checkpoint]:
+    @cached_property
+    def _restored(self) -> list[Checkpoint]:
+        """The parts, with what is put back; none where nothing is."""
+        return put_back([open_checkpoint(each) for each in self.parts])
+
+    @cached_property
+    def opened(self) -> tuple[Checkpoint, Checkpoint]:
         """The model, and what holds the layers, with what is put back; errors as for `run_segment`."""
         wanted = [Path(os.path.abspath(each)) for each in (self.model_dir, self.weights_dir or self.model_dir)]
         if not self.parts:
@@ -63,12 +70,12 @@ class RunInputs:
             check_same_pruning(wanted)
             return model, holder
         check_same_pruning(self.parts)
-        opened = {part.path: part for part in put_back([open_checkpoint(each) for each in self.parts])}
+        opened = {part.path: part for part in self._restored}
         return opened[wanted[0]], opened[wanted[1]]
 
     def check_origin(self, record: RunRecord) -> None:
         """Raise a DataError if the layers before were run with other weights than those that are put back."""
-        for part in put_back([open_checkpoint(each) for each in self.parts]) if self.parts else ():
+        for part in self._restored:
             for layer in set(part.layers) & set(record.layers):
                 if record.weights[f"layers.{layer:03d}"] != tensors_sha256(part.layer(layer)):
                     told = f"was run with other weights of layer {layer} than the stage has"
@@ -111,7 +118,7 @@ def run_segment(inputs: RunInputs, output: str | Path, compute: Compute, *, shar
         NumberError: weights or hidden states hold NaN or infinity.
         PipelineError: memory or disk space does not suffice, or another process is writing `output`.
     """
-    model, holder = inputs.open()
+    model, holder = inputs.opened
     passage = Passage(model, Windows.load(inputs.windows), compute).shard(shard)
     print(f"boundary activations: {passage.nbytes / 1e6:.1f} MB in {output}", file=sys.stderr)
     run_to_file(passage, passage.origin(inputs.source), inputs.sources(holder), output)
@@ -137,7 +144,7 @@ def score_stage(
     Raises:
         As `run_segment`. NumberError also for a score or perplexity that is no number; nothing is written then.
     """
-    subject = Subject(inputs.open()[0])
+    subject = Subject(inputs.opened[0])
     passage = Passage(subject.model, Windows.load(inputs.windows), compute)
     about, doubts = _about(stage, subject, inputs), warn_of(subject.model, passage.windows)
     with _scored(stage, inputs, outputs, passage, dense) as (run, scores):
@@ -159,7 +166,7 @@ def score_shard(
 
     The result is JSON: "run", the record of what was run, "device", and "scores", a list a column.
     """
-    passage = Passage(inputs.open()[0], Windows.load(inputs.windows), compute).shard(shard)
+    passage = Passage(inputs.opened[0], Windows.load(inputs.windows), compute).shard(shard)
     with _scored(stage, inputs, outputs, passage, dense) as (run, scores):
         content = {"run": run.content(), "device": compute.device.type, "scores": scores.content()}
         with atomic_file(outputs.result_json) as fresh:
@@ -180,7 +187,7 @@ def gather_scores(
     Raises:
         DataError: a shard is not what it should be, of other windows, or was run otherwise than the first.
     """
-    subject, windows = Subject(inputs.open()[0]), Windows.load(inputs.windows)
+    subject, windows = Subject(inputs.opened[0]), Windows.load(inputs.windows)
     told = {file: _ShardScores.read(file) for file in shards}
     record = whole_record({file: {**of.run, "device": of.device} for file, of in told.items()}, windows, batch_size)
     run = replace(RunRecord.parse(record, next(iter(told))), dense=record.get("dense"))
@@ -220,7 +227,7 @@ def _scored(
     stage: str, inputs: RunInputs, outputs: StageOutputs, passage: Passage, dense: DenseAnswers | None
 ) -> Iterator[tuple[RunRecord, WindowScores]]:
     """Record and scores of a passage's windows; the journal beside the result goes once the block has saved them."""
-    origin, tail = passage.origin(inputs.source), inputs.sources(inputs.open()[1])
+    origin, tail = passage.origin(inputs.source), inputs.sources(inputs.opened[1])
     inputs.check_origin(origin.record)
     journal = Path(outputs.result_json).with_name(f".{Path(outputs.result_json).name}.scores")
     run, words = origin.record.after(tail, passage.compute), f"stage {stage}"
@@ -234,6 +241,5 @@ def _scored(
 
 def _about(stage: str, subject: Subject, inputs: RunInputs) -> dict[str, str | None]:
     """What a result is called, and the pruning that its parts are of."""
-    holder = open_checkpoint(inputs.weights_dir or inputs.model_dir)
-    identity = check_same_pruning([subject.model.path, holder.path])
+    identity = check_same_pruning([part.path for part in inputs.opened])
     return {"stage": stage, "label": subject.label(stage), KEY: identity}

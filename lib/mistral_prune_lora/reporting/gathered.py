@@ -10,7 +10,7 @@ import pandas as pd
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.results.summary import COLUMNS, Named
-from mistral_prune_lora.results.summary_file import AGAIN, read_summary
+from mistral_prune_lora.results.summary_file import AGAIN, check_columns, read_summary
 from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import check_plain
 
@@ -96,7 +96,5 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
             table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read as a table: {error}", where=path, mend=AGAIN) from None
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise DataError(f"has no column {missing[0]}", where=path, mend=AGAIN)
+    check_columns(table, columns, path)
     return table

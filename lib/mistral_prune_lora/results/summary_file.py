@@ -35,7 +35,12 @@ def read_summary(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
             table[name] = pd.to_numeric(table[name].replace("", None)).astype(float)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read as a summary: {error}", where=path, mend=AGAIN) from None
+    check_columns(table, columns, path)
+    return table
+
+
+def check_columns(table: pd.DataFrame, columns: Iterable[str], path: str | Path) -> None:
+    """Raise a DataError unless a table that was read from a file has some columns."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise DataError(f"has no column {missing[0]}", where=path, mend=AGAIN)
-    return table

@@ -44,6 +44,11 @@ class Source:
     made: str = ""
 
 
+def identities(*sources: Source) -> list[str]:
+    """Of several things that jobs read, for a recipe."""
+    return [source.identity for source in sources]
+
+
 def in_a_name(layers: Sequence[int]) -> str:
     """Layers as they stand in a rule's name: `12to15_18`; `none` for none."""
     return spans(layers, to="to", then="_") or "none"
@@ -187,7 +192,7 @@ class Merge:
             "indices": self.indices,
             "output_dtype": self.output_dtype,
         }
-        recipe |= {"undoes": [each.identity for each in self.undoes]} if self.undoes else {}
+        recipe |= {"undoes": identities(*self.undoes)} if self.undoes else {}
         return f"{self.part}-{short_key(recipe)}"
 
     @property
@@ -273,10 +278,10 @@ class Run:
             "windows": self.windows.name,
             "batch_size": self.batch_size,
             "dtype": self.dtype,
-            "parts": [part.identity for part in self.parts],
+            "parts": identities(*self.parts),
             "dense": self.dense.name if self.dense else None,
         }
-        recipe |= {"restores": [part.identity for part in self.restores]} if self.restores else {}
+        recipe |= {"restores": identities(*self.restores)} if self.restores else {}
         return f"{self.label}-{short_key(recipe)}"
 
     @property

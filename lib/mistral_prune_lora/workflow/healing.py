@@ -14,7 +14,7 @@ from typing import ClassVar
 from mistral_prune_lora.distillation.schedule import FROZEN_BATCH, passes_over
 from mistral_prune_lora.distillation.settings import OptimiserSettings
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
-from mistral_prune_lora.workflow.artefacts import SHARED, Source, Windows
+from mistral_prune_lora.workflow.artefacts import SHARED, Source, Windows, identities
 from mistral_prune_lora.workflow.content import short_key
 
 
@@ -84,7 +84,7 @@ class PrefixStates:
     def name(self) -> str:
         """Its name under results/shared/prefix_states."""
         recipe = {
-            "student": [self.student.identity, *(bundle.identity for bundle in self.bundles)],
+            "student": identities(self.student, *self.bundles),
             "layers": self.layers,
             "windows": self.windows.name,
             "dtype": self.dtype,
@@ -144,7 +144,7 @@ class ClosedForm:
         """Its name under results/shared/adapters."""
         recipe = {
             "part": self.part,
-            "student": [self.student.identity, *(bundle.identity for bundle in self.bundles)],
+            "student": identities(self.student, *self.bundles),
             "model": self.model.identity,
             "texts": [[windows.name, weight] for windows, weight in self.texts],
             "settings": self.settings,
@@ -204,7 +204,7 @@ class Training:
         """Its name under results/shared/adapters."""
         recipe = {
             "part": self.part,
-            "student": [self.student.identity, *(bundle.identity for bundle in self.bundles)],
+            "student": identities(self.student, *self.bundles),
             "model": self.model.identity,
             "windows": self.data.windows.name,
             "teacher": self.data.teacher.name if self.data.teacher else None,
