@@ -4,7 +4,8 @@ from mistral_prune_lora.quick_imports import quick_imports
 
 with quick_imports():
     from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormSettings
-    from mistral_prune_lora.closed_form.written import ClosedFormJob
+    from mistral_prune_lora.closed_form.solve import ClosedForm
+    from mistral_prune_lora.closed_form.written import write_closed_form
     from mistral_prune_lora.console import job
     from mistral_prune_lora.device import granted
     from mistral_prune_lora.distillation.student import Student
@@ -20,12 +21,12 @@ with job(snakemake.log[0]):
         CalibrationText(Windows.load(windows_file(record)), settings["held_out"], weight)
         for record, weight in zip(records, snakemake.params.weights, strict=True)
     ]
-    ClosedFormJob(
+    closed_form = ClosedForm(
         snakemake.params.part,
         Student(folder(files.student), tuple(folders(files.bundles))),
         folder(files.dense),
         texts,
         ClosedFormSettings(settings["rank"], settings["ridge"], settings["layers_behind"]),
         Compute.named(given.device, settings["dtype"], settings["batch_size"], given.memory_bytes),
-        Path(snakemake.output.record).parent,
-    ).run(overwrite=True)
+    )
+    write_closed_form(closed_form, Path(snakemake.output.record).parent, overwrite=True)

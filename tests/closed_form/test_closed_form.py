@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mistral_prune_lora.closed_form import calibration, solve
 from mistral_prune_lora.closed_form.places import Place, correction_places
 from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormSettings
-from mistral_prune_lora.closed_form.written import ClosedFormJob
+from mistral_prune_lora.closed_form.written import write_closed_form
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.errors import DataError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
@@ -36,11 +36,11 @@ def parts(tmp_path_factory):
 
 def compute_adapter(parts, output, windows=None, part="A", bundles=(), held_out=0, dtype="fp32", **settings):
     texts = [CalibrationText(each, held_out) for each in windows or [random_windows(12, SEQLEN)]]
-    job = ClosedFormJob(
+    closed_form = solve.ClosedForm(
         part, Student(parts[1], bundles), parts[0], texts, ClosedFormSettings(**{"ridge": 1e-6, **settings}),
-        Compute.named("cpu", dtype, 4), output,
+        Compute.named("cpu", dtype, 4),
     )  # fmt: skip
-    job.run()
+    write_closed_form(closed_form, output)
     return output
 
 
@@ -152,10 +152,10 @@ def test_the_ridge_is_the_one_that_leaves_least_on_held_out_windows(parts, tmp_p
 def test_texts_count_by_their_weights_whatever_their_length(parts, tmp_path):
     short, long = random_windows(4, SEQLEN, seed=5), random_windows(9, SEQLEN, seed=6)
     texts = [CalibrationText(short, 0, 3.0), CalibrationText(long, 0, 1.0)]
-    ClosedFormJob(
-        "A", Student(parts[1]), parts[0], texts, ClosedFormSettings(ridge=1e-4), Compute.named("cpu", "fp32", 4),
-        tmp_path / "adapter",
-    ).run()  # fmt: skip
+    closed_form = solve.ClosedForm(
+        "A", Student(parts[1]), parts[0], texts, ClosedFormSettings(ridge=1e-4), Compute.named("cpu", "fp32", 4)
+    )
+    write_closed_form(closed_form, tmp_path / "adapter")
     dense = AutoModelForCausalLM.from_pretrained(parts[0], dtype=torch.float32)
     gram, cross = 0, 0
     for windows, share in ((short, 0.75), (long, 0.25)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from mistral_prune_lora.argument_types import not_negative, positive, positive_number, size_in_bytes
 from mistral_prune_lora.errors import PipelineError, reports_errors
@@ -84,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         from mistral_prune_lora.checkpoints.model_place import model_directory
         from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
         from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormSettings
-        from mistral_prune_lora.closed_form.written import RECORD, ClosedFormJob
+        from mistral_prune_lora.closed_form.solve import ClosedForm
+        from mistral_prune_lora.closed_form.written import RECORD, write_closed_form
         from mistral_prune_lora.distillation.student import Student
         from mistral_prune_lora.distillation.teacher_record import check_teacher
         from mistral_prune_lora.storage.outputs import Output, claim
@@ -103,9 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         CalibrationText(_windows(name, given, tokenizer), given.held_out, weight) for name, weight in texts
     ]  # fmt: skip
     compute = Compute.named(given.device, given.dtype, given.batch_size, given.max_memory)
-    ClosedFormJob(given.part, student, dense, calibration, settings, compute, Path(given.output_dir)).run(
-        overwrite=given.overwrite
-    )
+    closed_form = ClosedForm(given.part, student, dense, calibration, settings, compute)
+    write_closed_form(closed_form, given.output_dir, overwrite=given.overwrite)
     print(f"adapter of {given.part}: {given.output_dir}")
 
 

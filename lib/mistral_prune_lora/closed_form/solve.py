@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+from mistral_prune_lora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mistral_prune_lora.closed_form.calibration import Calibration
 from mistral_prune_lora.closed_form.correction import Correction
 from mistral_prune_lora.closed_form.places import Place, correction_places
@@ -18,6 +19,7 @@ from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.passage import Passage
 
 
+@dataclass(frozen=True)
 class ClosedForm:
     """The corrections of one part.
 
@@ -25,42 +27,53 @@ class ClosedForm:
     that enters the next layer still there, the weight is changed by argmin |D - S - X W|^2 + ridge |W|^2. This contains
     what ReplaceMe regresses on (https://arxiv.org/abs/2505.02819): the outputs of that projection are linear in X.
     Corrections behind it see the stream as it then is.
+
+    Attributes:
+        part: "A", "B" or "C".
+        student: the pruned A for A; for B and C what their adapters are trained on.
+        dense_dir: the dense model.
+        texts: what to calibrate on.
+        settings: rank, ridge, places.
+        compute: device, dtype, batch size, memory.
+
+    Raises:
+        LayoutError, CheckpointError: the student or a bundle is not what the part needs; nothing is cut away.
+        PipelineError: no ridge is given, and no windows are held out to choose it on.
     """
 
-    def __init__(
-        self,
-        part: str,
-        student: Student,
-        dense_dir: str | Path,
-        texts: Sequence[CalibrationText],
-        settings: ClosedFormSettings,
-        compute: Compute,
-    ) -> None:
-        """Check what is given, from headers alone.
+    part: str
+    student: Student
+    dense_dir: str | Path
+    texts: Sequence[CalibrationText]
+    settings: ClosedFormSettings
+    compute: Compute
 
-        Args:
-            part: "A", "B" or "C".
-            student: the pruned A for A; for B and C what their adapters are trained on.
-            dense_dir: the dense model.
-            texts: what to calibrate on.
-            settings: rank, ridge, places.
-            compute: device, dtype, batch size, memory.
-
-        Raises:
-            LayoutError, CheckpointError: the student or a bundle is not what the part needs; nothing is cut away.
-            PipelineError: no ridge is given, and no windows are held out to choose it on.
-        """
-        self._student, self._settings, self._texts, self._compute = student, settings, texts, compute
-        self._model, self._dense = student.checkpoint(), open_checkpoint(dense_dir)
-        own, sources = student.layers(part), student.sources()
-        active, count = [source.index for source in sources], self._dense.config["num_hidden_layers"]
-        self.places: list[Place] = correction_places(active, own, count, settings.layers_behind)
-        if settings.ridge is None and not all(text.held_out for text in texts):
+    def __post_init__(self) -> None:
+        _ = self.places  # from headers alone
+        if self.settings.ridge is None and not all(text.held_out for text in self.texts):
             raise PipelineError(
                 "the ridge is chosen on held-out windows, and of a text none are held out",
                 where="held_out",
                 mend="hold some out, or give a ridge",
             )
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """The layers that are corrected, front to back."""
+        own, active = self.student.layers(self.part), [source.index for source in self._sources]
+        return correction_places(active, own, self._dense.config["num_hidden_layers"], self.settings.layers_behind)
+
+    @cached_property
+    def _model(self) -> Checkpoint:
+        return self.student.checkpoint()
+
+    @cached_property
+    def _dense(self) -> Checkpoint:
+        return open_checkpoint(self.dense_dir)
+
+    @cached_property
+    def _sources(self) -> list[LayerSource]:
+        return self.student.sources()
 
     def corrections(self, folder: Path) -> list[Correction]:
         """Solve for them.
@@ -81,13 +94,13 @@ class ClosedForm:
 
     def _corrected(self, place: Place, before: Sequence[Correction], folder: Path) -> Correction:
         by_layer = {correction.layer: (correction,) for correction in before}
-        sources = [replace(s, adapters=by_layer.get(s.index, ())) for s in self._student.sources()]
+        sources = [replace(s, adapters=by_layer.get(s.index, ())) for s in self._sources]
         below = [source for source in sources if source.index < place.layer]
         own = next(source for source in sources if source.index == place.layer)
         dense = [LayerSource(index, self._dense) for index in range(place.before)]
         solved, held_out = [], []
-        for text in self._texts:
-            student, teacher = (Passage(model, text.windows, self._compute) for model in (self._model, self._dense))
+        for text in self.texts:
+            student, teacher = (Passage(model, text.windows, self.compute) for model in (self._model, self._dense))
             calibration = Calibration(text, student, teacher, folder)
             origin = calibration.entering(below)
             first, second = calibration.moments(origin, own, calibration.wanted(dense))
@@ -96,9 +109,9 @@ class ClosedForm:
         return self._solved(place, solved, held_out)
 
     def _solved(self, place: Place, solved: list, held_out: list) -> Correction:
-        weights = [text.weight for text in self._texts]
+        weights = [text.weight for text in self.texts]
         chosen = mixed(held_out, weights) if len(held_out) == len(solved) else None
-        wanted = self._settings
+        wanted = self.settings
         found = solve(mixed(solved, weights), chosen, wanted.ridge, wanted.rank)
         inner, hidden = found.weights.shape
         rank = min(wanted.rank or hidden, hidden, inner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from mistral_prune_lora.checkpoints.adapter import WEIGHTS_FILE
 from mistral_prune_lora.checkpoints.pruning_identity import read_identity
 from mistral_prune_lora.checkpoints.tensor_names import layer_prefix
 from mistral_prune_lora.closed_form.correction import MODULE, Correction
-from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormSettings
 from mistral_prune_lora.closed_form.solve import ClosedForm
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.teacher_record import weight_digests
@@ -26,7 +25,6 @@ from mistral_prune_lora.storage.dtypes import torch_name
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim, listed_files
 from mistral_prune_lora.storage.transaction import atomic_directory
-from mistral_prune_lora.streaming.compute import Compute
 
 COMMAND = "closed_form"
 
@@ -66,69 +64,49 @@ Its licence is that of the model it was made for.
 """
 
 
-@dataclass(frozen=True)
-class ClosedFormJob:
-    """One adapter to compute.
+def write_closed_form(closed_form: ClosedForm, output_dir: str | Path, *, overwrite: bool = False) -> None:
+    """Compute an adapter and write it; while it is computed, `NAME.unfinished` lies beside it.
 
-    Attributes:
-        part: "A", "B" or "C".
-        student: the pruned A for A; for B and C what their adapters are trained on.
-        dense_dir: the dense model.
-        texts: what to calibrate on.
-        settings: rank, ridge, places.
-        compute: device, dtype, batch size, memory.
-        output_dir: the adapter's directory, written whole or not at all. While it is computed, `NAME.unfinished` lies
-            beside it.
+    Args:
+        closed_form: what is computed.
+        output_dir: the adapter's directory, written whole or not at all.
+        overwrite: replace what is no such adapter, too; never an input.
+
+    Raises:
+        PipelineError: the output may not or cannot be written, see `outputs.claim`; another process computes this
+            adapter. Others as for `ClosedForm.corrections`.
     """
+    student = closed_form.student
+    read = [student.model_dir, *student.bundles, closed_form.dense_dir]
+    check = claim([Output.directory(output_dir, "--output_dir", RECORD)], read, overwrite=overwrite)
+    about = _about(closed_form)
+    beside = Unfinished(output_dir, about)
+    # Entered before the passes, which would be lost if their result could not be written.
+    with beside.held():
+        with atomic_directory(output_dir, check=check) as fresh:
+            _write(fresh, closed_form.corrections(beside.path), student, about)
+        beside.remove()
 
-    part: str
-    student: Student
-    dense_dir: str | Path
-    texts: Sequence[CalibrationText]
-    settings: ClosedFormSettings
-    compute: Compute
-    output_dir: Path
 
-    def run(self, *, overwrite: bool = False) -> None:
-        """Compute the adapter and write it.
-
-        Args:
-            overwrite: replace what is no such adapter, too; never an input.
-
-        Raises:
-            PipelineError: the output may not or cannot be written, see `outputs.claim`; another process computes this
-                adapter. Others as for `ClosedForm`.
-        """
-        closed_form = ClosedForm(self.part, self.student, self.dense_dir, self.texts, self.settings, self.compute)
-        folders = [self.student.model_dir, *self.student.bundles]
-        output = Output.directory(self.output_dir, "--output_dir", RECORD)
-        check = claim([output], [*folders, self.dense_dir], overwrite=overwrite)
-        about = self._about(folders)
-        beside = Unfinished(self.output_dir, about)
-        # Entered before the passes, which would be lost if their result could not be written.
-        with beside.held():
-            with atomic_directory(self.output_dir, check=check) as fresh:
-                corrections = closed_form.corrections(beside.path)
-                _write(fresh, corrections, self.student, about)
-            beside.remove()
-
-    def _about(self, folders: Sequence[str | Path]) -> dict:
-        names = [os.fspath(folder) for folder in folders]
-        return {
-            "command": COMMAND,
-            "stage": self.part,
-            "student": {"dir": names[0], "weights": weight_digests(names[0])},
-            "bundles": {name: weight_digests(name) for name in names[1:]},
-            "pruning_identities": {name: read_identity(name) for name in names},
-            "dense": {"dir": os.fspath(self.dense_dir), "weights": weight_digests(self.dense_dir)},
-            "texts": [
-                {**text.windows.identity.content(), "held_out": text.held_out, "weight": text.weight}
-                for text in self.texts
-            ],
-            "settings": asdict(self.settings),
-            "dtype": torch_name(self.compute.dtype),
-            "versions": versions(PACKAGE, "torch", "transformers", "peft"),
-        }
+def _about(closed_form: ClosedForm) -> dict:
+    """The record, but for what is found."""
+    student, dense = closed_form.student, closed_form.dense_dir
+    names = [os.fspath(folder) for folder in (student.model_dir, *student.bundles)]
+    return {
+        "command": COMMAND,
+        "stage": closed_form.part,
+        "student": {"dir": names[0], "weights": weight_digests(names[0])},
+        "bundles": {name: weight_digests(name) for name in names[1:]},
+        "pruning_identities": {name: read_identity(name) for name in names},
+        "dense": {"dir": os.fspath(dense), "weights": weight_digests(dense)},
+        "texts": [
+            {**text.windows.identity.content(), "held_out": text.held_out, "weight": text.weight}
+            for text in closed_form.texts
+        ],
+        "settings": asdict(closed_form.settings),
+        "dtype": torch_name(closed_form.compute.dtype),
+        "versions": versions(PACKAGE, "torch", "transformers", "peft"),
+    }
 
 
 def _write(folder: Path, corrections: Sequence[Correction], student: Student, about: Mapping) -> None:
