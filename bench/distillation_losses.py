@@ -66,14 +66,12 @@ def main_parser() -> argparse.ArgumentParser:
 
 
 class Bench:
-    """The student, the teacher's answers to all windows, and what is trained of them."""
+    """The teacher's answers to all windows, and what is trained on them."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        """Run the dense model `args.model` over windows of the example's texts and of `args.other`."""
         self._args, self._folder = args, folder
         self._compute = Compute(torch.device("cpu"), torch.float32, 4)
-        self._a = folder / "pruned" / "A"
-        bundles = folder / "pruned" / "bundles"
-        prune_model(args.model, Layout(30, B, C), save_dir=self._a, save_removed_dir=bundles)
         tokenizer = load_tokenizer(args.model)
         texts = {"own": load_text("pydoc", split="test")}
         texts |= {"other": load_text(str(args.other))} if args.other else {}
@@ -89,12 +87,12 @@ class Bench:
         teacher = Teacher(TeacherFiles(self._args.model, states), windows, torch.float32, "cpu")
         return Shelf(windows, self._compute.device, taught=teacher.states), teacher
 
-    def train(self, loss: LossSettings, seed: int) -> dict[str, float]:
-        """Train part A once; PPL and KL by text."""
+    def train(self, pruned: Path, loss: LossSettings, seed: int) -> dict[str, float]:
+        """Train the A of a pruned model once; PPL and KL by text."""
         args = self._args
         optimiser = OptimiserSettings(args.steps, 1, 1, args.learning_rate, max(1, args.steps // 20))
         settings = TrainingSettings(LoraSettings(args.rank, 2 * args.rank), loss, optimiser, seed=seed)
-        student = Student(self._a)
+        student = Student(pruned)
         adapted = AdaptedStudent(student, student.layers("A"), settings, self._compute)
         watch = Watch(Table(None, COLUMNS), Table(None, HELD_OUT_COLUMNS))
         Loop(adapted, self.teacher, replace(self.shelf), None, settings, watch, Ranks()).run()
@@ -113,13 +111,14 @@ def main() -> None:
     rows = pd.read_csv(args.output).to_dict("records") if args.output.exists() else []
     known = {tuple(row[name] for name in key) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, Path(folder))
+        bench, pruned = Bench(args, Path(folder)), Path(folder) / "pruned" / "A"
+        prune_model(args.model, Layout(30, B, C), save_dir=pruned, save_removed_dir=pruned.with_name("bundles"))
         for seed in args.seeds:
             for name in args.losses:
                 what = (name, seed, args.steps, args.rank, args.learning_rate)
                 if what in known:
                     continue
-                rows.append(dict(zip(key, what, strict=True)) | bench.train(LOSSES[name], seed))
+                rows.append(dict(zip(key, what, strict=True)) | bench.train(pruned, LOSSES[name], seed))
                 pd.DataFrame(rows).to_csv(args.output, index=False)
                 print(rows[-1], flush=True)
     table = pd.DataFrame(rows).groupby(["steps", "rank", "learning_rate", "loss"]).agg(["mean", "std"])
