@@ -30,9 +30,9 @@ from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.passage import Passage
-from mistral_prune_lora.streaming.run import run_layers
+from mistral_prune_lora.streaming.run import run_layers, run_to_file
 from mistral_prune_lora.text.sources import load_text
-from mistral_prune_lora.text.windows import make_windows
+from mistral_prune_lora.text.windows import Windows, make_windows
 
 RANKINGS = ("rank", "angular_rank", "influence_rank")
 SOLVED, HELD_OUT, SEQLEN = 84, 16, 256
@@ -64,6 +64,15 @@ class Healer:
             max_windows=SOLVED + HELD_OUT,
         )
         self._text = CalibrationText(windows, HELD_OUT)
+        self._dense = open_checkpoint(args.model)
+        self._answers = DenseAnswers(self._dense, folder / "answers.safetensors")
+        passage = Passage(self._dense, self._measured, self._compute)
+        sources = [LayerSource(index, self._dense) for index in self._dense.layers]
+        run_to_file(passage, passage.origin(None), sources, self._answers.hidden)
+
+    @property
+    def _measured(self) -> Windows:
+        return self._bench.measured["own"][0].windows
 
     def pruned(self, dropped: tuple[int, ...]) -> Path:
         """Cut a block out."""
@@ -82,13 +91,12 @@ class Healer:
         (self._folder / "passes").mkdir(exist_ok=True)
         made = ClosedForm("A", Student(pruned), self._model, [self._text], ClosedFormSettings(), self._compute)
         by_layer = {each.layer: (each,) for each in made.corrections(self._folder / "passes")}
-        model, windows = open_checkpoint(pruned), self._bench.measured["own"][0].windows
-        sources = [LayerSource(index, model, by_layer.get(index, ())) for index in model.layout.a]
-        passage = Passage(model, windows, self._compute)
+        model = open_checkpoint(pruned)
+        sources = [LayerSource(index, model, by_layer.get(index, ())) for index in model.layers]
+        passage = Passage(model, self._measured, self._compute)
         origin = passage.origin(None)
-        answers = DenseAnswers(open_checkpoint(self._model), self._folder / "own.safetensors")
         record = origin.record.after(sources, self._compute)
-        with Scoring(passage, self._folder / "journal", record, "closed form", dense=answers) as scoring:
+        with Scoring(passage, self._folder / "journal", record, "closed form", dense=self._answers) as scoring:
             run_layers(passage, origin, sources, scoring)
             scores = scoring.finish()
             scoring.forget()

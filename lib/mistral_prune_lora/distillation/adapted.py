@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mistral_prune_lora.distillation.batches import Batch
+from mistral_prune_lora.distillation.projections import write_out_gradients
 from mistral_prune_lora.distillation.settings import LoraSettings, TrainingSettings
 from mistral_prune_lora.distillation.staged import StagedDecoder
 from mistral_prune_lora.distillation.start import StartAdapter
@@ -65,6 +66,7 @@ class AdaptedStudent:
                 module.attention_dropout = 0.0  # type: ignore[assignment]  # torch: attributes are tensors or modules
         torch.manual_seed(settings.seed)
         self.model: PeftModel = with_adapter(model, layers, settings.lora)
+        write_out_gradients(model)
         if settings.gradient_checkpointing:
             # Reentrant checkpointing would need inputs that require gradients: a backward pass below the adapter.
             self.model.activation_checkpointing_enable({"use_reentrant": False})
