@@ -4,8 +4,9 @@
 
 Every block of a `choice.csv` of the example's model is cut out and corrected in closed form (84 windows of Python's
 language reference, 16 more choose the ridge); a block that leaves no layer before it cannot be. The `--best` blocks of
-each ranking (KL, angular distance, block influence) are trained from nothing, too, all alike. Both are measured on
-pages that neither has seen. The CSV has the columns `dropped`, `closed_form` and `kl_dense` (after training), which
+each ranking (KL, angular distance, block influence, KL in closed form) are trained from nothing, too, all alike. Both
+are measured on pages that neither has seen. The CSV has the columns `dropped`, `closed_form` and, after training,
+`kl_dense`, which
 `bench/choose_layers.py --healed` sets beside the rankings; rows that it has already are not made again.
 """
 
@@ -116,19 +117,22 @@ def main() -> None:
     best = set().union(*(table.nsmallest(args.best, ranking).dropped for ranking in RANKINGS))
     known = pd.read_csv(args.output).to_dict("records") if args.output.exists() else []
     rows = {row["dropped"]: row for row in known}
+
+    def add(words: str, column: str, found: float) -> None:
+        rows[words] = rows.get(words, {"dropped": words}) | {column: found}
+        pd.DataFrame(rows.values()).to_csv(args.output, index=False)
+        print(rows[words], flush=True)
+
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         healer = Healer(args, Path(folder))
-        for words in sorted(table.dropped, key=lambda each: int(each.split()[0])):
-            dropped = tuple(map(int, words.split()))
-            if words not in rows:
-                pruned = healer.pruned(dropped)
-                rows[words] = {
-                    "dropped": words,
-                    "closed_form": healer.closed_form(pruned) if dropped[0] else None,
-                    "kl_dense": healer.trained(pruned) if words in best else None,
-                }
-                pd.DataFrame(rows.values()).to_csv(args.output, index=False)
-                print(rows[words], flush=True)
+        blocks = {words: tuple(map(int, words.split())) for words in table.dropped}
+        for words in sorted(blocks, key=lambda each: blocks[each]):
+            if blocks[words][0] and pd.isna(rows.get(words, {}).get("closed_form")):
+                add(words, "closed_form", healer.closed_form(healer.pruned(blocks[words])))
+        best |= set(pd.DataFrame(rows.values()).nsmallest(args.best, "closed_form").dropped)
+        for words in sorted(best, key=lambda each: blocks[each]):
+            if pd.isna(rows.get(words, {}).get("kl_dense")):
+                add(words, "kl_dense", healer.trained(healer.pruned(blocks[words])))
 
 
 if __name__ == "__main__":

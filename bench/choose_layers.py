@@ -9,8 +9,8 @@ the evaluation: one process measures all blocks, imports and digests once, the d
 and kept, and no pruned model is written. The bound is the ratio of multiply-adds with weight matrices: of the layers,
 and of the heads, which each candidate needs once, and the dense model's answers once more for each evaluation alone.
 
-`--healed` is a CSV with the columns `dropped` and `kl_dense`, of candidates after equal healing; it makes a column of
-the table, and rank correlations of its own.
+`--healed` is a CSV with the columns `dropped`, `closed_form` and `kl_dense`, of candidates after healing in closed form
+and after equal training (`bench/choose_healed.py` makes it); they become columns of the table, with rank correlations.
 """
 
 from __future__ import annotations
@@ -190,21 +190,26 @@ def markdown(table: pd.DataFrame, healed: pd.DataFrame | None) -> str:
     }
     targets = {"kl_dense": "KL"}
     if healed is not None:
-        rows = rows.merge(healed[["dropped", "kl_dense"]].rename(columns={"kl_dense": "healed"}), how="left")
-        columns["healed"] = targets["healed"] = "KL healed"
+        healed = healed[["dropped", "closed_form", "kl_dense"]].rename(columns={"kl_dense": "trained"})
+        rows, targets = rows.merge(healed, how="left"), targets | {"closed_form": "closed form", "trained": "trained"}
+        columns |= targets
     shown = rows[list(columns)].rename(columns=columns)
     shown["layers"] = [spans(map(int, words.split())) for words in rows.dropped]
     lines = ["| " + " | ".join(name.strip() for name in shown) + " |", "|---" * len(shown.columns) + "|"]
     lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in shown.itertuples(index=False)]
+    rankings = {"ppl": "PPL", "angular_distance": "angular distance", "block_influence": "block influence"}
     for target, words in targets.items():
         known = rows.dropna(subset=target)
-        lines += ["", f"| proxy | Spearman with {words} ({len(known)} blocks) | picks | {words} above the best |"]
+        lines += ["", f"| ranking | Spearman with KL{f', {words},' * (target != 'kl_dense')} of {len(known)} blocks"]
+        lines[-1] += " | picks of them | above the best |"
         lines.append("|---|---|---|---|")
-        for proxy in ("ppl", "angular_distance", "block_influence", *(["kl_dense"] if target == "healed" else [])):
-            rho = known[proxy].corr(known[target], method="spearman")
-            picked = known.sort_values(proxy).iloc[0]
+        for ranking, told in {**rankings, **targets}.items():
+            if ranking == target or known[ranking].isna().any():
+                continue
+            rho = known[ranking].corr(known[target], method="spearman")
+            picked = known.sort_values(ranking).iloc[0]
             regret = picked[target] - known[target].min()
-            lines.append(f"| {proxy} | {rho:.2f} | {spans(map(int, picked.dropped.split()))} | {regret:.3f} |")
+            lines.append(f"| {told} | {rho:.2f} | {spans(map(int, picked.dropped.split()))} | {regret:.3f} |")
     return "\n".join(lines)
 
 

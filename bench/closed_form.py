@@ -11,6 +11,7 @@ and half; it is measured on its end.
   outputs     least squares on what leaves down_proj, as ReplaceMe has it (https://arxiv.org/abs/2505.02819)
   features    ridge regression on what enters down_proj; `features-16` reduced to rank 16, and so on
   behind      features, and the first layer behind the cut too
+  equal       features, all tokens counting alike, as they do for `outputs`
   mix         features, calibrated on both texts
 
 A row of the CSV is one measurement; at the end a table of means over the choices is printed, with their standard
@@ -106,7 +107,7 @@ class Bench:
         calibration = Calibration(text, passages[0], passages[1], self._folder)
         below = [LayerSource(index, student) for index in range(BEFORE)]
         wanted = calibration.wanted([LayerSource(index, self._dense) for index in range(BEHIND)])
-        return calibration.moments(calibration.entering(below), LayerSource(BEFORE, student), wanted)[0]
+        return calibration.moments(calibration.entering(below), LayerSource(BEFORE, student), wanted, "equal")[0]
 
     def measure(self, corrections: list[Correction]) -> dict[str, float]:
         """KL and PPL of A on both texts."""
@@ -150,7 +151,7 @@ def main() -> None:
         for choice, start in enumerate(STARTS[: args.choices]):
             text = calibration(bench.calibrated, start)
             ways = {"features": {}, **{f"features-{rank}": {"rank": rank} for rank in RANKS}}
-            ways["behind"] = {"layers_behind": 1}
+            ways |= {"behind": {"layers_behind": 1}, "equal": {"token_weights": "equal"}}
             for way, settings in ways.items():
                 started = time.monotonic()
                 corrections = bench.corrections([text], **settings)

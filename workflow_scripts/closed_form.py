@@ -26,7 +26,7 @@ with job(snakemake.log[0]):
         Student(folder(files.student), tuple(folders(files.bundles))),
         folder(files.dense),
         texts,
-        ClosedFormSettings(settings["rank"], settings["ridge"], settings["layers_behind"]),
+        ClosedFormSettings(**{name: settings[name] for name in ("rank", "ridge", "layers_behind", "token_weights")}),
         Compute.named(given.device, settings["dtype"], settings["batch_size"], given.memory_bytes),
     )
     write_closed_form(closed_form, Path(snakemake.output.record).parent, overwrite=True)

@@ -36,10 +36,9 @@ def parts(tmp_path_factory):
 
 def compute_adapter(parts, output, windows=None, part="A", bundles=(), held_out=0, dtype="fp32", **settings):
     texts = [CalibrationText(each, held_out) for each in windows or [random_windows(12, SEQLEN)]]
-    closed_form = solve.ClosedForm(
-        part, Student(parts[1], bundles), parts[0], texts, ClosedFormSettings(**{"ridge": 1e-6, **settings}),
-        Compute.named("cpu", dtype, 4),
-    )  # fmt: skip
+    wanted = ClosedFormSettings(**{"ridge": 1e-6, "token_weights": "equal", **settings})
+    compute = Compute.named("cpu", dtype, 4)
+    closed_form = solve.ClosedForm(part, Student(parts[1], bundles), parts[0], texts, wanted, compute)
     write_closed_form(closed_form, output)
     return output
 
@@ -97,6 +96,21 @@ def test_it_is_the_ridge_regression_of_what_the_cut_takes_away(parts, tmp_path):
     assert told["residual"] < replace_me
 
 
+def test_a_token_counts_by_the_length_of_what_is_wanted_there(parts, tmp_path):
+    windows = random_windows(12, SEQLEN)
+    output = compute_adapter(parts, tmp_path / "adapter", token_weights="inverse_norm")
+    dense = AutoModelForCausalLM.from_pretrained(parts[0], dtype=torch.float32)
+    (x, s), (_, d) = seen(dense, windows.ids, 2), seen(dense, windows.ids, 6)
+    root = d.square().mean(-1, keepdim=True).sqrt().sqrt()  # of the norm, but for the same factor for all
+    expected = ridge_solution(x / root, (d - s) / root, 1e-6)
+    torch.testing.assert_close(product(output, 2), expected.T.float(), rtol=1e-3, atol=1e-4)
+    told = json.loads((output / "closed_form.json").read_text())
+    assert told["corrections"][0]["residual"] == pytest.approx(left(x / root, (d - s) / root, expected), rel=1e-6)
+    assert told["settings"]["token_weights"] == "inverse_norm"
+    # And it is another one than where all count alike.
+    assert (product(output, 2) - ridge_solution(x, d - s, 1e-6).T).abs().max() > 1e-3
+
+
 def test_peft_reads_it_and_merges_it_with_our_bits(parts, tmp_path):
     output = compute_adapter(parts, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(load_model(parts[1], dtype=torch.float32), output)
@@ -152,9 +166,8 @@ def test_the_ridge_is_the_one_that_leaves_least_on_held_out_windows(parts, tmp_p
 def test_texts_count_by_their_weights_whatever_their_length(parts, tmp_path):
     short, long = random_windows(4, SEQLEN, seed=5), random_windows(9, SEQLEN, seed=6)
     texts = [CalibrationText(short, 0, 3.0), CalibrationText(long, 0, 1.0)]
-    closed_form = solve.ClosedForm(
-        "A", Student(parts[1]), parts[0], texts, ClosedFormSettings(ridge=1e-4), Compute.named("cpu", "fp32", 4)
-    )
+    wanted = ClosedFormSettings(ridge=1e-4, token_weights="equal")
+    closed_form = solve.ClosedForm("A", Student(parts[1]), parts[0], texts, wanted, Compute.named("cpu", "fp32", 4))
     write_closed_form(closed_form, tmp_path / "adapter")
     dense = AutoModelForCausalLM.from_pretrained(parts[0], dtype=torch.float32)
     gram, cross = 0, 0
@@ -237,6 +250,8 @@ def test_what_cannot_be_is_refused(parts, tmp_path):
         CalibrationText(random_windows(3, 8), 3)
     with pytest.raises(PipelineError, match="ridge is 0"):
         ClosedFormSettings(ridge=0)
+    with pytest.raises(PipelineError, match="token_weights is 'norm'"):
+        ClosedFormSettings(token_weights="norm")
     with pytest.raises(PipelineError, match="weight is -1"):
         CalibrationText(random_windows(3, 8), 1, -1)
     examples = random_windows(3, 8)

@@ -161,6 +161,12 @@ def test_closed_forms_are_told_apart_by_what_decides_their_bytes(project, planne
     # A's is the same, B and C have theirs; each of them hangs on the merges before it.
     assert plain.closed_forms.keys() < started.closed_forms.keys() and len(started.closed_forms) == 3
     assert not plain.trainings.keys() & started.trainings.keys()
-    for key, value in (("ridge", 0.1), ("rank", 3), ("layers_behind", 1), ("datasets", {"corpus": 2})):
+    for key, value in (
+        ("ridge", 0.1),
+        ("rank", 3),
+        ("layers_behind", 1),
+        ("token_weights", "equal"),
+        ("datasets", {"corpus": 2}),
+    ):
         experiment["closed_form"] = {key: value}
         assert not started.closed_forms.keys() & planned().closed_forms.keys(), key

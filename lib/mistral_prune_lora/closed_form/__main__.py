@@ -60,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
         help="as a multiple of the mean square of a feature (default: by held-out windows)")  # fmt: skip
     fit.add_argument("--layers_behind", type=not_negative, default=0, metavar="N",
         help="correct so many layers behind each cut, too (default: %(default)s)")  # fmt: skip
+    fit.add_argument("--token_weights", choices=("inverse_norm", "equal"), default="inverse_norm",
+        help="divide a token's squared error by the length of what is wanted there, or do not"
+        " (default: %(default)s)")  # fmt: skip
     run = p.add_argument_group("machine")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
     run.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16",
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         from mistral_prune_lora.storage.transaction import check_place
         from mistral_prune_lora.streaming.compute import Compute
 
-    settings = ClosedFormSettings(given.rank, given.ridge, given.layers_behind)
+    settings = ClosedFormSettings(given.rank, given.ridge, given.layers_behind, given.token_weights)
     read = [given.dense, given.student, *given.bundle, *(name for name, _ in texts), given.mirror]
     claim([Output.directory(given.output_dir, "--output_dir", RECORD)], read, overwrite=given.overwrite)
     check_place(given.output_dir)

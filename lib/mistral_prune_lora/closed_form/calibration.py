@@ -23,6 +23,8 @@ from mistral_prune_lora.streaming.faults import layers_blamed
 from mistral_prune_lora.streaming.passage import Boundary, Origin, Passage
 from mistral_prune_lora.streaming.run import run_batches, run_to_file
 
+_LEAST_SQUARE = 1e-30
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -47,18 +49,21 @@ class Calibration:
         """What leaves the dense model's first layers."""
         return self._end(self.dense, sources)
 
-    def moments(self, origin: Origin, source: LayerSource, wanted: Origin) -> tuple[Moments, Moments | None]:
+    def moments(
+        self, origin: Origin, source: LayerSource, wanted: Origin, token_weights: str
+    ) -> tuple[Moments, Moments | None]:
         """The moments of a layer's features and of what its output lacks, of the windows solved for and held out.
 
         Args:
             origin: what enters the layer.
             source: the layer.
             wanted: what its output is to come to.
+            token_weights: of `ClosedFormSettings`.
         """
         passage, tap = self.student, FeatureTap()
         backbone = Backbone(passage.config, passage.compute)
         tapped = LayerSource(source.index, source.checkpoint, (*source.adapters, tap))
-        sink = _Regressed(self.text, wanted, tap, passage.compute)
+        sink = _Regressed(self.text, wanted, tap, passage.compute, token_weights)
         words = f"layer {source.index}"
         for _ in backbone.resident([[tapped]]):
             with (
@@ -93,14 +98,22 @@ class _Regressed:
 
     done: frozenset[int] = frozenset()
 
-    def __init__(self, text: CalibrationText, wanted: Origin, tap: FeatureTap, compute: Compute) -> None:
+    def __init__(
+        self, text: CalibrationText, wanted: Origin, tap: FeatureTap, compute: Compute, token_weights: str
+    ) -> None:
         self._text, self._wanted, self._tap, self._compute = text, wanted, tap, compute
+        self._by_norm = token_weights == "inverse_norm"
         self._sums: list[Sums] = []
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
         """Count a batch."""
         first, features = batch * self._compute.batch_size, self._tap.features
-        lacking = self._wanted.read(first, first + len(hidden)).to(hidden.device).double() - hidden.double()
+        wanted = self._wanted.read(first, first + len(hidden)).to(hidden.device).double()
+        lacking = wanted - hidden.double()
+        if self._by_norm:
+            # The square root: a squared error is divided by the norm. A state of zeros is no token's.
+            shares = wanted.square().mean(-1, keepdim=True).clamp_(min=_LEAST_SQUARE).pow_(-0.25)
+            features, lacking = features.double() * shares, lacking.mul_(shares)
         if not self._sums:
             count = 1 + bool(self._text.held_out)
             self._sums = [Sums(features.shape[-1], hidden.shape[-1], hidden.device) for _ in range(count)]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.text.windows import Windows
 
+TOKEN_WEIGHTS = ("inverse_norm", "equal")
+
 
 @dataclass(frozen=True)
 class ClosedFormSettings:
@@ -17,6 +19,9 @@ class ClosedFormSettings:
         rank: of the adapter; None keeps the solution whole, of the rank that the hidden size allows.
         ridge: as a multiple of the mean square of a feature; None chooses it on held-out windows.
         layers_behind: how many layers behind each cut are corrected too.
+        token_weights: "inverse_norm" divides a token's squared error by the length of the state that is wanted there.
+            Models give a few tokens, as a rule the first one, states hundreds of times longer than all others, which
+            "equal" weights would be about; the next norm makes all of them equally long.
 
     Raises:
         PipelineError: a value that cannot be; names the field.
@@ -25,12 +30,17 @@ class ClosedFormSettings:
     rank: int | None = None
     ridge: float | None = None
     layers_behind: int = 0
+    token_weights: str = TOKEN_WEIGHTS[0]
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("layers_behind", 0)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise PipelineError(f"{name} is {value!r}", mend=f"Give a whole number of at least {least}")
+        if self.token_weights not in TOKEN_WEIGHTS:
+            raise PipelineError(
+                f"token_weights is {self.token_weights!r}", mend=f"Give one of {', '.join(TOKEN_WEIGHTS)}"
+            )
         if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
             raise PipelineError(f"ridge is {self.ridge!r}", mend="Give a number above 0, or leave it out")
 

@@ -24,8 +24,9 @@ class ClosedForm:
     """The corrections of one part.
 
     For a layer before a cut, with features X (what enters its `down_proj`), its output S and the dense model's stream D
-    that enters the next layer still there, the weight is changed by argmin |D - S - X W|^2 + ridge |W|^2. This contains
-    what ReplaceMe regresses on (https://arxiv.org/abs/2505.02819): the outputs of that projection are linear in X.
+    that enters the next layer still there, the weight is changed by argmin |D - S - X W|^2 + ridge |W|^2, where a
+    token's squared error is divided by the length of its D unless all tokens count alike. This contains what ReplaceMe
+    regresses on (https://arxiv.org/abs/2505.02819): the outputs of that projection are linear in X.
     Corrections behind it see the stream as it then is.
 
     Attributes:
@@ -103,7 +104,8 @@ class ClosedForm:
             student, teacher = (Passage(model, text.windows, self.compute) for model in (self._model, self._dense))
             calibration = Calibration(text, student, teacher, folder)
             origin = calibration.entering(below)
-            first, second = calibration.moments(origin, own, calibration.wanted(dense))
+            wanted = calibration.wanted(dense)
+            first, second = calibration.moments(origin, own, wanted, self.settings.token_weights)
             solved.append(first)
             held_out += [second] if second else []
         return self._solved(place, solved, held_out)

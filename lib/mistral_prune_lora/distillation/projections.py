@@ -1,9 +1,9 @@
 """LoRA's projections with their gradients written out: fewer tensors are kept for the backward pass, fewer are made.
 
-PEFT's layers compute y = W x + s B A x by ordinary operations. Autograd then keeps what enters A in the adapter's dtype,
-a copy for each projection where the weights are bf16, and of the gated MLP it keeps the gate, its SiLU, the other half
-and their product. Here a projection keeps what enters it, as it came, and the MLP's last one the two halves; SiLU and
-product are computed again. Sums are added in place instead of beside each other. With g the gradient by y:
+PEFT's layers compute y = W x + s B A x by ordinary operations. Autograd then keeps what enters A in the adapter's
+dtype, a copy for each projection where the weights are bf16, and of the gated MLP it keeps the gate, its SiLU, the
+other half and their product. Here a projection keeps what enters it, as it came, and the MLP's last one the two halves;
+SiLU and product are computed again. Sums are added in place instead of beside each other. With g the gradient by y:
 
     by x   W^T g + s A^T B^T g          by A   s (B^T g) x^T          by B   s g (A x)^T
     by gate   silu'(gate) up p          by up   silu(gate) p          for p, the gradient by silu(gate) up
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
@@ -54,20 +55,21 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _projection(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _projection(module: Linear, x: torch.Tensor) -> torch.Tensor:
     return _Projection.apply(x, *_operands(module))
 
 
-def _gated_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _gated_mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     return _GatedProjection.apply(mlp.gate_proj(x), mlp.up_proj(x), *_operands(mlp.down_proj))
 
 
-def _operands(module: nn.Module) -> tuple:
+def _operands(module: Linear) -> tuple[Any, ...]:
     """The tensors and numbers of an adapted projection, in the order of `_Lora`; dropout is 0 but in training."""
     (name,) = module.lora_A
     dropout = module.lora_dropout[name]
     share = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
-    base, a, b = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
+    base: Any = module.base_layer
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
     return base.weight, base.bias, a, b, module.scaling[name], share
 
 

@@ -218,7 +218,8 @@ class Experiment:
         texts = calibration_texts(self.settings).items()
         windows = tuple((self._windows(text, wanted["seqlen"], count), weight) for text, weight in texts)
         active = sum(len(self.layout.layers_of(each)) for each in ("A", *bundles))
-        settings = {key: wanted[key] for key in ("held_out", "rank", "ridge", "layers_behind", "dtype", "batch_size")}
+        decides = ("held_out", "rank", "ridge", "layers_behind", "token_weights", "dtype", "batch_size")
+        settings = {key: wanted[key] for key in decides}
         restored = tuple(bundles.values())
         return ClosedForm(part, student, restored, self.model, windows, self.layout.num_layers, active, settings)
 
