@@ -17,7 +17,7 @@ from pathlib import Path
 
 _CONFIGURED, _DEVICES = Path("/etc/slurm/slurm.conf"), Path("/etc/slurm/gres.conf")
 _PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo")
-_CPUS, _MEMORY = 8, 64_000  # what the node says it has, so that jobs of two CPUs always run side by side
+CPUS, _MEMORY = 8, 64_000  # what the node says it has, so that jobs of two CPUs always run side by side
 # Without accounting, sacct answers nothing, and Snakemake's plugin, which turns to it when scontrol was slow for once,
 # waits for ever. This one knows what squeue knows.
 _SACCT = """\
@@ -72,11 +72,15 @@ def lacking() -> str | None:
 
 
 @contextmanager
-def slurm_node(root: Path) -> Iterator[None]:
+def slurm_node(root: Path, cpus: int = CPUS) -> Iterator[None]:
     """Run one for the length of a block; its processes are ended by their ids.
 
     Args:
         root: a folder for its state and logs, and `bin`, which is to stand first on Snakemake's PATH.
+        cpus: how many it says it has, whatever the machine has.
+
+    Raises:
+        TimeoutError: one of its processes does not answer within a minute.
     """
     host = socket.gethostname().split(".")[0]
     for name in ("state", "spool", "bin"):
@@ -89,7 +93,7 @@ def slurm_node(root: Path) -> Iterator[None]:
     with ExitStack() as started:
         started.callback(_CONFIGURED.unlink, missing_ok=True)
         started.callback(_DEVICES.unlink, missing_ok=True)
-        _CONFIGURED.write_text(_CONF.format(root=root, host=host, cpus=_CPUS, memory=_MEMORY))
+        _CONFIGURED.write_text(_CONF.format(root=root, host=host, cpus=cpus, memory=_MEMORY))
         _DEVICES.write_text("".join(f"NodeName={host} Name=gpu Type=fake File={device}\n" for device in devices))
         if _told("munge", "-n") is None:
             Path("/run/munge").mkdir(exist_ok=True)

@@ -19,15 +19,15 @@ ON_THE_CPU = (
     "dense_perplexity_shard", "perplexity", "perplexity_shard", "teacher_states_shard", "prefix_states_shard",
     "importance",
 )  # fmt: skip
-_PROFILE = ("--workflow-profile", str(ROOT / "profiles/slurm"), "--slurm-init-seconds-before-status-checks", "1")
-_PROMPT = ("--seconds-between-status-checks", "1", "--latency-wait", "20")
+_PROFILE = ("--workflow-profile", str(ROOT / "profiles/slurm"), "--latency-wait", "20")
+PROMPT = Path(__file__).with_name("prompt_snakemake.py")
 PATIENCE = 900  # seconds; on a busy machine
 
 
 def on_slurm(*more: str, gpus: bool = False, resources: Sequence[str] = ()) -> list[str]:
     """Arguments of snakemake; `resources` as `--set-resources` takes them."""
     settings = [*([] if gpus else [f"{rule}:gpu=0" for rule in ON_THE_CPU]), *resources]
-    return [*_PROFILE, *_PROMPT, *(["--set-resources", *settings] if settings else []), *more]
+    return [*_PROFILE, *(["--set-resources", *settings] if settings else []), *more]
 
 
 class Running:
@@ -36,7 +36,7 @@ class Running:
     def __init__(self, project: Project, *arguments: str) -> None:
         (project.folder / "config.yaml").write_text(yaml.safe_dump(project.config))
         self._file = project.folder.with_name(f"printed-{time.monotonic_ns()}")
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(project.root / "Snakefile"), "--cores", "2"]
+        command = [sys.executable, str(PROMPT), "--snakefile", str(project.root / "Snakefile"), "--cores", "2"]
         with open(self._file, "w") as file:
             self.process = subprocess.Popen(
                 [*command, *arguments, "--configfile", "config.yaml"],
