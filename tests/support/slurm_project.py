@@ -64,6 +64,13 @@ class Running:
             time.sleep(0.3)
         return result
 
+    def after(self, found: Callable[[], object]) -> None:
+        """Wait until something is so that goes on without it."""
+        end = time.monotonic() + PATIENCE
+        while not found():
+            assert time.monotonic() < end, self.printed[-8000:]
+            time.sleep(0.3)
+
     def end(self, *, succeeds: bool = True) -> str:
         """Wait for its end and return what it printed."""
         code = self.process.wait(timeout=PATIENCE)
@@ -76,6 +83,11 @@ def jobs(rule: str = "") -> list[dict[str, str]]:
     told = subprocess.run(["scontrol", "show", "job", "--oneliner"], capture_output=True, text=True, check=True).stdout
     found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in told.splitlines() if line.startswith("JobId=")]
     return sorted((job for job in found if rule_of(job).startswith(rule)), key=lambda job: int(job["JobId"]))
+
+
+def job_state(job: dict[str, str]) -> str:
+    """What Slurm says of it now."""
+    return next(now["JobState"] for now in jobs() if now["JobId"] == job["JobId"])
 
 
 def rule_of(job: dict[str, str]) -> str:
