@@ -59,15 +59,18 @@ TARGETS = ("all", "results/first/importance.csv")
 
 
 @pytest.fixture(scope="module")
-def ran(cluster, assets, tmp_path_factory) -> tuple[Project, list[dict[str, str]], list[str]]:
-    """Everything on the cluster, while one job hangs and the node is drained for a while.
+def ran(cluster, assets, tmp_path_factory) -> tuple[Project, Project, list[dict[str, str]], list[str]]:
+    """Everything on the cluster, while one job hangs and the node is drained for a while; and on this machine alone.
 
-    Returns the project, what Slurm says of the jobs in the end, and why jobs waited meanwhile.
+    Returns the project, that of this machine, what Slurm says of the jobs in the end, and why jobs waited meanwhile.
     """
     folder = tmp_path_factory.mktemp("slurm-run") / "project"
     shutil.copytree(assets, folder)
     project = Project(folder, sharded(two_layouts(configuration())))
+    here = copied(project, folder.with_name("here"))
+    here.config = unsharded(project.config)
     run = Running(project, *TARGETS, *on_slurm(resources=["importance:runtime=attempt"]))
+    on_one_machine = Running(here, *TARGETS)
     hanging = run.until(lambda: [job for job in jobs("importance") if job["JobState"] == "RUNNING"])[0]
     log = project.folder / "logs/importance/first.log"
     run.until(lambda: log.exists() and "device cpu" in log.read_text())
@@ -77,11 +80,12 @@ def ran(cluster, assets, tmp_path_factory) -> tuple[Project, list[dict[str, str]
     waiting = run.until(lambda: [j["Reason"] for j in jobs() if "DRAINED" in j["Reason"]])
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=True)
     run.end()
-    return project, jobs(), waiting
+    on_one_machine.end()
+    return project, here, jobs(), waiting
 
 
 def test_every_job_asks_for_what_its_model_needs(ran, monkeypatch):
-    project, asked, _ = ran
+    project, _, asked, _ = ran
     monkeypatch.chdir(project.folder)
     config = check_config(yaml.safe_load(yaml.safe_dump(project.config)), ROOT / "rules/config.schema.yaml")
     plan = Plan.of(config, Content("digests.json"))
@@ -119,11 +123,8 @@ def wanted(rule: str, artefacts: dict, need) -> dict:
     return asked
 
 
-def test_the_numbers_are_those_of_one_machine_to_the_last_digit(ran, tmp_path):
-    project = ran[0]
-    here = copied(project, tmp_path / "here")
-    here.config = unsharded(project.config)
-    here.snakemake(*TARGETS)
+def test_the_numbers_are_those_of_one_machine_to_the_last_digit(ran):
+    project, here, *_ = ran
     for name in ("summary.csv", "comparisons.csv", "first/importance.csv"):
         assert (here.folder / "results" / name).read_bytes() == (project.folder / "results" / name).read_bytes(), name
 
@@ -143,7 +144,7 @@ def test_a_job_that_its_time_limit_kills_gets_more_time(ran):
 
 
 def test_jobs_wait_while_their_node_drains(ran):
-    assert ran[2]
+    assert ran[3]
 
 
 @pytest.fixture
