@@ -141,19 +141,18 @@ def kept_scripts(project: Path) -> dict[str, Path]:
 def only_imports(script: Path) -> Path:
     """The same process up to where its own work begins."""
     text = script.read_text(encoding="utf-8")
-    start = text.index("# snakemake preamble end #")
-    first = next(
-        node for node in ast.parse(text).body if node.lineno > text[:start].count("\n") + 1 and not _imports_only(node)
-    )
+    preamble = text[: text.index("# snakemake preamble end #")].count("\n") + 1
+    nodes = [node for node in ast.parse(text).body if node.lineno > preamble]
+    end = max(node.end_lineno for node in nodes if _imports(node))
     cut = script.with_name(f"start.{script.name}")
-    cut.write_text("".join(text.splitlines(keepends=True)[: first.lineno - 1]), encoding="utf-8")
+    cut.write_text("".join(text.splitlines(keepends=True)[:end]), encoding="utf-8")
     return cut
 
 
-def _imports_only(node: ast.stmt) -> bool:
-    if isinstance(node, ast.With):
-        return all(_imports_only(inner) for inner in node.body)
-    return isinstance(node, ast.Import | ast.ImportFrom)
+def _imports(node: ast.stmt) -> bool:
+    """Whether it imports something, quickly or not."""
+    quick = isinstance(node, ast.With) and "quick_imports()" in ast.unparse(node.items[0])
+    return quick or isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def place(project: Path) -> list[str]:

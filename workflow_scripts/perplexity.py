@@ -1,14 +1,18 @@
 from mistral_prune_lora.quick_imports import quick_imports
 
 with quick_imports():
-    from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
     from mistral_prune_lora.console import job
-    from mistral_prune_lora.device import granted
-    from mistral_prune_lora.evaluation.jobs import RunInputs, StageOutputs, gather_scores, score_shard, score_stage
-    from mistral_prune_lora.evaluation.scoring import DenseAnswers
-    from mistral_prune_lora.streaming.compute import Compute
-    from mistral_prune_lora.streaming.shards import Shard
+    from mistral_prune_lora.evaluation.gathering import gather_scores
+    from mistral_prune_lora.evaluation.job_inputs import RunInputs, StageOutputs
     from mistral_prune_lora.workflow.job import folder, folders, windows_file
+
+    if not snakemake.input.shards:  # to gather them needs no model's classes
+        from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
+        from mistral_prune_lora.device import granted
+        from mistral_prune_lora.evaluation.jobs import score_shard, score_stage
+        from mistral_prune_lora.evaluation.scoring import DenseAnswers
+        from mistral_prune_lora.streaming.compute import Compute
+        from mistral_prune_lora.streaming.shards import Shard
 
 files, made, params, resources = snakemake.input, snakemake.output, snakemake.params, snakemake.resources
 with job(snakemake.log[0]):

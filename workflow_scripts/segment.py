@@ -2,12 +2,15 @@ from mistral_prune_lora.quick_imports import quick_imports
 
 with quick_imports():
     from mistral_prune_lora.console import job
-    from mistral_prune_lora.device import granted
-    from mistral_prune_lora.evaluation.jobs import RunInputs, run_segment
-    from mistral_prune_lora.streaming.compute import Compute
     from mistral_prune_lora.streaming.shards import Shard, gather_activations
     from mistral_prune_lora.text.windows import Windows
     from mistral_prune_lora.workflow.job import folder, folders, windows_file
+
+    if not snakemake.input.shards:  # to gather them needs no model's classes
+        from mistral_prune_lora.device import granted
+        from mistral_prune_lora.evaluation.job_inputs import RunInputs
+        from mistral_prune_lora.evaluation.jobs import run_segment
+        from mistral_prune_lora.streaming.compute import Compute
 
 files, params, resources = snakemake.input, snakemake.params, snakemake.resources
 with job(snakemake.log[0]):

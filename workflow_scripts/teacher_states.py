@@ -2,13 +2,15 @@ from mistral_prune_lora.quick_imports import quick_imports
 
 with quick_imports():
     from mistral_prune_lora.console import job
-    from mistral_prune_lora.device import granted
     from mistral_prune_lora.distillation.schedule import FROZEN_BATCH
-    from mistral_prune_lora.distillation.teacher_states import teacher_states
-    from mistral_prune_lora.streaming.compute import Compute
     from mistral_prune_lora.streaming.shards import Shard, gather_activations
     from mistral_prune_lora.text.windows import Windows
     from mistral_prune_lora.workflow.job import folder, windows_file
+
+    if not snakemake.input.shards:  # to gather them needs no model's classes
+        from mistral_prune_lora.device import granted
+        from mistral_prune_lora.distillation.teacher_states import teacher_states
+        from mistral_prune_lora.streaming.compute import Compute
 
 files, resources = snakemake.input, snakemake.resources
 with job(snakemake.log[0]):

@@ -1,11 +1,14 @@
 from pathlib import Path
 
+from mistral_prune_lora.console import job
 from mistral_prune_lora.quick_imports import huge_pages, quick_imports
+from mistral_prune_lora.workflow.together import log_of, share_of, shared_settings, start_together
 
+with job(log_of(snakemake.log[0])):
+    start_together(snakemake.resources.get("processes"), snakemake.resources.get("mpi"))
 huge_pages()
 
 with quick_imports():
-    from mistral_prune_lora.console import job
     from mistral_prune_lora.device import granted
     from mistral_prune_lora.distillation.prepare import TrainingData
     from mistral_prune_lora.distillation.settings import Running, training_settings
@@ -16,8 +19,9 @@ with quick_imports():
     from mistral_prune_lora.workflow.job import folder, folders, windows_file
 
 files, settings, resources = snakemake.input, snakemake.params.settings, snakemake.resources
-with job(snakemake.log[0]):
-    given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
+with job(log_of(snakemake.log[0])):
+    memory = resources.get("mem_mb")
+    given = granted(share_of(snakemake.threads), resources.get("gpu"), memory and share_of(memory))
     loss = settings["loss"]
     states = (files.teacher_states or None, files.layer_states or None, files.prefix_states or None)
     held_out = None
@@ -31,7 +35,7 @@ with job(snakemake.log[0]):
         folder(files.dense) if loss["kd_alpha"] or loss["hidden"] else None,
         TrainingData(Windows.load(windows_file(files.windows)), *states),
         Path(snakemake.output.record).parent,
-        training_settings(settings),
+        training_settings(shared_settings(settings)),
         Compute.named(given.device, settings["dtype"], max_memory=given.memory_bytes),
         held_out,
         Running(resources.get("save_steps"), tuple(loggers)),

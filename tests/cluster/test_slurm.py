@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_project import Running, copied, jobs, on_slurm, rule_of, signal
+from slurm_project import Running, copied, job_state, jobs, on_slurm, rule_of, signal
 from workflow_project import ROOT, Project, configuration
 
+from mistral_prune_lora.storage.journal import open_held
 from mistral_prune_lora.workflow import needs
 from mistral_prune_lora.workflow.configuration import check_config
 from mistral_prune_lora.workflow.content import Content
@@ -55,15 +59,18 @@ TARGETS = ("all", "results/first/importance.csv")
 
 
 @pytest.fixture(scope="module")
-def ran(cluster, assets, tmp_path_factory) -> tuple[Project, list[dict[str, str]], list[str]]:
-    """Everything on the cluster, while one job hangs and the node is drained for a while.
+def ran(cluster, assets, tmp_path_factory) -> tuple[Project, Project, list[dict[str, str]], list[str]]:
+    """Everything on the cluster, while one job hangs and the node is drained for a while; and on this machine alone.
 
-    Returns the project, what Slurm says of the jobs in the end, and why jobs waited meanwhile.
+    Returns the project, that of this machine, what Slurm says of the jobs in the end, and why jobs waited meanwhile.
     """
     folder = tmp_path_factory.mktemp("slurm-run") / "project"
     shutil.copytree(assets, folder)
     project = Project(folder, sharded(two_layouts(configuration())))
+    here = copied(project, folder.with_name("here"))
+    here.config = unsharded(project.config)
     run = Running(project, *TARGETS, *on_slurm(resources=["importance:runtime=attempt"]))
+    on_one_machine = Running(here, *TARGETS)
     hanging = run.until(lambda: [job for job in jobs("importance") if job["JobState"] == "RUNNING"])[0]
     log = project.folder / "logs/importance/first.log"
     run.until(lambda: log.exists() and "device cpu" in log.read_text())
@@ -73,11 +80,12 @@ def ran(cluster, assets, tmp_path_factory) -> tuple[Project, list[dict[str, str]
     waiting = run.until(lambda: [j["Reason"] for j in jobs() if "DRAINED" in j["Reason"]])
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=True)
     run.end()
-    return project, jobs(), waiting
+    on_one_machine.end()
+    return project, here, jobs(), waiting
 
 
 def test_every_job_asks_for_what_its_model_needs(ran, monkeypatch):
-    project, asked, _ = ran
+    project, _, asked, _ = ran
     monkeypatch.chdir(project.folder)
     config = check_config(yaml.safe_load(yaml.safe_dump(project.config)), ROOT / "rules/config.schema.yaml")
     plan = Plan.of(config, Content("digests.json"))
@@ -115,11 +123,8 @@ def wanted(rule: str, artefacts: dict, need) -> dict:
     return asked
 
 
-def test_the_numbers_are_those_of_one_machine_to_the_last_digit(ran, tmp_path):
-    project = ran[0]
-    here = copied(project, tmp_path / "here")
-    here.config = unsharded(project.config)
-    here.snakemake(*TARGETS)
+def test_the_numbers_are_those_of_one_machine_to_the_last_digit(ran):
+    project, here, *_ = ran
     for name in ("summary.csv", "comparisons.csv", "first/importance.csv"):
         assert (here.folder / "results" / name).read_bytes() == (project.folder / "results" / name).read_bytes(), name
 
@@ -139,7 +144,7 @@ def test_a_job_that_its_time_limit_kills_gets_more_time(ran):
 
 
 def test_jobs_wait_while_their_node_drains(ran):
-    assert ran[2]
+    assert ran[3]
 
 
 @pytest.fixture
@@ -165,3 +170,63 @@ def test_jobs_side_by_side_have_a_device_each_and_a_failing_one_names_its_log(ag
     assert re.search(
         r"\ndense_perplexity failed; its log logs/dense_perplexity/dense-\w+\.log ends with:\n    .*", printed
     )
+
+
+DENSE = "results/tiny/ppl/corpus/dense.FULL.json"
+
+
+def test_a_main_process_that_is_killed_and_its_job_that_lives_on_leave_whole_and_right_results(project, tmp_path):
+    project.snakemake("--until", "windows")
+    here = Project(tmp_path / "here", project.config)
+    subprocess.run(["cp", "-a", project.folder, here.folder], check=True)
+    here.snakemake(DENSE)
+    wanted = (here.folder / DENSE).read_bytes()
+
+    journal = project.folder / journal_of_the_dense_model(project)
+    held = open_held(journal, "held by the test")  # so that whoever measures the dense model waits, however long
+    run = Running(project, DENSE, *on_slurm())
+    old = run.until(lambda: who_waits())
+    signal(old, "STOP")
+    run.process.kill()
+    run.process.wait()
+    project.snakemake("--unlock")
+    run = Running(project, DENSE, *on_slurm())
+    run.until(lambda: who_waits(beside=old))
+    os.close(held)
+    run.end()
+    assert job_state(old) == "RUNNING"
+    assert (project.folder / DENSE).read_bytes() == wanted
+    signal(old, "CONT")
+    run.after(lambda: job_state(old) == "COMPLETED")
+    assert (project.folder / DENSE).read_bytes() == wanted and not journal.exists()
+
+
+def journal_of_the_dense_model(project: Project) -> Path:
+    """Where a job of its measuring keeps what it has finished; one at a time holds it."""
+    config = check_config(yaml.safe_load(yaml.safe_dump(project.config)), ROOT / "rules/config.schema.yaml")
+    with contextlib.chdir(project.folder):
+        (dense,) = (score for score in Plan.of(config, Content("digests.json")).scores.values() if score.keeps)
+    return Path(dense.result).with_name(f".{Path(dense.result).name}.scores")
+
+
+def who_waits(beside: dict[str, str] | None = None) -> dict[str, str] | None:
+    """The running job, another than the one beside, that measures the dense model and says that somebody else does."""
+    for job in jobs("dense_perplexity"):
+        told, others = Path(job["StdOut"]), beside and job["JobId"] == beside["JobId"]
+        running = job["JobState"] == "RUNNING" and not others and told.exists()
+        if running and "waiting for it" in told.read_text():
+            return job
+    return None
+
+
+def test_several_processes_train_one_adapter(project):
+    project.config["experiments"]["tiny"]["adapters"]["A"] = "train"
+    project.config["experiments"]["tiny"]["distill"] = {
+        "dataset": "corpus", "seqlen": 32, "windows": 8, "dtype": "fp32", "lora": {"rank": 2},
+        "parts": {"A": OPTIMISER | {"gradient_accumulation": 2}},
+    }  # fmt: skip
+    record = "results/tiny/adapters/A_lora/training.json"
+    project.snakemake(record, "--until", "windows", "prune_B3to4_C5to6")
+    asked = ("processes=2", "mpi=srun", "tasks=2", "nodes=1")
+    Running(project, record, *on_slurm(resources=[f"train_adapter:{each}" for each in asked])).end()
+    assert json.loads((project.folder / record).read_text())["processes"] == 2

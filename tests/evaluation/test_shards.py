@@ -12,14 +12,9 @@ from mistral_prune_lora.distillation.prefix import prefix_states
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.distillation.teacher_states import teacher_states
 from mistral_prune_lora.errors import DataError, NumberError
-from mistral_prune_lora.evaluation.jobs import (
-    RunInputs,
-    StageOutputs,
-    gather_scores,
-    run_segment,
-    score_shard,
-    score_stage,
-)
+from mistral_prune_lora.evaluation.gathering import gather_scores
+from mistral_prune_lora.evaluation.job_inputs import RunInputs, StageOutputs
+from mistral_prune_lora.evaluation.jobs import run_segment, score_shard, score_stage
 from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.storage.activations import ActivationWriter

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
-from mistral_prune_lora.evaluation.jobs import RunInputs, StageOutputs, run_segment, score_stage
+from mistral_prune_lora.evaluation.job_inputs import RunInputs, StageOutputs
+from mistral_prune_lora.evaluation.jobs import run_segment, score_stage
 from mistral_prune_lora.evaluation.result import StageResult
 from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.streaming.compute import Compute

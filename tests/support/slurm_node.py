@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 _CONFIGURED, _DEVICES = Path("/etc/slurm/slurm.conf"), Path("/etc/slurm/gres.conf")
 _PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo")
-_CPUS, _MEMORY = 8, 64_000  # what the node says it has, so that jobs of two CPUs always run side by side
+CPUS, _MEMORY = 8, 64_000  # what the node says it has, so that jobs of two CPUs always run side by side
 # Without accounting, sacct answers nothing, and Snakemake's plugin, which turns to it when scontrol was slow for once,
 # waits for ever. This one knows what squeue knows.
 _SACCT = """\
@@ -26,7 +27,7 @@ for name; do :; done
 exec squeue --states=all --noheader --format='%i|%T' --name "$name"
 """
 _CONF = """\
-ClusterName=tests
+ClusterName={name}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -72,24 +73,29 @@ def lacking() -> str | None:
 
 
 @contextmanager
-def slurm_node(root: Path) -> Iterator[None]:
+def slurm_node(root: Path, cpus: int = CPUS) -> Iterator[None]:
     """Run one for the length of a block; its processes are ended by their ids.
 
     Args:
         root: a folder for its state and logs, and `bin`, which is to stand first on Snakemake's PATH.
+        cpus: how many it says it has, whatever the machine has.
+
+    Raises:
+        TimeoutError: one of its processes does not answer within a minute.
     """
-    host = socket.gethostname().split(".")[0]
-    for name in ("state", "spool", "bin"):
-        (root / name).mkdir(parents=True)
+    host, name = socket.gethostname().split(".")[0], f"tests{os.getpid()}"
+    for folder in ("state", "spool", "bin"):
+        (root / folder).mkdir(parents=True)
     (root / "bin/sacct").write_text(_SACCT)
     (root / "bin/sacct").chmod(0o755)
     devices = [root / "gpu0", root / "gpu1"]
     for device in devices:
         subprocess.run(["mknod", str(device), "c", "1", "3"], check=True)  # the null device
     with ExitStack() as started:
+        started.callback(_end_jobs_of, name)
         started.callback(_CONFIGURED.unlink, missing_ok=True)
         started.callback(_DEVICES.unlink, missing_ok=True)
-        _CONFIGURED.write_text(_CONF.format(root=root, host=host, cpus=_CPUS, memory=_MEMORY))
+        _CONFIGURED.write_text(_CONF.format(root=root, name=name, host=host, cpus=cpus, memory=_MEMORY))
         _DEVICES.write_text("".join(f"NodeName={host} Name=gpu Type=fake File={device}\n" for device in devices))
         if _told("munge", "-n") is None:
             Path("/run/munge").mkdir(exist_ok=True)
@@ -100,9 +106,22 @@ def slurm_node(root: Path) -> Iterator[None]:
         _wait_for(answers, "slurmctld")
         started.enter_context(_running(root, "/usr/sbin/slurmd", "-D", "-N", host))
         _wait_for(lambda: _told("sinfo", "--noheader", "--format=%t") == "idle", "slurmd")
-        yield
-        subprocess.run(["scancel", "--user", "root"], check=True)
-        _wait_for(lambda: _told("squeue", "--noheader") == "", "squeue")
+        try:
+            yield
+        finally:
+            subprocess.run(["scancel", "--user", "root"], check=True)
+            _wait_for(lambda: _told("squeue", "--noheader") == "", "squeue")
+
+
+def _end_jobs_of(cluster: str) -> None:
+    """End processes of its jobs that live on: Slurm loses those whose parents end before them, as a stopped one's do.
+
+    They are known by the name of the cluster in their environment, which is of this process alone.
+    """
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"SLURM_CLUSTER_NAME={cluster}".encode() in environment.read_bytes().split(b"\0"):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 @contextmanager

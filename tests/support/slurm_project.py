@@ -19,15 +19,15 @@ ON_THE_CPU = (
     "dense_perplexity_shard", "perplexity", "perplexity_shard", "teacher_states_shard", "prefix_states_shard",
     "importance",
 )  # fmt: skip
-_PROFILE = ("--workflow-profile", str(ROOT / "profiles/slurm"), "--slurm-init-seconds-before-status-checks", "1")
-_PROMPT = ("--seconds-between-status-checks", "1", "--latency-wait", "20")
+_PROFILE = ("--workflow-profile", str(ROOT / "profiles/slurm"), "--latency-wait", "20")
+PROMPT = Path(__file__).with_name("prompt_snakemake.py")
 PATIENCE = 900  # seconds; on a busy machine
 
 
 def on_slurm(*more: str, gpus: bool = False, resources: Sequence[str] = ()) -> list[str]:
     """Arguments of snakemake; `resources` as `--set-resources` takes them."""
     settings = [*([] if gpus else [f"{rule}:gpu=0" for rule in ON_THE_CPU]), *resources]
-    return [*_PROFILE, *_PROMPT, *(["--set-resources", *settings] if settings else []), *more]
+    return [*_PROFILE, *(["--set-resources", *settings] if settings else []), *more]
 
 
 class Running:
@@ -36,7 +36,7 @@ class Running:
     def __init__(self, project: Project, *arguments: str) -> None:
         (project.folder / "config.yaml").write_text(yaml.safe_dump(project.config))
         self._file = project.folder.with_name(f"printed-{time.monotonic_ns()}")
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(project.root / "Snakefile"), "--cores", "2"]
+        command = [sys.executable, str(PROMPT), "--snakefile", str(project.root / "Snakefile"), "--cores", "2"]
         with open(self._file, "w") as file:
             self.process = subprocess.Popen(
                 [*command, *arguments, "--configfile", "config.yaml"],
@@ -64,6 +64,13 @@ class Running:
             time.sleep(0.3)
         return result
 
+    def after(self, found: Callable[[], object]) -> None:
+        """Wait until something is so that goes on without it."""
+        end = time.monotonic() + PATIENCE
+        while not found():
+            assert time.monotonic() < end, self.printed[-8000:]
+            time.sleep(0.3)
+
     def end(self, *, succeeds: bool = True) -> str:
         """Wait for its end and return what it printed."""
         code = self.process.wait(timeout=PATIENCE)
@@ -76,6 +83,11 @@ def jobs(rule: str = "") -> list[dict[str, str]]:
     told = subprocess.run(["scontrol", "show", "job", "--oneliner"], capture_output=True, text=True, check=True).stdout
     found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in told.splitlines() if line.startswith("JobId=")]
     return sorted((job for job in found if rule_of(job).startswith(rule)), key=lambda job: int(job["JobId"]))
+
+
+def job_state(job: dict[str, str]) -> str:
+    """What Slurm says of it now."""
+    return next(now["JobState"] for now in jobs() if now["JobId"] == job["JobId"])
 
 
 def rule_of(job: dict[str, str]) -> str:

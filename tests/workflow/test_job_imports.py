@@ -29,12 +29,13 @@ NEEDED = {
 TELL = "\nimport gc, json, sys\nprint(json.dumps([sorted(sys.modules), gc.get_freeze_count(), gc.isenabled()]))\n"
 
 
-def imports_of(script):
-    """The imports of a script, without its work."""
+def imports_of(script, shards=()):
+    """The imports of a script, without its work; of a job that gathers these shards."""
     body = ast.parse(script.read_text()).body
     only = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom | ast.With)]
     work = [node for node in only if isinstance(node, ast.With) and "job" in ast.unparse(node.items[0])]
-    return ast.unparse([node for node in only if node not in work])
+    given = f"from types import SimpleNamespace as Given\nsnakemake = Given(input=Given(shards={shards!r}))\n"
+    return given + ast.unparse([node for node in only if node not in work])
 
 
 def imported(code):
@@ -54,6 +55,12 @@ def test_runs_of_layers_import_neither_tables_nor_plots_nor_training():
     modules, left_out, collects = imported(imports_of(SCRIPTS / "segment.py"))
     assert not {"datasets", "matplotlib", "pandas", "peft", "pyarrow"} & set(modules)
     assert left_out > 100_000 and collects
+
+
+@pytest.mark.parametrize("name", ["segment", "perplexity", "teacher_states", "prefix_states"])
+def test_what_gathers_shards_imports_no_model_classes(name):
+    modules, _, _ = imported(imports_of(SCRIPTS / f"{name}.py", ("a shard",)))
+    assert not (MODELS | {"datasets", "matplotlib", "pandas", "peft", "pyarrow", "scipy"}) & set(modules)
 
 
 def test_what_puts_links_imports_nothing_large():

@@ -1,0 +1,78 @@
+"""A job of Slurm that several processes do together: its script starts itself again by `torchrun`, on all of its nodes.
+
+How many is a matter of the profile (the resource `processes`), which changes nothing of what is made: they share every
+update's forward passes. Imports no torch, since the process that starts the others does nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from mistral_prune_lora.errors import PipelineError
+
+_PORTS = 20_000, 10_000  # the first, and how many: jobs that share a node meet at different ones
+
+
+def start_together(processes: int | None, mpi: str | None = None) -> None:
+    """Run this process's own script in several and end with their exit code; return where it is to work itself.
+
+    It works itself where nothing asks for more than one process, and in each of those that were started. The script is
+    the file that Snakemake made for the job, which all nodes must see.
+
+    Args:
+        processes: how many on each node; None is one.
+        mpi: what starts a process on each node, e.g. "srun"; None where the job has one node alone.
+
+    Raises:
+        PipelineError: the job is none of Slurm's, whose GPUs are the job's own; it has several nodes and nothing that
+            starts processes there.
+    """
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    if "RANK" in os.environ or (processes or 1) * nodes == 1:
+        return
+    if "SLURM_JOB_ID" not in os.environ:
+        told = "several processes for a job are for Slurm, which gives it GPUs of its own"
+        raise PipelineError(told, where=f"processes={processes}", mend="leave it out; jobs take a GPU each")
+    if nodes > 1 and not mpi:
+        told = f"the job has {nodes} nodes, and nothing starts processes on them"
+        raise PipelineError(told, where="resources", mend="set mpi to srun, or nodes to 1")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes or 1}"]
+    command += ["--standalone"] if nodes == 1 else _meeting(nodes)
+    by_node = [*mpi.split(), f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"] if mpi else []
+    sys.exit(subprocess.run([*by_node, *command, sys.argv[0]]).returncode)
+
+
+def _meeting(nodes: int) -> list[str]:
+    """Where the nodes' processes meet: on the first of them."""
+    told = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    first = subprocess.run(told, check=True, capture_output=True, text=True).stdout.split()[0]
+    job, (port, ports) = os.environ["SLURM_JOB_ID"], _PORTS
+    endpoint = f"{first}:{port + int(job) % ports}"
+    return [f"--nnodes={nodes}", f"--rdzv_id={job}", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
+
+
+def share_of(whole: int) -> int:
+    """This process's share of something that those of its node have together, at least 1; all where it is alone."""
+    return max(1, whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def log_of(log: str) -> str:
+    """The job's log for the first process; the others' words go to Slurm's alone."""
+    return log if os.environ.get("RANK", "0") == "0" else os.devnull
+
+
+def shared_settings(settings: Mapping) -> dict:
+    """A training's settings for one of the processes: the forward passes of an update, divided by their number.
+
+    Raises:
+        PipelineError: they cannot be divided so.
+    """
+    processes, optimiser = int(os.environ.get("WORLD_SIZE", "1")), settings["optimiser"]
+    passes, rest = divmod(optimiser["gradient_accumulation"], processes)
+    if rest:
+        told = f"{optimiser['gradient_accumulation']} forward passes cannot be shared by {processes} processes"
+        raise PipelineError(told, where="gradient_accumulation", mend="set processes and nodes to what divides it")
+    return {**settings, "optimiser": {**optimiser, "gradient_accumulation": passes}}
