@@ -1,5 +1,7 @@
 """Layers that come and go in the model's own decoder, against the whole model in transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cut_model import random_windows, save_dense
@@ -12,6 +14,7 @@ from mistral_prune_lora.models.pass_layer import PassLayer
 from mistral_prune_lora.streaming.backbone import Backbone
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.memory import resident_groups, working_bytes
+from mistral_prune_lora.streaming.record import RunRecord
 
 CPU = torch.device("cpu")
 
@@ -61,6 +64,28 @@ def test_groups_take_as_many_layers_as_fit_in_order(dense):
     with pytest.raises(PipelineError, match="do not fit into"):
         resident_groups(layers, Compute(CPU, torch.float32, max_memory=beside + layer - 1), config, 12)
     assert resident_groups([], Compute(CPU, torch.float32), config, 12) == []
+
+
+def test_on_a_gpu_two_groups_at_once_are_counted_unless_nothing_overlaps(dense):
+    config, layers = sources(dense, range(8))
+    gpu = Compute(torch.device("cuda"), torch.float32)
+    layer, beside = layers[0].nbytes(torch.float32), working_bytes(gpu, config, 12)
+    for fit, overlapping, alone in ((8, [8], [8]), (7, [3, 3, 2], [7, 1]), (2, [1] * 8, [2] * 4)):
+        compute = replace(gpu, max_memory=beside + fit * layer)
+        for overlap, wanted, at_once in ((True, overlapping, 2), (False, alone, 1)):
+            found = [len(group) for group in resident_groups(layers, replace(compute, overlap=overlap), config, 12)]
+            assert found == wanted
+            held = max(sum(found[i : i + at_once]) for i in range(len(found)))
+            assert beside + held * layer <= compute.max_memory
+    with pytest.raises(PipelineError, match="do not fit into"):
+        resident_groups(layers, replace(gpu, max_memory=beside + 2 * layer - 1), config, 12)
+
+
+def test_no_record_tells_whether_loading_overlapped(dense):
+    _, layers = sources(dense, range(2))
+    start = RunRecord.start(layers[0].checkpoint, random_windows(2, 12), torch.float32)
+    records = [start.after(layers, Compute(CPU, torch.float32, overlap=overlap)).content() for overlap in (True, False)]
+    assert records[0] == records[1]
 
 
 def test_a_layer_s_size_is_that_of_its_parameters_in_the_compute_dtype(dense):

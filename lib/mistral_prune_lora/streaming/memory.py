@@ -35,7 +35,7 @@ def resident_groups(
     sizes = [source.nbytes(compute.dtype) for source in sources]
     memory, beside = compute.memory, reserved + working_bytes(compute, config, seqlen, documents_apart=documents_apart)
     # On a GPU the next group is copied while one computes.
-    copies = 2 if compute.device.type == "cuda" and sum(sizes) > memory - beside else 1
+    copies = 2 if compute.copies_meanwhile and sum(sizes) > memory - beside else 1
     budget = (memory - beside) // copies
     if sizes and max(sizes) > budget:
         raise PipelineError(
