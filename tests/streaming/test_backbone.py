@@ -81,6 +81,24 @@ def test_on_a_gpu_two_groups_at_once_are_counted_unless_nothing_overlaps(dense):
         resident_groups(layers, replace(gpu, max_memory=beside + 2 * layer - 1), config, 12)
 
 
+def test_scores_are_counted_where_a_gpu_s_attention_would_hold_them(dense):
+    config, _ = sources(dense, ())
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    cuda = torch.device("cuda")
+
+    def more(config, dtype, **told):
+        on_gpu, on_cpu = (working_bytes(Compute(device, dtype, 3), config, 12, **told) for device in (cuda, CPU))
+        return on_gpu - on_cpu
+
+    assert more(config, torch.float32) == 4 * 4 * 3 * 4 * 12 * 12
+    assert more(config, torch.bfloat16) == more(config, torch.float32, documents_apart=True) == 0
+    for sliding, counted in ((12, True), (11, False)):
+        config.sliding_window = sliding
+        assert (more(config, torch.float32) > 0) is counted
+    config.num_key_value_heads, config.sliding_window = 4, None
+    assert more(config, torch.float32) == 0
+
+
 def test_no_record_tells_whether_loading_overlapped(dense):
     _, layers = sources(dense, range(2))
     start = RunRecord.start(layers[0].checkpoint, random_windows(2, 12), torch.float32)
