@@ -3,7 +3,7 @@
     python bench/gpu.py                        on the first GPU; where there is none it says so and exits with 0
     python bench/gpu.py --device cpu --small   the same checks on the CPU, at a tiny size, in under a minute
 
-A random model of 1.4 billion parameters is made in a temporary folder, which takes about 12 GB for a while. Needs
+A random model of a billion parameters is made in a temporary folder, which takes about 8 GB for a while. Needs
 torch, transformers, peft, safetensors, pandas and pyarrow; the library need not be installed, and the network is not
 used.
 """

@@ -49,10 +49,10 @@ class Size:
     rank: int
 
 
-# 1.4 billion parameters: 2.9 GB in bf16, 5.7 GB in float32.
+# 1.0 billion parameters: 2.0 GB in bf16, 4.0 GB in float32. A larger one would be minutes of a slow disk.
 LARGE = Size(
-    {"layers": 24, "hidden": 2048, "intermediate": 7168, "heads": 16, "kv_heads": 4, "vocabulary": 32000},
-    0.02, Layout(24, (12, 13, 14, 15), (16, 17, 18, 19)), 32, 1024, 512, 4, 6, 16,
+    {"layers": 16, "hidden": 2048, "intermediate": 7168, "heads": 16, "kv_heads": 4, "vocabulary": 32000},
+    0.02, Layout(16, (8, 9), (10, 11)), 32, 1024, 512, 4, 6, 16,
 )  # fmt: skip
 SMALL = Size(
     {"layers": 6, "hidden": 64, "intermediate": 160, "heads": 4, "kv_heads": 2, "vocabulary": 300},

@@ -48,6 +48,11 @@ def hide_all_but(names: list[str]) -> None:
             installed = any("site-packages" in Path(place).parts for place in places)
             return None if installed and fullname.partition(".")[0] in hidden else found
 
+        @classmethod
+        def find_distributions(cls, *context, **named):
+            return (each for each in find_distributions(*context, **named) if canonicalize_name(each.name) in there)
+
+    find_distributions = PathFinder.find_distributions
     sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
     for name in [name for name in sys.modules if name.partition(".")[0] in hidden]:
         del sys.modules[name]
