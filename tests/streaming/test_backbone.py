@@ -1,6 +1,9 @@
 """Layers that come and go in the model's own decoder, against the whole model in transformers."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.models.config import model_config
 from mistral_prune_lora.models.pass_layer import PassLayer
+from mistral_prune_lora.streaming import backbone as backbone_module
 from mistral_prune_lora.streaming.backbone import Backbone
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.memory import resident_groups, working_bytes
@@ -79,6 +83,42 @@ def test_on_a_gpu_two_groups_at_once_are_counted_unless_nothing_overlaps(dense):
             assert beside + held * layer <= compute.max_memory
     with pytest.raises(PipelineError, match="do not fit into"):
         resident_groups(layers, replace(gpu, max_memory=beside + 2 * layer - 1), config, 12)
+
+
+@pytest.fixture
+def streams_that_do_nothing(monkeypatch):
+    """Lets the CPU go the way of a GPU."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(Compute, "copies_meanwhile", True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+
+
+@pytest.mark.usefixtures("streams_that_do_nothing")
+@torch.inference_mode()
+def test_the_next_group_is_loaded_meanwhile_and_no_third_one_is_there(dense, monkeypatch):
+    alive, most = WeakSet(), []
+
+    def build(*given):
+        layer = build_layer(*given)
+        alive.add(layer)
+        most.append(len(alive))
+        return layer
+
+    build_layer = backbone_module.build_layer
+    monkeypatch.setattr(backbone_module, "build_layer", build)
+    config, layers = sources(dense, range(8))
+    ids = random_windows(2, 12).ids.long()
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    expected = model.model(ids, output_hidden_states=True).hidden_states
+    backbone, hidden = Backbone(config, Compute(CPU, torch.float32, 2)), expected[0]
+    for _ in backbone.resident([layers[:2], layers[2:4], layers[4:6], layers[6:]]):
+        hidden = backbone(hidden)
+    assert torch.equal(model.model.norm(hidden), expected[8])
+    assert most == [1, 2, 3, 4, 3, 4, 3, 4]
 
 
 def test_scores_are_counted_where_a_gpu_s_attention_would_hold_them(dense):
