@@ -37,7 +37,9 @@ def mistral_config(
     )
 
 
-def write_model(folder: Path, config: MistralConfig, layers: Sequence[int] | None = None) -> Path:
+def write_model(
+    folder: Path, config: MistralConfig, layers: Sequence[int] | None = None, *, deviation: float = _DEVIATION
+) -> Path:
     """Write a bf16 model directory with a tokenizer of single bytes; without the weights of layers not in `layers`."""
     folder.mkdir(parents=True)
     with torch.device("meta"):
@@ -45,7 +47,7 @@ def write_model(folder: Path, config: MistralConfig, layers: Sequence[int] | Non
     wanted = range(config.num_hidden_layers) if layers is None else layers
     absent = tuple(f"model.layers.{i}." for i in range(config.num_hidden_layers) if i not in wanted)
     specs = [TensorSpec(name, "BF16", tuple(s)) for name, s in shapes.items() if not name.startswith(absent or "\0")]
-    _write(folder / "model.safetensors", specs)
+    _write(folder / "model.safetensors", specs, deviation)
     config.architectures = ["MistralForCausalLM"]
     config.save_pretrained(folder)
     _save_byte_tokenizer(folder)
@@ -69,13 +71,13 @@ def write_parts(folder: Path, config: MistralConfig, layout: Layout) -> tuple[Pa
     return a, folder / "bundles"
 
 
-def _write(file: Path, specs: Sequence[TensorSpec]) -> None:
+def _write(file: Path, specs: Sequence[TensorSpec], deviation: float = _DEVIATION) -> None:
     shapes = {spec.name: spec.shape for spec in specs}
 
     def produce(name: str) -> torch.Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(shapes[name], dtype=torch.bfloat16)
-        return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, _DEVIATION)
+        return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, deviation)
 
     write_file(file, specs, produce)
 

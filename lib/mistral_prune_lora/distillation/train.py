@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -176,7 +176,7 @@ class TrainingJob:
     def train(self, ranks: Ranks, beside: Unfinished, fresh: Path | None, doubts: list[str] | None = None) -> None:
         """Train to the end; the first process writes the result into a fresh directory."""
         device, layers, settings = local_device(self.compute.device), self.layers, self.settings
-        compute = Compute(device, self.compute.dtype, FROZEN_BATCH, self.compute.max_memory)
+        compute = replace(self.compute, device=device, batch_size=FROZEN_BATCH)
         hidden = settings.loss.hidden
         watched = hidden.teacher_layer if hidden else None
         four_bit = settings.teacher_4bit

@@ -34,12 +34,13 @@ class Backbone:
         self._model.eval()
 
     def resident(self, groups: Sequence[Sequence[LayerSource]]) -> Iterator[Sequence[LayerSource]]:
-        """Make each group of layers resident in turn, and yield it. On a GPU the next one is copied meanwhile.
+        """Make each group of layers resident in turn, and yield it. On a GPU the next one is copied meanwhile, so that
+        two groups are held there at once.
 
         Raises:
             CheckpointError: a tensor is missing or does not fit.
         """
-        if self.compute.device.type != "cuda":
+        if not self.compute.copies_meanwhile:
             for group in groups:
                 self._install([], [])
                 self._install(group, self._build(group))

@@ -23,20 +23,23 @@ def stream_batches(
         read: gives windows a..b-1 as a CPU tensor (b - a, seqlen, hidden).
         batches: the numbers wanted.
         windows: how many there are in all; bounds the last batch.
-        compute: device and batch size.
+        compute: device and batch size, and whether to fetch ahead.
     """
-    on_gpu = compute.device.type == "cuda"
-    copies = torch.cuda.Stream(compute.device) if on_gpu else None
+    copies = torch.cuda.Stream(compute.device) if compute.copies_meanwhile else None
 
     def fetch(batch: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         first = batch * compute.batch_size
         hidden = read(first, min(first + compute.batch_size, windows))
         if copies is None:
-            return hidden, None
+            return hidden.to(compute.device), None
         with torch.cuda.stream(copies):
             moved = hidden.pin_memory().to(compute.device, non_blocking=True)
             return moved, copies.record_event()
 
+    if not compute.overlap:
+        for batch in batches:
+            yield batch, fetch(batch)[0]
+        return
     with ThreadPoolExecutor(1) as reader:
         waiting = deque((batch, reader.submit(fetch, batch)) for batch in batches[:1])
         for following in [*batches[1:], None]:
@@ -58,13 +61,13 @@ class DelayedStore:
 
     def __init__(self, sink: Callable[[int, torch.Tensor], None], compute: Compute) -> None:
         self._sink = sink
-        self._copies = torch.cuda.Stream(compute.device) if compute.device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(compute.device) if compute.copies_meanwhile else None
         self._pending: tuple | None = None
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
         """Store a batch, soon."""
         if self._copies is None:
-            self._sink(batch, hidden)
+            self._sink(batch, hidden.cpu())
             return
         self._copies.wait_stream(torch.cuda.current_stream(hidden.device))
         with torch.cuda.stream(self._copies):

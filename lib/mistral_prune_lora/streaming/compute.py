@@ -28,17 +28,25 @@ class Compute:
         batch_size: windows that go through a layer together.
         max_memory: bytes for weights and hidden states on the device; None means half of what is free on a GPU, a
             quarter of what is free on a CPU.
+        overlap: whether layers and batches are loaded, and results stored, while others are computed. Only time and
+            memory depend on it, no bit of a result, so no record holds it.
     """
 
     device: torch.device
     dtype: torch.dtype
     batch_size: int = 1
     max_memory: int | None = None
+    overlap: bool = True
 
     @classmethod
     def named(cls, device: str, dtype: str, batch_size: int = 1, max_memory: int | None = None) -> Compute:
         """As people name them: a device as for `device.resolve_device`; "bf16", "fp16" or "fp32"."""
         return cls(resolve_device(device), COMPUTE_DTYPES[dtype], batch_size, max_memory)
+
+    @property
+    def copies_meanwhile(self) -> bool:
+        """Whether anything is copied to or from the device while something else computes there."""
+        return self.overlap and self.device.type == "cuda"
 
     @property
     def memory(self) -> int:

@@ -35,7 +35,7 @@ def resident_groups(
     sizes = [source.nbytes(compute.dtype) for source in sources]
     memory, beside = compute.memory, reserved + working_bytes(compute, config, seqlen, documents_apart=documents_apart)
     # On a GPU the next group is copied while one computes.
-    copies = 2 if compute.device.type == "cuda" and sum(sizes) > memory - beside else 1
+    copies = 2 if compute.copies_meanwhile and sum(sizes) > memory - beside else 1
     budget = (memory - beside) // copies
     if sizes and max(sizes) > budget:
         raise PipelineError(
@@ -61,5 +61,21 @@ def working_bytes(compute: Compute, config: PreTrainedConfig, seqlen: int, *, do
     """
     tokens = compute.batch_size * seqlen
     width = 8 * config.hidden_size + 3 * config.intermediate_size
-    masks = compute.batch_size if documents_apart else 1 if getattr(config, "sliding_window", None) else 0
-    return tokens * width * max(4, compute.dtype.itemsize) + masks * seqlen * seqlen
+    sliding = getattr(config, "sliding_window", None)
+    masks = compute.batch_size if documents_apart else 1 if sliding else 0
+    # What is masked goes another way, and a window that reaches over all tokens masks nothing.
+    masked = documents_apart or (sliding and seqlen > sliding)
+    scores = 0 if masked else _score_bytes(compute, config, seqlen)
+    return tokens * width * max(4, compute.dtype.itemsize) + masks * seqlen * seqlen + scores
+
+
+def _score_bytes(compute: Compute, config: PreTrainedConfig, seqlen: int) -> int:
+    """What attention holds of the scores of all tokens beside all others; 0 where it goes through them in blocks.
+
+    On a GPU, torch's kernels that do so take keys and values of fewer heads than the queries in 16 bits alone. In
+    float32 it falls back on plain products: scores, a softmax of them, and what sees to rows without any score.
+    """
+    heads = config.num_attention_heads
+    if compute.device.type != "cuda" or compute.dtype.itemsize < 4 or config.num_key_value_heads == heads:
+        return 0
+    return 4 * compute.batch_size * heads * seqlen * seqlen * compute.dtype.itemsize
