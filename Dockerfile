@@ -27,8 +27,9 @@ COPY workflow_scripts workflow_scripts
 # Compiled once, since whoever runs it may not be allowed to write here.
 RUN python -m compileall -q lib
 
-# The user may be anybody (`docker run --user`), without a home of his own.
-ENV PYTHONPATH=/opt/mistral-prune-lora/lib HOME=/tmp
+# The user may be anybody (`docker run --user`), without a home and a name of his own: Python would look for the name in
+# a list that does not have him, and snakemake ends where there is none.
+ENV PYTHONPATH=/opt/mistral-prune-lora/lib HOME=/tmp USER=anybody
 WORKDIR /work
 ENTRYPOINT ["snakemake", "--snakefile", "/opt/mistral-prune-lora/Snakefile"]
 CMD ["--help"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,14 @@ def within(what: str, figure: float, bound: float, unit: str = "") -> Finding:
     return Finding(what, f"{figure:.3g}{unit}", f"at most {bound:g}{unit}", figure <= bound)
 
 
+def largest(figures: Iterable[float]) -> float:
+    """The largest of some numbers; NaN if one of them is, which `max` passes over wherever it is not the first."""
+    given = list(figures)
+    return math.nan if any(map(math.isnan, given)) else max(given)
+
+
 def same_bits(what: str, first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> Finding:
-    """That tensors by name are the same: names, dtypes, shapes, and every bit.
+    """That tensors by name are the same: names, dtypes, shapes, and every bit; nothing is not the same as nothing.
 
     Args:
         what: the row's words.
@@ -55,7 +62,7 @@ def same_bits(what: str, first: Mapping[str, torch.Tensor], second: Mapping[str,
             return Finding(what, f"{name} is of another dtype or shape", "the same bits", False)
         differ += _differing(one, other)
         total += one.numel()
-    return Finding(what, f"{differ} of {total} numbers differ", "the same bits", differ == 0)
+    return Finding(what, f"{differ} of {total} numbers differ", "the same bits", differ == 0 and total > 0)
 
 
 def deviation(found: torch.Tensor, wanted: torch.Tensor) -> float:

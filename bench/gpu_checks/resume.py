@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import mistral_prune_lora
-from gpu_checks.finding import Finding, deviation, same_bits, within
+from gpu_checks.finding import Finding, deviation, largest, same_bits, within
 from gpu_checks.setting import SIZES, Setting
 from gpu_checks.training import store_states, training_settings
 from mistral_prune_lora.distillation.prepare import TrainingData
@@ -104,7 +104,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def _away(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    return max(deviation(found[name], tensor) for name, tensor in wanted.items())
+    return largest(deviation(found[name], tensor) for name, tensor in wanted.items())
 
 
 def _train_until_killed(folder: str, device: str, size: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gpu_checks import plain
-from gpu_checks.finding import Finding, within
+from gpu_checks.finding import Finding, largest, within
 from gpu_checks.plain import Step
 from gpu_checks.setting import PROJECTIONS, Setting, exact_float32
 from mistral_prune_lora.distillation.adapted import AdaptedStudent
@@ -80,7 +80,7 @@ def _states(setting: Setting, dtype: str) -> Path:
 
 
 def _beside(name: str, ours: Step, theirs: Step) -> Iterator[Finding]:
-    away = max(abs(a - b) / abs(b) for a, b in zip(ours.loss, theirs.loss, strict=True))
+    away = largest(abs(a - b) / abs(b) for a, b in zip(ours.loss, theirs.loss, strict=True))
     words = "loss, divergence, cross-entropy"
     yield within(f"{name}: {words} of a step beside PEFT's in float32", away, LOSS_BOUND[name])
     fault = _fault(ours, theirs)

@@ -18,6 +18,7 @@ from gpu_checks.peak import Peak  # noqa: E402
 from gpu_checks.setting import SMALL, Setting  # noqa: E402
 
 BATTERY, ONLY = ROOT / "bench" / "gpu.py", ROOT / "tests" / "support" / "only_packages.py"
+NAME = "model.layers.0.mlp.up_proj.weight"
 PACKAGES = "torch,transformers,peft,safetensors,pandas,pyarrow,pytest"
 
 
@@ -84,6 +85,31 @@ def test_one_bit_of_a_merge_is_found(setting, monkeypatch):
     merged = plain.merged
     monkeypatch.setattr(plain, "merged", spoilt)
     assert failed(merge.check_merge(setting)) == ["merge of A beside PEFT's on this device"]
+
+
+def test_nan_that_both_merges_of_a_device_have_is_found(setting, monkeypatch):
+    def spoilt(folder):
+        tensors = read(folder)
+        if next(read_so_far):
+            tensors[NAME][0, 0] = float("nan")
+        return tensors
+
+    def theirs(*given):
+        tensors = merged(*given)
+        tensors[NAME][0, 0] = float("nan")
+        return tensors
+
+    read, merged, read_so_far = merge._tensors, plain.merged, iter([True, False])
+    monkeypatch.setattr(merge, "_tensors", spoilt)
+    monkeypatch.setattr(plain, "merged", theirs)
+    assert failed(merge.check_merge(setting)) == ["merge of A beside the CPU's"]
+
+
+def test_a_divergence_of_nan_is_found():
+    right, wrong = (plain.Step((1.0, divergence, 1.0), {"a": torch.ones(1)}) for divergence in (1.0, float("nan")))
+    assert failed(training._beside("fp32", wrong, right)) == [
+        "fp32: loss, divergence, cross-entropy of a step beside PEFT's in float32"
+    ]
 
 
 @pytest.mark.parametrize("check", [evaluation.check_float32, evaluation.check_bf16])
@@ -153,6 +179,7 @@ def test_a_check_that_ends_in_an_error_fails_and_the_others_run(monkeypatch, cap
 def test_the_same_bits_means_names_dtypes_shapes_and_signs_of_zero():
     zero = {"w": torch.zeros(3)}
     assert same_bits("", zero, {"w": torch.zeros(3)}).ok
+    assert same_bits("", {}, {}).ok is False
     for other in ({}, {"w": torch.zeros(4)}, {"w": torch.zeros(3, dtype=torch.int32)}, {"w": -torch.zeros(3)}):
         assert same_bits("", zero, other).ok is False
     assert deviation(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5

@@ -107,6 +107,7 @@ def test_a_token_counts_by_the_length_of_what_is_wanted_there(parts, tmp_path):
     told = json.loads((output / "closed_form.json").read_text())
     assert told["corrections"][0]["residual"] == pytest.approx(left(x / root, (d - s) / root, expected), rel=1e-6)
     assert told["settings"]["token_weights"] == "inverse_norm"
+    assert "was divided by the length of the state" in (output / "README.md").read_text()
     # And it is another one than where all count alike.
     assert (product(output, 2) - ridge_solution(x, d - s, 1e-6).T).abs().max() > 1e-3
 

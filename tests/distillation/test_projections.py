@@ -102,6 +102,35 @@ def test_dropout_is_drawn_in_training_alone():
     torch.testing.assert_close(step(ours.eval())[0], step(plain.eval())[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("way", ["disabled", "merged", "unloaded"])
+def test_peft_can_switch_an_adapter_off_merge_it_and_take_it_out(way):
+    def outcome(model):
+        ids = torch.arange(12).view(2, 6)
+        with torch.no_grad():
+            if way == "disabled":
+                with model.disable_adapter():
+                    return model(input_ids=ids).logits
+            model = model.merge_and_unload() if way == "unloaded" else model
+            if way == "merged":
+                model.merge_adapter()
+            return model(input_ids=ids).logits
+
+    plain, ours, _ = models()
+    torch.testing.assert_close(outcome(ours), outcome(plain), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_recomputed_activations_have_the_same_masks(dropout):
+    _, ours, _ = models(lora_dropout=dropout)
+    expected = step(ours)[1]
+    ours.zero_grad()
+    ours.activation_checkpointing_enable({"use_reentrant": False})
+    found = step(ours)[1]
+    assert any(getattr(module, "gradient_checkpointing", False) for module in ours.modules())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("function", [_Projection, _GatedProjection])
 def test_gradients_are_those_of_finite_differences(function, dropout):

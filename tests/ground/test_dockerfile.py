@@ -1,5 +1,6 @@
 """The Dockerfile, which no test builds: what it copies is there, and what it installs is pinned in requirements.txt."""
 
+import getpass
 import re
 import tomllib
 from pathlib import Path
@@ -56,6 +57,19 @@ def test_torch_comes_from_the_index_that_is_asked_for():
     assert sum(alone in value for _, value in instructions()) == 1
     text = (ROOT / "Dockerfile").read_text() + (ROOT / "docs/containers.md").read_text()
     assert all(re.fullmatch(r"cpu|cu\d{3}", index) for index in re.findall(r"download\.pytorch\.org/whl/(\w+)", text))
+
+
+def test_a_user_whom_nobody_knows_has_a_name_and_a_home(monkeypatch):
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (each.split("=", 1) for key, told in instructions() if key == "ENV" for each in told.split()):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert getpass.getuser()
+    assert Path.home() == Path("/tmp")
 
 
 def test_what_is_copied_is_there_and_not_ignored():

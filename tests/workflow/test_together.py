@@ -1,7 +1,12 @@
 """One adapter trained by several processes of a job, as a profile may ask for it."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pandas as pd
@@ -60,6 +65,43 @@ def test_what_cannot_be_started_is_refused(processes, environment, told, monkeyp
         monkeypatch.setenv(name, value)
     with pytest.raises(PipelineError, match=told):
         start_together(processes)
+
+
+def test_a_job_that_asks_for_nothing_works_alone_in_an_allocation_of_several_nodes(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    start_together(None)
+
+
+SAVES = """
+import os, pathlib, signal, sys, time
+from mistral_prune_lora.workflow.together import start_together
+start_together(2)
+here, rank = pathlib.Path(__file__).parent, os.environ["RANK"]
+def save(number, frame):
+    time.sleep(1)
+    (here / f"saved.{rank}").touch()
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+(here / f"ready.{rank}").touch()
+time.sleep(60)
+"""
+
+
+def test_who_asks_the_job_to_end_asks_its_processes_and_the_job_waits_for_them(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SAVES)
+    env = {name: value for name, value in os.environ.items() if name != "RANK"}
+    env |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "PYTHONPATH": str(ROOT / "lib")}
+    with subprocess.Popen([sys.executable, script], env=env, stderr=subprocess.DEVNULL) as job:
+        until = time.monotonic() + 100
+        while len(list(tmp_path.glob("ready.*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)
+        code = job.wait(60)
+        assert sorted(path.name for path in tmp_path.glob("saved.*")) == ["saved.0", "saved.1"]
+    assert code > 0
 
 
 def offered() -> dict:

@@ -48,7 +48,7 @@ tags:
 
 Computed by {package} {version} without training, for layers {layers} (original indices) of a model that was cut into a
 fast-starting part A and the restorable bundles B and C. What the missing layers did to the stream was regressed on what
-enters `down_proj` of the layers below, and the solution is this adapter.
+enters `down_proj` of the layers below, and the solution is this adapter. {counted}
 
 | layer | brings the stream to what enters layer | rank | ridge | left of what it lacked | on held-out tokens |
 |---|---|---|---|---|---|
@@ -62,6 +62,12 @@ Calibrated on:
 it with `python -m mistral_prune_lora.pruning.mistral_merge_adapter`, or load it with PEFT onto {base}.
 Its licence is that of the model it was made for.
 """
+
+_COUNTED = {
+    "inverse_norm": "A token's squared error, what is left of it below too, was divided by the length of the state that"
+    "\nwas wanted there.",
+    "equal": "All tokens counted alike.",
+}
 
 
 def write_closed_form(closed_form: ClosedForm, output_dir: str | Path, *, overwrite: bool = False) -> None:
@@ -150,6 +156,7 @@ def _card(about: Mapping, found: Sequence[Mapping]) -> str:
         package=package,
         version=version,
         layers=spans(each["layer"] for each in found),
+        counted=_COUNTED[about["settings"]["token_weights"]],
         rows="\n".join(rows),
         texts="\n".join(texts),
     )

@@ -56,11 +56,20 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _projection(module: Linear, x: torch.Tensor) -> torch.Tensor:
+    if _is_off(module):
+        return Linear.forward(module, x)
     return _Projection.apply(x, *_operands(module))
 
 
 def _gated_mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    if _is_off(mlp.down_proj):
+        return type(mlp).forward(mlp, x)
     return _GatedProjection.apply(mlp.gate_proj(x), mlp.up_proj(x), *_operands(mlp.down_proj))
+
+
+def _is_off(module: nn.Module) -> bool:
+    """Whether PEFT's own code is to run: the adapter is switched off, is in the weight already, or was taken out."""
+    return not isinstance(module, Linear) or module.disable_adapters or module.merged
 
 
 def _operands(module: Linear) -> tuple[Any, ...]:

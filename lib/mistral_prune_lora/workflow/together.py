@@ -7,6 +7,7 @@ update's forward passes. Imports no torch, since the process that starts the oth
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,13 +15,14 @@ from collections.abc import Mapping
 from mistral_prune_lora.errors import PipelineError
 
 _PORTS = 20_000, 10_000  # the first, and how many: jobs that share a node meet at different ones
+_LAST_UPDATE = 600  # seconds that torchrun leaves those it has asked to end; its own 30 are less than a large update
 
 
 def start_together(processes: int | None, mpi: str | None = None) -> None:
     """Run this process's own script in several and end with their exit code; return where it is to work itself.
 
-    It works itself where nothing asks for more than one process, and in each of those that were started. The script is
-    the file that Snakemake made for the job, which all nodes must see.
+    It works itself where nothing asks for more than one process, however many nodes it may use, and in each of those
+    that were started. The script is the file that Snakemake made for the job, which all nodes must see.
 
     Args:
         processes: how many on each node; None is one.
@@ -31,7 +33,7 @@ def start_together(processes: int | None, mpi: str | None = None) -> None:
             starts processes there.
     """
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    if "RANK" in os.environ or (processes or 1) * nodes == 1:
+    if "RANK" in os.environ or not (processes or mpi) or (processes or 1) * nodes == 1:
         return
     if "SLURM_JOB_ID" not in os.environ:
         told = "several processes for a job are for Slurm, which gives it GPUs of its own"
@@ -40,9 +42,22 @@ def start_together(processes: int | None, mpi: str | None = None) -> None:
         told = f"the job has {nodes} nodes, and nothing starts processes on them"
         raise PipelineError(told, where="resources", mend="set mpi to srun, or nodes to 1")
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes or 1}"]
+    command += [f"--shutdown_timeout={_LAST_UPDATE}"]
     command += ["--standalone"] if nodes == 1 else _meeting(nodes)
     by_node = [*mpi.split(), f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"] if mpi else []
-    sys.exit(subprocess.run([*by_node, *command, sys.argv[0]]).returncode)
+    sys.exit(_exit_code([*by_node, *command, sys.argv[0]]))
+
+
+def _exit_code(command: list[str]) -> int:
+    """Run a command to its end; whoever asks this process to end asks the command, which then saves what it has.
+
+    Its session is its own: what a terminal or Slurm tells a whole group of processes reaches it once, from here.
+    """
+    with subprocess.Popen(command, start_new_session=True) as started:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: started.send_signal(number))
+        code = started.wait()
+    return code if code >= 0 else 128 - code
 
 
 def _meeting(nodes: int) -> list[str]:
