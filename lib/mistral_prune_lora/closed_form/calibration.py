@@ -23,8 +23,6 @@ from mistral_prune_lora.streaming.faults import layers_blamed
 from mistral_prune_lora.streaming.passage import Boundary, Origin, Passage
 from mistral_prune_lora.streaming.run import run_batches, run_to_file
 
-_LEAST_SQUARE = 1e-30
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -112,7 +110,8 @@ class _Regressed:
         lacking = wanted - hidden.double()
         if self._by_norm:
             # The square root: a squared error is divided by the norm. A state of zeros is no token's.
-            shares = wanted.square().mean(-1, keepdim=True).clamp_(min=_LEAST_SQUARE).pow_(-0.25)
+            square = wanted.square().mean(-1, keepdim=True)
+            shares = square.pow(-0.25).masked_fill_(square == 0, 0.0)
             features, lacking = features.double() * shares, lacking.mul_(shares)
         if not self._sums:
             count = 1 + bool(self._text.held_out)
