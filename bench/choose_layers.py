@@ -190,7 +190,7 @@ def markdown(table: pd.DataFrame, healed: pd.DataFrame | None) -> str:
     }
     targets = {"kl_dense": "KL"}
     if healed is not None:
-        healed = healed[["dropped", "closed_form", "kl_dense"]].rename(columns={"kl_dense": "trained"})
+        healed = healed.reindex(columns=["dropped", "closed_form", "kl_dense"]).rename(columns={"kl_dense": "trained"})
         rows, targets = rows.merge(healed, how="left"), targets | {"closed_form": "closed form", "trained": "trained"}
         columns |= targets
     shown = rows[list(columns)].rename(columns=columns)
@@ -200,6 +200,8 @@ def markdown(table: pd.DataFrame, healed: pd.DataFrame | None) -> str:
     rankings = {"ppl": "PPL", "angular_distance": "angular distance", "block_influence": "block influence"}
     for target, words in targets.items():
         known = rows.dropna(subset=target)
+        if known.empty:
+            continue
         lines += ["", f"| ranking | Spearman with KL{f', {words},' * (target != 'kl_dense')} of {len(known)} blocks"]
         lines[-1] += " | picks of them | above the best |"
         lines.append("|---|---|---|---|")
