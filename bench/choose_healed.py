@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from closed_form import scored
 from distillation_losses import LOSSES, Bench
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
@@ -26,12 +27,12 @@ from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormS
 from mistral_prune_lora.closed_form.solve import ClosedForm
 from mistral_prune_lora.distillation.student import Student
 from mistral_prune_lora.errors import reports_errors
-from mistral_prune_lora.evaluation.scoring import DenseAnswers, Scoring
+from mistral_prune_lora.evaluation.scoring import DenseAnswers
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.passage import Passage
-from mistral_prune_lora.streaming.run import run_layers, run_to_file
+from mistral_prune_lora.streaming.run import run_to_file
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import Windows, make_windows
 
@@ -95,12 +96,7 @@ class Healer:
         model = open_checkpoint(pruned)
         sources = [LayerSource(index, model, by_layer.get(index, ())) for index in model.layers]
         passage = Passage(model, self._measured, self._compute)
-        origin = passage.origin(None)
-        record = origin.record.after(sources, self._compute)
-        with Scoring(passage, self._folder / "journal", record, "closed form", dense=self._answers) as scoring:
-            run_layers(passage, origin, sources, scoring)
-            scores = scoring.finish()
-            scoring.forget()
+        scores = scored(passage, passage.origin(None), sources, self._answers, self._folder / "journal")
         return float(scores.kl.mean()) / (SEQLEN - 1)
 
     def trained(self, pruned: Path) -> float:

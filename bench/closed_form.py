@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -40,9 +41,9 @@ from mistral_prune_lora.errors import reports_errors
 from mistral_prune_lora.evaluation.scoring import DenseAnswers, Scoring
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.pruning.cut import prune_model
-from mistral_prune_lora.results.statistics import summarise
+from mistral_prune_lora.results.statistics import WindowScores, summarise
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
-from mistral_prune_lora.streaming.passage import Passage
+from mistral_prune_lora.streaming.passage import Origin, Passage
 from mistral_prune_lora.streaming.run import run_layers, run_to_file
 from mistral_prune_lora.text.sources import load_text
 from mistral_prune_lora.text.windows import Windows, make_windows, windows_between
@@ -117,14 +118,23 @@ class Bench:
         for name, windows in self._measured.items():
             passage = Passage(model, windows, self._compute)
             origin = passage.origin(self._folder / f"{name}.below")
-            record = origin.record.after(sources, self._compute)
             answers = DenseAnswers(self._dense, self._folder / f"{name}.final")
-            with Scoring(passage, self._folder / "journal", record, name, dense=answers) as scoring:
-                run_layers(passage, origin, sources, scoring)
-                told = summarise(scoring.finish(), predicted_per_window=SEQLEN - 1, tokens_per_byte=None)
-                scoring.forget()
+            scores = scored(passage, origin, sources, answers, self._folder / "journal")
+            told = summarise(scores, predicted_per_window=SEQLEN - 1, tokens_per_byte=None)
             found |= {f"{name}_kl": told["kl_dense"], f"{name}_ppl": told["ppl"]}
         return found
+
+
+def scored(
+    passage: Passage, origin: Origin, sources: Sequence[LayerSource], answers: DenseAnswers, journal: Path
+) -> WindowScores:
+    """The scores of windows that go through the last layers of a model; nothing is left at `journal`."""
+    record = origin.record.after(sources, passage.compute)
+    with Scoring(passage, journal, record, "measure", dense=answers) as scoring:
+        run_layers(passage, origin, sources, scoring)
+        scores = scoring.finish()
+        scoring.forget()
+    return scores
 
 
 def calibration(windows: Windows, start: int = 0) -> CalibrationText:

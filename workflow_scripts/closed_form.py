@@ -1,3 +1,4 @@
+from dataclasses import fields
 from pathlib import Path
 
 from mistral_prune_lora.quick_imports import quick_imports
@@ -26,7 +27,7 @@ with job(snakemake.log[0]):
         Student(folder(files.student), tuple(folders(files.bundles))),
         folder(files.dense),
         texts,
-        ClosedFormSettings(**{name: settings[name] for name in ("rank", "ridge", "layers_behind", "token_weights")}),
+        ClosedFormSettings(**{each.name: settings[each.name] for each in fields(ClosedFormSettings)}),
         Compute.named(given.device, settings["dtype"], settings["batch_size"], given.memory_bytes),
     )
     write_closed_form(closed_form, Path(snakemake.output.record).parent, overwrite=True)

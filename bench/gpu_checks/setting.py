@@ -15,12 +15,11 @@ from safetensors.torch import save_file
 from transformers import MistralConfig
 
 from mistral_prune_lora.checkpoints.tokenizer import tokenizer_identity
+from mistral_prune_lora.distillation.settings import PROJECTIONS
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.architecture import empty_layer
 from mistral_prune_lora.pruning.cut import prune_model
 from mistral_prune_lora.text.windows import Windows, WindowsIdentity, ids_digest
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

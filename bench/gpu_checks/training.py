@@ -10,7 +10,7 @@ import torch
 from gpu_checks import plain
 from gpu_checks.finding import Finding, largest, within
 from gpu_checks.plain import Step
-from gpu_checks.setting import PROJECTIONS, Setting, exact_float32
+from gpu_checks.setting import Setting, exact_float32
 from mistral_prune_lora.distillation.adapted import AdaptedStudent
 from mistral_prune_lora.distillation.batches import Shelf
 from mistral_prune_lora.distillation.curve import COLUMNS, HELD_OUT_COLUMNS, Table
@@ -64,7 +64,7 @@ def plain_step(setting: Setting) -> Step:
 
 def training_settings(setting: Setting, steps: int) -> TrainingSettings:
     """A training of so many updates."""
-    lora = LoraSettings(setting.size.rank, 2 * setting.size.rank, target_modules=PROJECTIONS)
+    lora = LoraSettings(setting.size.rank, 2 * setting.size.rank)
     return TrainingSettings(lora, LOSS, OptimiserSettings(steps, BATCH, 1, 1e-3, 1))
 
 

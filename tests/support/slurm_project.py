@@ -58,18 +58,18 @@ class Running:
 
     def until(self, found: Callable[[], object]) -> object:
         """Wait until something is so, and return it; the run must not end before."""
-        end = time.monotonic() + PATIENCE
-        while not (result := found()):
-            assert not self.over and time.monotonic() < end, self.printed[-8000:]
-            time.sleep(0.3)
-        return result
+        return self._wait(found, lambda: not self.over)
 
     def after(self, found: Callable[[], object]) -> None:
         """Wait until something is so that goes on without it."""
+        self._wait(found, lambda: True)
+
+    def _wait(self, found: Callable[[], object], may_come: Callable[[], bool]) -> object:
         end = time.monotonic() + PATIENCE
-        while not found():
-            assert time.monotonic() < end, self.printed[-8000:]
+        while not (result := found()):
+            assert may_come() and time.monotonic() < end, self.printed[-8000:]
             time.sleep(0.3)
+        return result
 
     def end(self, *, succeeds: bool = True) -> str:
         """Wait for its end and return what it printed."""

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from mistral_prune_lora.argument_types import not_negative, positive, positive_number, size_in_bytes
+from mistral_prune_lora.closed_form.settings import TOKEN_WEIGHTS, CalibrationText, ClosedFormSettings
 from mistral_prune_lora.errors import PipelineError, reports_errors
 from mistral_prune_lora.quick_imports import quick_imports
 
@@ -58,9 +59,9 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--rank", type=positive, metavar="N", help="of the adapter (default: as large as it can be)")
     fit.add_argument("--ridge", type=positive_number, metavar="X",
         help="as a multiple of the mean square of a feature (default: by held-out windows)")  # fmt: skip
-    fit.add_argument("--layers_behind", type=not_negative, default=0, metavar="N",
+    fit.add_argument("--layers_behind", type=not_negative, default=ClosedFormSettings.layers_behind, metavar="N",
         help="correct so many layers behind each cut, too (default: %(default)s)")  # fmt: skip
-    fit.add_argument("--token_weights", choices=("inverse_norm", "equal"), default="inverse_norm",
+    fit.add_argument("--token_weights", choices=TOKEN_WEIGHTS, default=ClosedFormSettings.token_weights,
         help="divide a token's squared error by the length of what is wanted there, or do not"
         " (default: %(default)s)")  # fmt: skip
     run = p.add_argument_group("machine")
@@ -85,7 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     with quick_imports():
         from mistral_prune_lora.checkpoints.model_place import model_directory
         from mistral_prune_lora.checkpoints.tokenizer import load_tokenizer
-        from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormSettings
         from mistral_prune_lora.closed_form.solve import ClosedForm
         from mistral_prune_lora.closed_form.written import RECORD, write_closed_form
         from mistral_prune_lora.distillation.student import Student

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mistral_prune_lora.errors import PipelineError
-from mistral_prune_lora.text.windows import Windows
+
+if TYPE_CHECKING:
+    from mistral_prune_lora.text.windows import Windows
 
 TOKEN_WEIGHTS = ("inverse_norm", "equal")
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+from mistral_prune_lora.distillation import schedule
 from mistral_prune_lora.errors import PipelineError
 
 _PORTS = 20_000, 10_000  # the first, and how many: jobs that share a node meet at different ones
@@ -85,7 +86,7 @@ def shared_settings(settings: Mapping) -> dict:
     Raises:
         PipelineError: they cannot be divided so.
     """
-    processes, optimiser = int(os.environ.get("WORLD_SIZE", "1")), settings["optimiser"]
+    processes, optimiser = schedule.processes(), settings["optimiser"]
     passes, rest = divmod(optimiser["gradient_accumulation"], processes)
     if rest:
         told = f"{optimiser['gradient_accumulation']} forward passes cannot be shared by {processes} processes"
