@@ -59,7 +59,7 @@ def instead(words: tuple[str, ...], **changes: str) -> tuple[str, ...]:
 DEEDS = (
     Deed("merge A", merge, MERGE_A, instead(MERGE_A, adapter_path="adapters/A_lora")),
     Deed("merge B", merge, MERGE_B, instead(MERGE_B, adapter_paths="adapters/B_lora")),
-    Deed("train", train, TRAIN, instead(TRAIN, steps="2")),
+    Deed("train", train, TRAIN, instead(TRAIN, steps="2"), works_in=("made.unfinished",)),
     Deed("prune", prune, PRUNE, instead(PRUNE, b_layers="2 3", c_layers="4 5"), (("bundles/B", "bundles/C", "A"),)),
     Deed("evaluate", evaluate, EVALUATE, instead(EVALUATE, nsamples="3"), (("made.json",), ("made.csv",)), ("work",)),
     Deed("export", export, EXPORT, instead(EXPORT, stage="AB")),

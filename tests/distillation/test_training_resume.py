@@ -198,6 +198,23 @@ def test_a_full_disk_keeps_the_former_state_and_ends_no_training(parts, undistur
     assert content(tmp_path / "adapter") == undisturbed[0]
 
 
+@pytest.mark.parametrize(("at", "rows"), [("run", None), ("_tell", 1)])
+def test_what_fails_before_a_state_leaves_a_curve_with_rows_or_nothing(parts, tmp_path, monkeypatch, at, rows):
+    from mistral_prune_lora.distillation import loop
+
+    def failing(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop.Loop, at, failing)
+    beside, one_pass = tmp_path / "adapter.unfinished", OptimiserSettings(3, 1, 2)
+    with pytest.raises(PipelineError, match="No space left"):
+        train_job("B", **job(parts, tmp_path / "adapter", optimiser=one_pass, held_out_windows=None))
+    if rows is None:
+        assert not beside.exists()
+    else:
+        assert len((beside / "training.csv").read_text().splitlines()) == 1 + rows
+
+
 def test_no_byte_depends_on_the_process(parts, undisturbed, tmp_path):
     """Sets of names have another order in another process; those that are forked here share one."""
     torch.set_num_threads(1)

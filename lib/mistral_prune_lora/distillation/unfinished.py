@@ -91,7 +91,7 @@ class Unfinished:
         try:
             yield
         finally:
-            self._remove_if_empty()
+            self._remove_if_idle()
             os.close(lock)
 
     def save(self, state: State) -> None:
@@ -133,10 +133,15 @@ class Unfinished:
             return None
         return State(step, tensors, facts)
 
-    def _remove_if_empty(self) -> None:
-        """Delete it if there is nothing to go on from: what was wrong came before the first update."""
-        if self.path.is_dir() and not self.file(CURVE).exists() and os.listdir(self.path) == [_LOCK]:
-            self.remove()
+    def _remove_if_idle(self) -> None:
+        """Delete it if nothing was done there: what was wrong came before the first update.
+
+        A curve with rows stays though no state was saved: it tells how a training came to its end.
+        """
+        if self.path.is_dir() and {*os.listdir(self.path)} <= {_LOCK, CURVE, HELD_OUT}:
+            curves = [self.file(name) for name in (CURVE, HELD_OUT) if self.file(name).exists()]
+            if not any(len(curve.read_bytes().splitlines()) > 1 for curve in curves):
+                self.remove()
 
     def remove(self) -> None:
         """Delete it: the adapter is in its place."""
