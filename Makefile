@@ -2,18 +2,25 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+FOR_TESTS := $(VENV)/.installed-for-tests
+# Python compiles what it imports; to compile all of what is installed takes longer than to install it.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup run test test-gpu test-cluster attack test-consumers lint format clean
 
-setup: $(STAMP)
+setup: $(FOR_TESTS)
 
-$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+$(INSTALLED): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --editable .
 	touch $@
 
-run: setup
+$(FOR_TESTS): $(INSTALLED) requirements-dev.txt
+	$(PIP) --requirement requirements-dev.txt
+	touch $@
+
+run: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all
 
 # A process a core; the tests of one file stay together, since they share what is expensive to make.

@@ -10,6 +10,7 @@ from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
 from snakemake.io import checkpoint_target
 
 from mistral_prune_lora.errors import PipelineError
+from mistral_prune_lora.gpus import batch_job, has_gpus
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.provenance import file_sha256
 from mistral_prune_lora.storage.json_file import read_json
@@ -43,9 +44,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTENT = Content(".snakemake/mistral_prune_lora/content.json")
 CODE = Code(".snakemake/mistral_prune_lora/code.json")
 SHARDS = Sharding(".snakemake/mistral_prune_lora/shards.json", decides=workflow.is_main_process)
-# What --cores gives on one machine. On a cluster nothing is given; a job that has a GPU needs few, and every node has two.
-COMPUTE_THREADS = workflow.resource_settings.cores or 2
-STREAM_THREADS = min(4, COMPUTE_THREADS)
 
 
 def checked_config():
@@ -84,6 +82,14 @@ except PipelineError as error:
     sys.exit(f"error: {error}")
 CONTENT.keep()
 EXPERIMENTS = PLAN.experiments
+# What --cores gives on one machine. On a cluster nothing is given; a job that has a GPU needs few, and every node has two.
+CORES = workflow.resource_settings.cores or 2
+COMPUTE_THREADS = min(CONFIG["threads"] or CORES, CORES)
+STREAM_THREADS = min(4, COMPUTE_THREADS)
+# Of the jobs that could run, those of healing go first, then states that others start from; nothing waits for a score.
+HEALS, FEEDS_OTHERS = 20, 10
+# On one machine without a GPU, nothing is to be shared out, and jobs run side by side as far as their threads allow.
+GPUS = has_gpus() or not workflow.local_exec or batch_job() is not None
 
 
 def of_config():
@@ -162,7 +168,7 @@ def granted(needed):
     return {
         "mem_mb": lambda wildcards, attempt: scaled(needed(wildcards).mem_mb, attempt),
         "runtime": lambda wildcards, attempt: scaled(needed(wildcards).runtime, attempt),
-        "gpu": lambda wildcards: needed(wildcards).gpu,
+        "gpu": lambda wildcards: needed(wildcards).gpu if GPUS else 0,
     }
 
 

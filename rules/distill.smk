@@ -15,6 +15,7 @@ rule teacher_states:
         "logs/teacher_states/{made}.log",
     benchmark:
         "benchmarks/teacher_states/{made}.tsv"
+    priority: FEEDS_OTHERS
     conda:
         "../envs/torch.yaml"
     threads: threads_of(lambda: rules.teacher_states)
@@ -51,6 +52,7 @@ rule prefix_states:
         "logs/prefix_states/{made}.log",
     benchmark:
         "benchmarks/prefix_states/{made}.tsv"
+    priority: FEEDS_OTHERS
     conda:
         "../envs/torch.yaml"
     threads: threads_of(lambda: rules.prefix_states)
@@ -80,6 +82,7 @@ checkpoint closed_form:
         bundles=lambda wildcards: depends(*PLAN.closed_forms[wildcards.made].bundles),
         dense=lambda wildcards: depends(PLAN.closed_forms[wildcards.made].model),
         windows=lambda wildcards: depends(*(cut.source for cut, _ in PLAN.closed_forms[wildcards.made].texts)),
+        stations=lambda wildcards: stations_of(wildcards.made),
     output:
         adapter=expand("results/shared/adapters/{{made}}/{file}", file=ClosedForm.names[:-1]),
         record="results/shared/adapters/{made}/closed_form.json",
@@ -89,6 +92,7 @@ checkpoint closed_form:
         "benchmarks/closed_form/{made}.tsv"
     wildcard_constraints:
         made=names(PLAN.closed_forms),
+    priority: HEALS
     conda:
         "../envs/torch.yaml"
     threads: COMPUTE_THREADS
@@ -129,6 +133,7 @@ for rule_name, trainings in by_rule(PLAN.trainings):
             "benchmarks/train_adapter/{made}.tsv"
         wildcard_constraints:
             made=names(training.name for training in trainings),
+        priority: HEALS
         conda:
             "../envs/torch.yaml"
         threads: COMPUTE_THREADS

@@ -24,6 +24,7 @@ for rule_name, merges in by_rule(PLAN.merges):
             "benchmarks/merge/{made}.tsv"
         wildcard_constraints:
             made=names(merge.name for merge in merges),
+        priority: HEALS
         conda:
             "../envs/torch.yaml"
         threads: STREAM_THREADS

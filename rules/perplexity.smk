@@ -24,6 +24,7 @@ rule segment:
         "benchmarks/segment/{made}.tsv"
     wildcard_constraints:
         made=names(PLAN.segments),
+    priority: FEEDS_OTHERS
     conda:
         "../envs/torch.yaml"
     threads: threads_of(lambda: rules.segment)

@@ -17,7 +17,8 @@ with quick_imports():
 files, settings, resources = snakemake.input, snakemake.params.settings, snakemake.resources
 with job(snakemake.log[0]):
     given = granted(snakemake.threads, resources.get("gpu"), resources.get("mem_mb"))
-    records = [files.windows] if isinstance(files.windows, str) else files.windows
+    # A single file is no list of files.
+    records, stations = ([each] if isinstance(each, str) else each for each in (files.windows, files.stations))
     texts = [
         CalibrationText(Windows.load(windows_file(record)), settings["held_out"], weight)
         for record, weight in zip(records, snakemake.params.weights, strict=True)
@@ -29,5 +30,6 @@ with job(snakemake.log[0]):
         texts,
         ClosedFormSettings(**{each.name: settings[each.name] for each in fields(ClosedFormSettings)}),
         Compute.named(given.device, settings["dtype"], settings["batch_size"], given.memory_bytes),
+        [stations[n :: len(texts)] for n in range(len(texts))],
     )
     write_closed_form(closed_form, Path(snakemake.output.record).parent, overwrite=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mistral_prune_lora.errors import DeviceError
-from mistral_prune_lora.gpus import own_gpu
+from mistral_prune_lora.gpus import batch_job, own_gpu
 
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
 _PROCESS_BYTES = 800_000_000  # Python with torch and transformers imported, and their buffers
@@ -83,14 +83,6 @@ def granted(threads: int, gpus: int | None, mem_mb: int | None) -> Granted:
 def use_threads(count: int) -> None:
     """Let torch compute with so many threads, whatever OMP_NUM_THREADS says."""
     torch.set_num_threads(count)
-
-
-def batch_job() -> str | None:
-    """The job of a cluster that this process runs in, as "SLURM_JOB_ID 4711"; None outside of any."""
-    # JOB_ID alone may be anybody's; Grid Engine sets it beside names of its own.
-    names = ["SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"]
-    names += ["JOB_ID"] if any(name.startswith("SGE_") for name in os.environ) else []
-    return next((f"{name} {os.environ[name]}" for name in names if os.environ.get(name)), None)
 
 
 def _say_without_gpu(threads: int) -> None:

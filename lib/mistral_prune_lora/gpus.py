@@ -1,4 +1,4 @@
-"""Which of a machine's GPUs is this job's: one that no other job of the same user computes on.
+"""Whether a machine has GPUs, and which of them is this job's: one that no other job of the same user computes on.
 
 A job holds a lock (flock) on a file that stands for its GPU for as long as it lives. The kernel takes the lock away
 however the job ends, by a kill too, so nothing is ever left to be cleaned up. The files lie in the machine's own
@@ -21,7 +21,22 @@ from pathlib import Path
 from mistral_prune_lora.errors import DeviceError, printable
 
 _LOOK_AGAIN = 1.0  # seconds
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _held: list[int] = []  # descriptors, open until the process ends
+
+
+def has_gpus() -> bool:
+    """Whether a GPU's driver is there, NVIDIA's or AMD's, in Windows' Linux too; torch, which is slow to load, is not
+    asked, and may be unable to use it."""
+    return any(map(os.path.exists, _DRIVERS))
+
+
+def batch_job() -> str | None:
+    """The job of a cluster that this process runs in, as "SLURM_JOB_ID 4711"; None outside of any."""
+    # JOB_ID alone may be anybody's; Grid Engine sets it beside names of its own.
+    names = ["SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"]
+    names += ["JOB_ID"] if any(name.startswith("SGE_") for name in os.environ) else []
+    return next((f"{name} {os.environ[name]}" for name in names if os.environ.get(name)), None)
 
 
 def own_gpu(count: int) -> int:

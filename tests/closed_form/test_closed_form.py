@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import save_tokenizer
 from transformers import AutoModelForCausalLM
 
+from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
 from mistral_prune_lora.closed_form import calibration, solve
 from mistral_prune_lora.closed_form.places import Place, correction_places
 from mistral_prune_lora.closed_form.settings import CalibrationText, ClosedFormSettings
@@ -20,7 +21,9 @@ from mistral_prune_lora.errors import DataError, LayoutError, PipelineError
 from mistral_prune_lora.layout.partition import Layout
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.pruning.mistral_merge_adapter import main as merge
-from mistral_prune_lora.streaming.compute import Compute
+from mistral_prune_lora.streaming.compute import Compute, LayerSource
+from mistral_prune_lora.streaming.passage import Passage
+from mistral_prune_lora.streaming.run import run_to_file
 
 LAYOUT = Layout(8, (3, 4), (5, 6))
 SEQLEN = 32
@@ -34,11 +37,11 @@ def parts(tmp_path_factory):
     return dense, *cut(dense, LAYOUT, folder, torch.float32)
 
 
-def compute_adapter(parts, output, windows=None, part="A", bundles=(), held_out=0, dtype="fp32", **settings):
+def compute_adapter(parts, output, windows=None, part="A", bundles=(), held_out=0, dtype="fp32", given=(), **settings):
     texts = [CalibrationText(each, held_out) for each in windows or [random_windows(12, SEQLEN)]]
     wanted = ClosedFormSettings(**{"ridge": 1e-6, "token_weights": "equal", **settings})
     compute = Compute.named("cpu", dtype, 4)
-    closed_form = solve.ClosedForm(part, Student(parts[1], bundles), parts[0], texts, wanted, compute)
+    closed_form = solve.ClosedForm(part, Student(parts[1], bundles), parts[0], texts, wanted, compute, given)
     write_closed_form(closed_form, output)
     return output
 
@@ -242,6 +245,28 @@ def test_a_killed_calibration_goes_on_from_its_passes(parts, tmp_path, monkeypat
     assert (again / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_states_that_others_made_of_the_way_are_gone_on_from(parts, tmp_path, monkeypatch):
+    windows, compute, runs = random_windows(12, SEQLEN), Compute.named("cpu", "fp32", 4), []
+
+    def states(folder, layers, of=windows):
+        model, file = open_checkpoint(folder), tmp_path / f"{folder.name}-{layers}-{len(of)}.safetensors"
+        passage = Passage(model, of, compute)
+        run_to_file(passage, passage.origin(None), [LayerSource(index, model) for index in range(layers)], file)
+        return file
+
+    other = save_dense(tmp_path / "other", dtype=torch.float32, seed=1)
+    foreign = [states(other, 2), states(parts[0], 2, random_windows(11, SEQLEN))]
+    ways = {"none": [], "all": [states(parts[0], 2), states(parts[0], 7)], "other": foreign}
+    once, found = calibration.run_to_file, {}
+    monkeypatch.setattr(calibration, "run_to_file", lambda *given: (runs.append(len(given[2])), once(*given)))
+    for name, files in ways.items():
+        runs.append(name)
+        output = compute_adapter(parts, tmp_path / f"from {name}", [windows], given=[files])
+        found[name] = (output / "adapter_model.safetensors").read_bytes()
+    assert runs == ["none", 2, 5, "all", "other", 2, 5], "those of other weights or windows are left alone"
+    assert len(set(found.values())) == 1
 
 
 def test_what_cannot_be_is_refused(parts, tmp_path):

@@ -30,6 +30,11 @@ def computed(project):
 def test_closed_forms_are_merged_started_from_and_made_again(computed):
     jobs = computed.jobs()
     assert (jobs["closed_form"], jobs["train_adapter"], jobs["merge_A"]) == (2, 1, 1)
+    made = {file.name.split("-")[0] for file in (computed.folder / "results/shared/activations").iterdir()}
+    assert {"dense000", "dense002", "dense004"} <= made, "what enters layers 2, 4 and 5 of the dense model"
+    logs = {path.name[0]: path.read_text() for path in (computed.folder / "logs/closed_form").glob("*.log")}
+    assert "layers 0" not in logs["A"], "what lies before the corrected layer is the dense model's"
+    assert "layers 0-3" in logs["B"], "B's way leads through the merged A"
     told = json.loads(computed.path("adapters/A_lora/closed_form.json").read_text())
     assert [place["layer"] for place in told["corrections"]] == [2]
     started = json.loads(computed.path("adapters/B_lora/training.json").read_text())["start"]
@@ -40,6 +45,12 @@ def test_closed_forms_are_merged_started_from_and_made_again(computed):
     computed.config["experiments"]["tiny"]["distill"]["seed"] = 1
     planned = computed.planned()
     assert planned["train_adapter"] == 1 and not {"closed_form", "merge_A"} & planned.keys()
+
+    # Another rank goes on from what the dense model came to.
+    computed.config["experiments"]["tiny"]["closed_form"]["rank"] = 3
+    planned = computed.planned()
+    assert planned["closed_form"] == 2 and "windows" not in planned
+    assert planned["segment"] == 2, "those of the merged stages"
 
 
 def the_merged_a_is_what_transformers_measures(project) -> None:

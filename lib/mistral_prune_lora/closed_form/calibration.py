@@ -1,13 +1,15 @@
 """The passes that a calibration makes: to what enters a corrected layer, to what is wanted behind it, and its moments.
 
 Runs of equal layers are made once: boundary activations are named by everything that they depend on, so the student's
-way is the dense model's as far as their layers agree, and a calibration that was killed goes on from what is there.
+way is the dense model's as far as their layers agree, and a calibration that was killed goes on from what is there, or
+from what somebody else has made of the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,11 +18,12 @@ from mistral_prune_lora.closed_form.correction import FeatureTap
 from mistral_prune_lora.closed_form.regression import Moments, Sums
 from mistral_prune_lora.closed_form.settings import CalibrationText
 from mistral_prune_lora.console import progress
-from mistral_prune_lora.storage.activations import open_finished
+from mistral_prune_lora.storage.activations import ActivationReader, open_finished
 from mistral_prune_lora.streaming.backbone import Backbone
 from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.faults import layers_blamed
 from mistral_prune_lora.streaming.passage import Boundary, Origin, Passage
+from mistral_prune_lora.streaming.record import RunRecord
 from mistral_prune_lora.streaming.run import run_batches, run_to_file
 
 
@@ -32,12 +35,14 @@ class Calibration:
         text: its windows.
         student, dense: the passages; equal windows and arithmetic.
         folder: where boundary activations go, hidden.
+        given: files of boundary activations to go on from where they lie on the way; others are left alone.
     """
 
     text: CalibrationText
     student: Passage
     dense: Passage
     folder: Path
+    given: Sequence[str | Path] = ()
 
     def entering(self, sources: Sequence[LayerSource]) -> Origin:
         """What leaves the student's first layers; the token ids if there are none."""
@@ -79,16 +84,27 @@ class Calibration:
         records = [start.record]
         for source in sources:
             records.append(records[-1].after([source], passage.compute))
-        files = [self.folder / f".{record.sha256[:24]}.safetensors" for record in records]
-        done = next(
-            (n for n in range(len(sources), 0, -1) if open_finished(files[n], records[n].content())), 0
-        )  # fmt: skip
-        if done:
-            start = Boundary(passage, files[done])
-        if done < len(sources):
-            run_to_file(passage, start, sources[done:], files[-1])
-            start = Boundary(passage, files[-1])
+        last = self.folder / f".{records[-1].sha256[:24]}.safetensors"
+        for n in range(len(sources), 0, -1):
+            if there := self._there(records[n]):
+                start, sources = Boundary(passage, there), sources[n:]
+                break
+        if sources:
+            run_to_file(passage, start, sources, last)
+            start = Boundary(passage, last)
         return start
+
+    def _there(self, record: RunRecord) -> str | Path | None:
+        """The file that holds what a run comes to: an own one, or a given one."""
+        own = self.folder / f".{record.sha256[:24]}.safetensors"
+        if open_finished(own, record.content()):
+            return own
+        found = (path for path, run in self._given if record.other_than(run) is None)
+        return next(found, None)
+
+    @cached_property
+    def _given(self) -> list[tuple[str | Path, RunRecord]]:
+        return [(path, RunRecord.parse(ActivationReader(path).run, path)) for path in self.given]
 
 
 class _Regressed:

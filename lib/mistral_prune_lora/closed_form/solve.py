@@ -36,6 +36,8 @@ class ClosedForm:
         texts: what to calibrate on.
         settings: rank, ridge, places.
         compute: device, dtype, batch size, memory.
+        given: of each text, files of boundary activations that others have made of its windows; what they hold of the
+            student's or the dense model's way is not run again.
 
     Raises:
         LayoutError, CheckpointError: the student or a bundle is not what the part needs; nothing is cut away.
@@ -48,6 +50,7 @@ class ClosedForm:
     texts: Sequence[CalibrationText]
     settings: ClosedFormSettings
     compute: Compute
+    given: Sequence[Sequence[str | Path]] = ()
 
     def __post_init__(self) -> None:
         _ = self.places  # from headers alone
@@ -100,9 +103,9 @@ class ClosedForm:
         own = next(source for source in sources if source.index == place.layer)
         dense = [LayerSource(index, self._dense) for index in range(place.before)]
         solved, held_out = [], []
-        for text in self.texts:
+        for text, given in zip(self.texts, self.given or [()] * len(self.texts), strict=True):
             student, teacher = (Passage(model, text.windows, self.compute) for model in (self._model, self._dense))
-            calibration = Calibration(text, student, teacher, folder)
+            calibration = Calibration(text, student, teacher, folder, given)
             origin = calibration.entering(below)
             wanted = calibration.wanted(dense)
             first, second = calibration.moments(origin, own, wanted, self.settings.token_weights)

@@ -119,15 +119,7 @@ def _record(student: Student, sources: Sequence[LayerSource], windows: Windows, 
 
 def _check_same(found: RunRecord, wanted: RunRecord, path: str | Path) -> None:
     """Raise a DataError unless two records are of the same windows, layers and weights; machines may differ."""
-    for key, words in (
-        ("ids_sha256", "windows"),
-        ("windows", "windows"),
-        ("seqlen", "windows"),
-        ("config_sha256", "model"),
-        ("dtype", "dtype"),
-        ("layers", "layers"),
-        ("weights", "weights"),
-    ):
-        if getattr(found, key) != getattr(wanted, key):
-            told = f" ({getattr(found, key)}, not {getattr(wanted, key)})" if key in ("dtype", "layers") else ""
-            raise DataError(f"the student's states are of other {words}{told}", where=path, mend=_AGAIN)
+    if key := found.other_than(wanted):
+        words = {"ids_sha256": "windows", "seqlen": "windows", "config_sha256": "model"}.get(key, key)
+        told = f" ({getattr(found, key)}, not {getattr(wanted, key)})" if key in ("dtype", "layers") else ""
+        raise DataError(f"the student's states are of other {words}{told}", where=path, mend=_AGAIN)

@@ -143,6 +143,14 @@ class RunRecord:
         """Equal for equal records."""
         return record_sha256(self.content())
 
+    def other_than(self, other: RunRecord) -> str | None:
+        """What another run has that this one has not: the first field that differs; None for the same numbers.
+
+        Machines and batch sizes, which only move roundings, may differ.
+        """
+        keys = ("ids_sha256", "windows", "seqlen", "config_sha256", "dtype", "layers", "weights")
+        return next((key for key in keys if getattr(self, key) != getattr(other, key)), None)
+
     def check_continues(self, start: RunRecord, where: str | Path) -> None:
         """Raise a DataError unless this record, found in a file, is of the windows, dtype and kind of model of another.
 

@@ -16,7 +16,9 @@ from mistral_prune_lora.layout.segments import segment_tree, shared_segments
 from mistral_prune_lora.storage.dtype_names import COMPUTE, FLOATS, ITEMSIZES
 from mistral_prune_lora.storage.safetensors_file import TensorEntry
 from mistral_prune_lora.text.benchmarks import BENCHMARKS
+from mistral_prune_lora.workflow.calibrating import ends
 from mistral_prune_lora.workflow.configuration import (
+    calibration_texts,
     closed_form_parts,
     experiment_layout,
     merged_parts,
@@ -80,6 +82,7 @@ def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
         sizes = [_lora_bytes(experiment["distill"]["lora"], weights[part]) for part in trained]
         found.append(_amount("adapters", healing, _total(sizes)))
     computed = [*closed_form_parts(experiment, layout), *started_parts(experiment, layout)]
+    hidden = model.config.get("hidden_size") if model else None
     if computed:
         key = [healing, experiment["closed_form"]]
         found.append(
@@ -87,6 +90,12 @@ def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
                 "adapters", key, len(computed) * _closed_form_bytes(experiment["closed_form"], model) if model else None
             )
         )
+        whole = {**experiment["closed_form"], "shards": experiment["distill"]["shards"]}
+        whole["windows"] += whole["held_out"]
+        stations = ends(layout, whole["layers_behind"])
+        for text in calibration_texts(experiment):
+            how = {**experiment, "closed_form": whole}
+            found.append(_states("activations", config, how, "closed_form", hidden, text, stations, len(stations)))
     if merged:
         cast = experiment["merge"]["output_dtype"]
         sizes = [_bytes(weights[part], cast) for part in merged]
@@ -99,7 +108,6 @@ def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
         found.append(_amount("adapters", [healing, baseline], _total(sizes)))
         cast = experiment["merge"]["output_dtype"]
         found.append(_amount("merged parts", [merging, baseline], _total(_bytes(weights[p], cast) for p in parts)))
-    hidden = model.config.get("hidden_size") if model else None
     if trained and experiment["distill"]["share_teacher_states"]:
         found.append(_states("teacher's states", config, experiment, "distill", hidden))
     if experiment["distill"]["share_prefix_states"]:

@@ -300,6 +300,11 @@ class Run:
         return f"{SHARED}/ppl/{self.name}.parquet"
 
     @property
+    def way(self) -> list[Run]:
+        """The runs that lead to its end, itself the last."""
+        return [*(self.source.way if self.source else ()), self]
+
+    @property
     def read(self) -> list[Source]:
         """Every part that the hidden states at its end, and its score, are made from."""
         way = [self.model, self.weights, *self.parts, *self.restores, *(self.source.read if self.source else ())]

@@ -12,6 +12,7 @@ from functools import cached_property
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments, stage_run
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, Windows
+from mistral_prune_lora.workflow.calibrating import dense_way, layers_run, stations_of
 from mistral_prune_lora.workflow.chosen import Chosen, choice_file
 from mistral_prune_lora.workflow.configuration import (
     calibration_texts,
@@ -215,13 +216,24 @@ class Experiment:
         """An adapter in closed form, on the student that a part's adapter is trained on."""
         wanted, (student, bundles) = self.settings["closed_form"], self._student(part, part, variant)
         count = wanted["windows"] + wanted["held_out"]
-        texts = calibration_texts(self.settings).items()
-        windows = tuple((self._windows(text, wanted["seqlen"], count), weight) for text, weight in texts)
-        active = sum(len(self.layout.layers_of(each)) for each in ("A", *bundles))
+        texts = calibration_texts(self.settings)
+        windows = tuple((self._windows(text, wanted["seqlen"], count), weight) for text, weight in texts.items())
         decides = ("held_out", "rank", "ridge", "layers_behind", "token_weights", "dtype", "batch_size")
         settings = {key: wanted[key] for key in decides}
-        restored = tuple(bundles.values())
-        return ClosedForm(part, student, restored, self.model, windows, self.layout.num_layers, active, settings)
+        restored, count = tuple(bundles.values()), self.layout.num_layers
+        unhealed = all(each == self.part("pruned", name) for name, each in {"A": student, **bundles}.items())
+        read = stations_of(self.layout, part, wanted["layers_behind"], unhealed=unhealed)
+        stations = tuple(tuple(self._dense_way(text)[end] for end in read) for text in texts)
+        runs = layers_run(self.layout, part, wanted["layers_behind"], unhealed=unhealed)
+        return ClosedForm(part, student, restored, self.model, windows, count, runs, settings, stations)
+
+    @once
+    def _dense_way(self, text: str) -> dict[int, Run]:
+        """The dense model's segments on a text's calibration windows."""
+        wanted, shards = self.settings["closed_form"], self.settings["distill"]["shards"]
+        windows = self._windows(text, wanted["seqlen"], wanted["windows"] + wanted["held_out"])
+        how = (windows, wanted["batch_size"], wanted["dtype"], shards)
+        return dense_way(self.model, self.layout, wanted["layers_behind"], *how)
 
     def _student(self, trained: str, parts: str, variant: str) -> tuple[Source, dict[str, Source]]:
         """What a part's adapter is made for, or that of all parts of a stage: the A model, and bundles by part."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 from mistral_prune_lora.distillation.schedule import FROZEN_BATCH, passes_over
 from mistral_prune_lora.distillation.settings import OptimiserSettings
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
-from mistral_prune_lora.workflow.artefacts import SHARED, Source, Windows, identities
+from mistral_prune_lora.workflow.artefacts import SHARED, Run, Source, Windows, identities
 from mistral_prune_lora.workflow.content import short_key
 
 
@@ -124,8 +124,9 @@ class ClosedForm:
         model: the dense model.
         texts: what it is calibrated on, each with its weight.
         num_layers: of the dense model.
-        active: how many layers the student runs.
+        runs: how many layers it runs itself.
         settings: as the configuration has them, everything that decides the adapter's bytes.
+        stations: of each text, the dense model's states that it reads, see `calibrating`; they change nothing of it.
     """
 
     part: str
@@ -134,8 +135,9 @@ class ClosedForm:
     model: Source
     texts: tuple[tuple[Windows, float], ...]
     num_layers: int
-    active: int
+    runs: int
     settings: Mapping = field(hash=False)
+    stations: tuple[tuple[Run, ...], ...] = field(compare=False)
 
     names = ("adapter_config.json", "adapter_model.safetensors", "closed_form.json")
 

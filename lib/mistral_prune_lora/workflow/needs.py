@@ -81,7 +81,7 @@ def of_closed_form(made: ClosedForm) -> Needs:
     settings, windows = made.settings, [cut for cut, _ in made.texts]
     known = [cut.count for cut in windows if cut.count]
     run = Pass(settings["dtype"], windows[0].seqlen, sum(known), settings["batch_size"])
-    return resources.closed_form(geometry(made.model, made.num_layers), made.active, run)
+    return resources.closed_form(geometry(made.model, made.num_layers), made.runs, run)
 
 
 def of_merge(merge: Merge) -> Needs:

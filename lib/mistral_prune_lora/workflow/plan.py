@@ -70,6 +70,8 @@ class Plan:
                 prefix = prefix.start
         _put(self.closed_forms, experiment.closed_forms)
         _put(self.windows, [windows for made in experiment.closed_forms for windows, _ in made.texts])
+        stations = (run for made in experiment.closed_forms for runs in made.stations for run in runs)
+        _put(self.segments, (run for station in stations for run in station.way))
         _put(self.merges, experiment.merges)
         for (dataset, variant, _), score in experiment.scores().items():
             _put(self.scores, [score, *([score.dense] if score.dense else [])])

@@ -153,13 +153,13 @@ def importance(geometry: Geometry, run: Pass) -> Needs:
 
 
 def closed_form(geometry: Geometry, layers: int, run: Pass) -> Needs:
-    """An adapter in closed form: both models' passes, the moments of one layer's features, and their eigenvectors.
+    """An adapter in closed form: so many layers, the moments of one layer's features, and their eigenvectors.
 
     In float64: sums for two sets of windows, of which one is mixed of several texts', and the solver's copies.
     """
     inner, hidden = geometry.intermediate, geometry.hidden
     moments = 8 * (6 * inner * inner + 6 * inner * hidden)
-    passes = _streamed(geometry, layers + geometry.layers, run, beside=moments)
+    passes = _streamed(geometry, layers, run, beside=moments)
     sums = 2 * run.tokens * inner * (inner + hidden) * (1 if run.gpu else 2)  # float64 has half a CPU's speed
     solving = 30 * inner**3
     return Needs(passes.mem_mb, passes.runtime + _minutes((sums + solving) / run.speed), passes.gpu)
