@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FOR_TESTS := $(VENV)/.installed-for-tests
-# Python compiles what it imports; to compile all of what is installed takes longer than to install it.
+# Of what is installed Python compiles what it imports, once if it may keep that. To compile all takes longer than to
+# install it.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup run test test-gpu test-cluster attack test-consumers lint format clean
 

@@ -5,11 +5,13 @@ With features X (tokens, inner) and what is wanted Y (tokens, hidden), W = argmi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+_BLOCKS = 8
 RIDGES = tuple(10 ** (-exponent / 2) for exponent in range(17))  # 1 to 1e-8, times the mean square of a feature
 
 
@@ -36,6 +38,9 @@ class Sums:
     """Moments while they are summed: of one text, token by token."""
 
     def __init__(self, inner: int, hidden: int, device: torch.device) -> None:
+        # Of X^T X, which is symmetric, the blocks on and below the diagonal: little more than half of the products.
+        edges = [inner * n // _BLOCKS for n in range(_BLOCKS + 1)]
+        self._blocks = list(itertools.pairwise(edges))
         self._gram = torch.zeros(inner, inner, dtype=torch.float64, device=device)
         self._cross = torch.zeros(inner, hidden, dtype=torch.float64, device=device)
         self._energy = torch.zeros((), dtype=torch.float64, device=device)
@@ -44,13 +49,16 @@ class Sums:
     def add(self, features: torch.Tensor, wanted: torch.Tensor) -> None:
         """Count some tokens: shapes (tokens, inner) and (tokens, hidden), of any floating dtype."""
         features, wanted = features.double(), wanted.double()
-        self._gram.addmm_(features.T, features)
+        for first, last in self._blocks:
+            self._gram[first:, first:last].addmm_(features[:, first:].T, features[:, first:last])
         self._cross.addmm_(features.T, wanted)
         self._energy += wanted.square().sum()
         self._tokens += len(features)
 
     def moments(self) -> Moments:
         """The means so far; the sums are used up."""
+        for first, last in self._blocks:
+            self._gram[first:last, last:] = self._gram[last:, first:last].T
         gram, cross = self._gram.div_(self._tokens), self._cross.div_(self._tokens)
         return Moments(gram, cross, float(self._energy) / self._tokens)
 
@@ -114,11 +122,27 @@ def solve(moments: Moments, held_out: Moments | None, ridge: float | None, rank:
 
     if ridge is None:
         assert held_out is not None
-        weights, ridge = min(((found(each), each) for each in RIDGES), key=lambda pair: held_out.loss(pair[0]))
-    else:
-        weights = found(ridge)
+        if rank is None or rank >= moments.cross.shape[1]:
+            left = _losses(held_out, vectors, projected)
+            ridge = min(RIDGES, key=lambda each: left(1 / (eigenvalues + each * scale)))
+        else:
+            ridge = min(RIDGES, key=lambda each: held_out.loss(found(each)))
+    weights = found(ridge)
     share = None if held_out is None else held_out.loss(weights) / held_out.energy
     return Solution(weights, ridge, moments.loss(weights) / moments.energy, share)
+
+
+def _losses(held_out: Moments, vectors: torch.Tensor, projected: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    """What `Moments.loss` says of W = V diag(d) P for any d, without W: P P^T and V^T X^T X V are the same for all.
+
+    Args:
+        held_out: moments of the tokens that are asked about.
+        vectors: V, shape (inner, inner).
+        projected: P, shape (inner, hidden).
+    """
+    linear = (projected * (vectors.T @ held_out.cross)).sum(1)
+    square = (vectors.T @ held_out.gram @ vectors).mul_(projected @ projected.T)
+    return lambda d: held_out.energy - 2 * float(d @ linear) + float(d @ (square @ d))
 
 
 def factors(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
