@@ -15,7 +15,7 @@ rule teacher_states:
         "logs/teacher_states/{made}.log",
     benchmark:
         "benchmarks/teacher_states/{made}.tsv"
-    priority: FEEDS_OTHERS
+    priority: IS_LEARNT_FROM
     conda:
         "../envs/torch.yaml"
     threads: threads_of(lambda: rules.teacher_states)
@@ -52,7 +52,7 @@ rule prefix_states:
         "logs/prefix_states/{made}.log",
     benchmark:
         "benchmarks/prefix_states/{made}.tsv"
-    priority: FEEDS_OTHERS
+    priority: IS_LEARNT_FROM
     conda:
         "../envs/torch.yaml"
     threads: threads_of(lambda: rules.prefix_states)

@@ -24,7 +24,7 @@ rule segment:
         "benchmarks/segment/{made}.tsv"
     wildcard_constraints:
         made=names(PLAN.segments),
-    priority: FEEDS_OTHERS
+    priority: LEADS_ON
     conda:
         "../envs/torch.yaml"
     threads: threads_of(lambda: rules.segment)

@@ -22,6 +22,7 @@ for rule_name, prunings in by_rule(PLAN.prunings):
             "benchmarks/prune/{made}.tsv"
         wildcard_constraints:
             made=names(pruning.name for pruning in prunings),
+        priority: HEALS
         conda:
             "../envs/torch.yaml"
         resources:

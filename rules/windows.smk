@@ -14,6 +14,7 @@ checkpoint windows:
         "logs/windows/{made}.log",
     benchmark:
         "benchmarks/windows/{made}.tsv"
+    priority: HEALS
     conda:
         "../envs/torch.yaml"
     resources:

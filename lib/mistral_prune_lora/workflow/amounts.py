@@ -92,7 +92,7 @@ def amounts(config: Mapping, name: str, dense: DenseModels) -> list[Amount]:
         )
         whole = {**experiment["closed_form"], "shards": experiment["distill"]["shards"]}
         whole["windows"] += whole["held_out"]
-        stations = ends(layout, whole["layers_behind"])
+        stations = ends(layout)
         for text in calibration_texts(experiment):
             how = {**experiment, "closed_form": whole}
             found.append(_states("activations", config, how, "closed_form", hidden, text, stations, len(stations)))

@@ -222,7 +222,7 @@ class Experiment:
         settings = {key: wanted[key] for key in decides}
         restored, count = tuple(bundles.values()), self.layout.num_layers
         unhealed = all(each == self.part("pruned", name) for name, each in {"A": student, **bundles}.items())
-        read = stations_of(self.layout, part, wanted["layers_behind"], unhealed=unhealed)
+        read = stations_of(self.layout, part, unhealed=unhealed)
         stations = tuple(tuple(self._dense_way(text)[end] for end in read) for text in texts)
         runs = layers_run(self.layout, part, wanted["layers_behind"], unhealed=unhealed)
         return ClosedForm(part, student, restored, self.model, windows, count, runs, settings, stations)
@@ -233,7 +233,7 @@ class Experiment:
         wanted, shards = self.settings["closed_form"], self.settings["distill"]["shards"]
         windows = self._windows(text, wanted["seqlen"], wanted["windows"] + wanted["held_out"])
         how = (windows, wanted["batch_size"], wanted["dtype"], shards)
-        return dense_way(self.model, self.layout, wanted["layers_behind"], *how)
+        return dense_way(self.model, self.layout, *how)
 
     def _student(self, trained: str, parts: str, variant: str) -> tuple[Source, dict[str, Source]]:
         """What a part's adapter is made for, or that of all parts of a stage: the A model, and bundles by part."""
