@@ -170,3 +170,43 @@ def test_closed_forms_are_told_apart_by_what_decides_their_bytes(project, planne
     ):
         experiment["closed_form"] = {key: value}
         assert not started.closed_forms.keys() & planned().closed_forms.keys(), key
+
+
+def test_closed_forms_share_the_dense_model_s_way(project, planned):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["closed_form"] = {"datasets": {"corpus": 1}, "seqlen": 16, "windows": 4, "held_out": 2}
+
+    def read(**changes) -> dict[str, list[list[int]]]:
+        experiment.update(changes)
+        plan = planned()
+        assert {run.name for made in plan.closed_forms.values() for run in made.stations[0]} <= plan.segments.keys()
+        return {
+            made.part: [[layer for run in station.way for layer in run.layers] for station in made.stations[0]]
+            for made in plan.closed_forms.values()
+        }
+
+    # B is 3 and 4, C is 5 and 6: corrected are layers 2 and 4, both to what enters layer 7.
+    dense = {end: list(range(end)) for end in range(8)}
+    exact = {"A": "closed-form", "B": "closed-form", "C": None}
+    assert read(restore="exact", adapters=exact) == {"A": [dense[2], dense[7]], "B": [dense[4], dense[7]]}
+    assert len([name for name in planned().segments if name.startswith("dense")]) == 3
+    # What enters B's and C's last layers is no longer the dense model's where A and B are healed.
+    sequential = {part: "closed-form" for part in "ABC"}
+    assert read(restore="sequential", adapters=sequential) == {
+        "A": [dense[2], dense[7]],
+        "B": [dense[7]],
+        "C": [dense[7]],
+    }
+
+
+def test_a_closed_form_s_stations_do_not_depend_on_other_parts(project, planned):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["closed_form"] = {"datasets": {"corpus": 1}, "seqlen": 16, "windows": 4, "held_out": 2}
+    found = []
+    for b in ("closed-form", "adapters/B"):
+        for behind in (0, 1):
+            experiment["closed_form"]["layers_behind"] = behind
+            experiment["adapters"] = {"A": "closed-form", "B": b, "C": "adapters/C"}
+            made = next(each for each in planned().closed_forms.values() if each.part == "A")
+            found.append([run.name for run in made.stations[0]])
+    assert len({tuple(each) for each in found}) == 1

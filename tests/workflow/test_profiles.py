@@ -7,6 +7,7 @@ import pytest
 import yaml
 from workflow_project import ROOT
 
+from mistral_prune_lora.gpus import has_gpus
 from mistral_prune_lora.workflow import needs
 from mistral_prune_lora.workflow.configuration import check_config
 from mistral_prune_lora.workflow.content import Content
@@ -74,15 +75,29 @@ def test_every_job_asks_for_what_its_model_needs(three_sizes, profile):
         **{name: needs.of_score(run) for name, run in plan.scores.items()},
         **{name: needs.of_pruning(pruning) for name, pruning in plan.prunings.items()},
     }
+    there = profile == "slurm" or has_gpus()  # one machine without a GPU has none to share out
     for name, need in wanted.items():
         assert {key: int(told[name][key]) for key in ("mem_mb", "runtime", "gpu")} == {
-            "mem_mb": need.mem_mb, "runtime": need.runtime, "gpu": need.gpu,
+            "mem_mb": need.mem_mb, "runtime": need.runtime, "gpu": need.gpu * there,
         }, name  # fmt: skip
     # Of the same steps, a larger model's ask for more; and training on a GPU for one.
     experiments = plan.experiments
     memory = [int(told[experiments[size].training("A").name]["mem_mb"]) for size in SIZES]
     assert memory == sorted(memory) and memory[2] > 5 * memory[1] > 5 * memory[0]
-    assert told[experiments["second"].training("B").name]["gpu"] == "1"
+    assert told[experiments["second"].training("B").name]["gpu"] == str(int(there))
+
+
+def test_jobs_take_the_threads_of_the_configuration_and_no_more_than_there_are(three_sizes):
+    def threads() -> set[str]:
+        return set(re.findall(r"\n\s+threads: (\d+)", three_sizes.snakemake("--dry-run", "--cores", "3")))
+
+    assert threads() == {"3"}
+    three_sizes.config["threads"] = 2
+    assert threads() == {"2"}
+    three_sizes.config["threads"] = 8
+    assert threads() == {"3"}
+    three_sizes.config["threads"] = 1
+    assert threads() == set(), "one is not worth a line"
 
 
 def test_one_overridden_number_leaves_all_others(three_sizes):

@@ -22,11 +22,11 @@ def stations_of(layout: Layout, part: str, *, unhealed: bool) -> tuple[int, ...]
     Args:
         layout: the layers of A, B and C.
         part: "A", "B" or "C".
-        unhealed: whether the student's layers are those that pruning wrote.
+        unhealed: whether the student's layers are those that pruning wrote; C's never are, it would be the dense model.
     """
     places, active = _places(layout, part)
     found = {place.before for place in places}
-    if unhealed and active[: places[0].layer] == tuple(range(places[0].layer)):
+    if unhealed and part != "C" and active[: places[0].layer] == tuple(range(places[0].layer)):
         found.add(places[0].layer)
     return tuple(sorted(found - {0}))
 
