@@ -52,6 +52,12 @@ def test_closed_forms_are_merged_started_from_and_made_again(computed):
     assert planned["closed_form"] == 2 and "windows" not in planned
     assert planned["segment"] == 2, "those of the merged stages"
 
+    # Nothing asks for those states before an adapter is made again.
+    del computed.config["experiments"]["tiny"]["closed_form"]["rank"]
+    computed.config["experiments"]["tiny"]["distill"]["seed"] = 0
+    computed.snakemake("drop_activations")
+    assert computed.planned() == {}
+
 
 def the_merged_a_is_what_transformers_measures(project) -> None:
     table = pd.read_csv(project.folder / "results/summary.csv").set_index(["variant", "stage"])
