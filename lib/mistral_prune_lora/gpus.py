@@ -21,7 +21,7 @@ from pathlib import Path
 from mistral_prune_lora.errors import DeviceError, printable
 
 _LOOK_AGAIN = 1.0  # seconds
-_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 _held: list[int] = []  # descriptors, open until the process ends
 
 
