@@ -86,8 +86,8 @@ EXPERIMENTS = PLAN.experiments
 CORES = workflow.resource_settings.cores or 2
 COMPUTE_THREADS = min(CONFIG["threads"] or CORES, CORES)
 STREAM_THREADS = min(4, COMPUTE_THREADS)
-# Of the jobs that could run, those of healing and what they all need go first, then runs of layers that others go on from, then states that
-# trainings read; nothing waits for a score.
+# Of the jobs that could run, those of healing and what all need go first, then runs of layers that others go on from,
+# then states that trainings read; nothing waits for a score.
 HEALS, LEADS_ON, IS_LEARNT_FROM = 30, 20, 10
 # On one machine without a GPU, nothing is to be shared out, and jobs run side by side as far as their threads allow. On a
 # cluster (--jobs) it is the nodes that have GPUs, and in its jobs it has decided.

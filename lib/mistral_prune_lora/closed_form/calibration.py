@@ -84,7 +84,7 @@ class Calibration:
         records = [start.record]
         for source in sources:
             records.append(records[-1].after([source], passage.compute))
-        last = self.folder / f".{records[-1].sha256[:24]}.safetensors"
+        last = self._own(records[-1])
         for n in range(len(sources), 0, -1):
             if there := self._there(records[n]):
                 start, sources = Boundary(passage, there), sources[n:]
@@ -96,11 +96,12 @@ class Calibration:
 
     def _there(self, record: RunRecord) -> str | Path | None:
         """The file that holds what a run comes to: an own one, or a given one."""
-        own = self.folder / f".{record.sha256[:24]}.safetensors"
-        if open_finished(own, record.content()):
-            return own
-        found = (path for path, run in self._given if record.other_than(run) is None)
-        return next(found, None)
+        if open_finished(self._own(record), record.content()):
+            return self._own(record)
+        return next((path for path, run in self._given if record.other_than(run) is None), None)
+
+    def _own(self, record: RunRecord) -> Path:
+        return self.folder / f".{record.sha256[:24]}.safetensors"
 
     @cached_property
     def _given(self) -> list[tuple[str | Path, RunRecord]]:

@@ -106,6 +106,8 @@ def solve(moments: Moments, held_out: Moments | None, ridge: float | None, rank:
         ridge: as a multiple of the mean square of a feature; None chooses among `RIDGES`.
         rank: at most the width of what is wanted; None keeps the full one.
     """
+    if rank is not None and rank >= moments.cross.shape[1]:
+        rank = None
     scale = float(moments.gram.diagonal().mean())
     eigenvalues, vectors = torch.linalg.eigh(moments.gram)
     eigenvalues.clamp_(min=0)  # sums round a singular matrix's zeros to either side
@@ -113,7 +115,7 @@ def solve(moments: Moments, held_out: Moments | None, ridge: float | None, rank:
 
     def found(ridge: float) -> torch.Tensor:
         weights = vectors @ (projected / (eigenvalues + ridge * scale)[:, None])
-        if rank is None or rank >= weights.shape[1]:
+        if rank is None:
             return weights
         # (X^T X + ridge) W is X^T Y, so this is W^T (X^T X + ridge) W.
         kept = weights.T @ moments.cross
@@ -122,7 +124,7 @@ def solve(moments: Moments, held_out: Moments | None, ridge: float | None, rank:
 
     if ridge is None:
         assert held_out is not None
-        if rank is None or rank >= moments.cross.shape[1]:
+        if rank is None:
             left = _losses(held_out, vectors, projected)
             ridge = min(RIDGES, key=lambda each: left(1 / (eigenvalues + each * scale)))
         else:

@@ -215,25 +215,29 @@ class Experiment:
     def closed_form(self, part: str, variant: str = "merged") -> ClosedForm:
         """An adapter in closed form, on the student that a part's adapter is trained on."""
         wanted, (student, bundles) = self.settings["closed_form"], self._student(part, part, variant)
-        count = wanted["windows"] + wanted["held_out"]
         texts = calibration_texts(self.settings)
-        windows = tuple((self._windows(text, wanted["seqlen"], count), weight) for text, weight in texts.items())
+        windows = tuple((self._calibration_windows(text), weight) for text, weight in texts.items())
         decides = ("held_out", "rank", "ridge", "layers_behind", "token_weights", "dtype", "batch_size")
         settings = {key: wanted[key] for key in decides}
-        restored, count = tuple(bundles.values()), self.layout.num_layers
+        restored = tuple(bundles.values())
         unhealed = all(each == self.part("pruned", name) for name, each in {"A": student, **bundles}.items())
         read = stations_of(self.layout, part, unhealed=unhealed)
         stations = tuple(tuple(self._dense_way(text)[end] for end in read) for text in texts)
         runs = layers_run(self.layout, part, wanted["layers_behind"], unhealed=unhealed)
-        return ClosedForm(part, student, restored, self.model, windows, count, runs, settings, stations)
+        return ClosedForm(
+            part, student, restored, self.model, windows, self.layout.num_layers, runs, settings, stations
+        )
 
     @once
     def _dense_way(self, text: str) -> dict[int, Run]:
         """The dense model's segments on a text's calibration windows."""
         wanted, shards = self.settings["closed_form"], self.settings["distill"]["shards"]
-        windows = self._windows(text, wanted["seqlen"], wanted["windows"] + wanted["held_out"])
-        how = (windows, wanted["batch_size"], wanted["dtype"], shards)
-        return dense_way(self.model, self.layout, *how)
+        how = (wanted["batch_size"], wanted["dtype"], shards)
+        return dense_way(self.model, self.layout, self._calibration_windows(text), *how)
+
+    def _calibration_windows(self, text: str) -> Windows:
+        wanted = self.settings["closed_form"]
+        return self._windows(text, wanted["seqlen"], wanted["windows"] + wanted["held_out"])
 
     def _student(self, trained: str, parts: str, variant: str) -> tuple[Source, dict[str, Source]]:
         """What a part's adapter is made for, or that of all parts of a stage: the A model, and bundles by part."""
