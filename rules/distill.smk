@@ -82,7 +82,7 @@ checkpoint closed_form:
         bundles=lambda wildcards: depends(*PLAN.closed_forms[wildcards.made].bundles),
         dense=lambda wildcards: depends(PLAN.closed_forms[wildcards.made].model),
         windows=lambda wildcards: depends(*(cut.source for cut, _ in PLAN.closed_forms[wildcards.made].texts)),
-        stations=lambda wildcards: stations_of(wildcards.made),
+        stations=lambda wildcards: station_files(wildcards.made),
     output:
         adapter=expand("results/shared/adapters/{{made}}/{file}", file=ClosedForm.names[:-1]),
         record="results/shared/adapters/{made}/closed_form.json",

@@ -83,7 +83,7 @@ def held_out_states(made, kind):
     return states_files(getattr(held, kind)) if held else []
 
 
-def stations_of(made):
+def station_files(made):
     """The dense model's states that an adapter in closed form reads: the first of every text, the second, and so on."""
     ways = PLAN.closed_forms[made].stations
     return [activations_of(run) for runs in zip(*ways, strict=True) for run in runs]
