@@ -91,10 +91,10 @@ for merged_part in "ABC":
 rule place_result:
     input:
         result=lambda wildcards: EXPERIMENTS[wildcards.experiment]
-        .score(wildcards.variant, wildcards.dataset, wildcards.stage)
+        .measuring.score(wildcards.variant, wildcards.dataset, wildcards.stage)
         .result,
         windows=lambda wildcards: EXPERIMENTS[wildcards.experiment]
-        .score(wildcards.variant, wildcards.dataset, wildcards.stage)
+        .measuring.score(wildcards.variant, wildcards.dataset, wildcards.stage)
         .window_scores,
     output:
         result="results/{experiment}/ppl/{dataset}/{variant}.{stage}.json",

@@ -10,7 +10,7 @@ localrules:
     beside,
 
 
-SCORES = [(name, *which, score) for name, e in EXPERIMENTS.items() for which, score in e.scores().items()]
+SCORES = [(name, *which, score) for name, e in EXPERIMENTS.items() for which, score in e.measuring.scores().items()]
 MERGES = [(name, part, e.merge(part).source) for name, e in EXPERIMENTS.items() for part in e.merged_parts]
 
 

@@ -62,7 +62,7 @@ def test_what_an_exact_experiment_is_made_of(exact):
     assert planned.merge("C").adapter is None and planned.merge("B", "no-kd").undoes
     assert not planned.merge("A").undoes and not planned.merge("B", "joint-FULL").undoes
     # The closed form changes layer 2 alone: what lies before it is run once for all stages.
-    runs = {run.name.rsplit("-", 1)[0]: run for run in planned.shared_runs("merged", "corpus")}
+    runs = {run.name.rsplit("-", 1)[0]: run for run in planned.measuring.shared_runs("merged", "corpus")}
     assert list(runs) == ["A000-001_A", "A002-002_AB", "B003-004_AB", "B003-004_FULL", "C005-006_FULL"]
     assert [len(run.restores) for run in runs.values()] == [0, 2, 0, 3, 0]
     # Without layers of B, it is C that puts A's weights back.
@@ -76,7 +76,7 @@ def test_without_it_nothing_is_put_back(exact):
     adapters = {part: f"adapters/{part}" for part in "ABC"}
     before = exact(restore="sequential", adapters=adapters, baselines=[])
     assert [merge.rule for merge in before.merges] == ["merge_A", "merge_B_3to4", "merge_C_5to6"]
-    assert not any(run.restores for run in before.scores().values())
+    assert not any(run.restores for run in before.measuring.scores().values())
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_what_a_name_follows_from(project, planned):
     assert {part: tiny[0].merge(part).name == tiny[1].merge(part).name for part in "ABC"} == {
         "A": True, "B": False, "C": True,
     }  # fmt: skip
-    scores = [experiment.scores() for experiment in tiny]
+    scores = [experiment.measuring.scores() for experiment in tiny]
     changed = {which[1:] for which in scores[0] if scores[0][which].name != scores[1][which].name}
     assert changed == {("merged", "AB"), ("merged", "FULL")}
 

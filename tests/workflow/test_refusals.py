@@ -83,7 +83,7 @@ def test_a_segment_that_failed_is_not_passed_over(finished, monkeypatch):
     monkeypatch.chdir(finished.folder)
     config = check_config(copy.deepcopy(finished.config), ROOT / "rules/config.schema.yaml")
     experiment = Plan.of(config, Content(finished.folder / "digests.json")).experiments["tiny"]
-    file = Path(experiment.segment("merged", "corpus", "C005-006_FULL").activations)
+    file = Path(experiment.measuring.segment("merged", "corpus", "C005-006_FULL").activations)
     in_the_way = file.with_name(f".{file.name}.partial")
     in_the_way.mkdir()
     finished.snakemake(succeeds=False)

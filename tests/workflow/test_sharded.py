@@ -12,7 +12,9 @@ def test_windows_may_be_shared_by_jobs_and_another_number_runs_nothing(finished,
     monkeypatch.chdir(finished.folder)
     config = check_config(yaml.safe_load(yaml.safe_dump(finished.config)), ROOT / "rules/config.schema.yaml")
     score = (
-        Plan.of(config, Content(finished.folder / "digests.json")).experiments["tiny"].score("merged", "corpus", "FULL")
+        Plan.of(config, Content(finished.folder / "digests.json"))
+        .experiments["tiny"]
+        .measuring.score("merged", "corpus", "FULL")
     )
     files = [finished.folder / name for name in (score.result, score.window_scores, score.source.activations)]
     single = [file.read_bytes() for file in files]

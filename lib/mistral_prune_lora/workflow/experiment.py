@@ -5,12 +5,11 @@ Nothing here knows of Snakemake: rules look up what a job reads and writes, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
-from mistral_prune_lora.layout.segments import Segment, segment_tree, shared_segments, stage_run
+from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, Layout
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Source, Windows
 from mistral_prune_lora.workflow.calibrating import dense_way, layers_run, stations_of
 from mistral_prune_lora.workflow.chosen import Chosen, choice_file
@@ -25,6 +24,8 @@ from mistral_prune_lora.workflow.configuration import (
 from mistral_prune_lora.workflow.content import Content
 from mistral_prune_lora.workflow.given import dense_model, given_adapter, given_part, text_files, text_identity
 from mistral_prune_lora.workflow.healing import (
+    JOINT,
+    NO_KD,
     ClosedForm,
     PrefixStates,
     Reading,
@@ -33,11 +34,10 @@ from mistral_prune_lora.workflow.healing import (
     look,
     optimiser,
 )
+from mistral_prune_lora.workflow.measuring import Measuring
 from mistral_prune_lora.workflow.once import once
-from mistral_prune_lora.workflow.restoring import CLOSED_FORM, EXACT, SHARED, TRAIN, original_layers, undone_part
+from mistral_prune_lora.workflow.restoring import CLOSED_FORM, EXACT, SHARED, TRAIN, undone_part
 
-NO_KD = "no-kd"  # healed without a teacher
-JOINT = {"joint-AB": "AB", "joint-FULL": "FULL"}  # all parts of a stage healed together
 # Settings of a training that decide its bytes, by the configuration's keys.
 _DECIDING = ("dtype", "seed", "gradient_checkpointing", "lora", "loss", "skip_spikes", "teacher_4bit")
 
@@ -338,83 +338,10 @@ class Experiment:
             own |= {(variant, part): self.merge(part, variant) for part in parts if self.layout.layers_of(part)}
         return own
 
-    @once
-    def tree(self, variant: str) -> list[Segment]:
-        """The segments of one variant; the dense model is a single one."""
-        if variant == "dense":
-            return segment_tree(Layout(self.layout.num_layers), ("FULL",))
-        return segment_tree(self.layout, self.stages(variant), self._original(variant))
-
-    @once
-    def _original(self, variant: str) -> dict[str, frozenset[int]]:
-        """Of each stage, the layers whose original weights its bundles put back."""
-        if variant in ("dense", "pruned", *JOINT):
-            return {}
-        return original_layers(self.settings, self.layout)
-
-    def _restored(self, variant: str, stage: str, layers: Sequence[int]) -> tuple[Source, ...]:
-        """All parts of a stage, if its bundles put something back in some layers."""
-        original = self._original(variant).get(stage, frozenset())
-        return self.parts(variant, PARTS_OF_STAGE[stage]) if original.intersection(layers) else ()
-
-    def stages(self, variant: str) -> list[str]:
-        """The stages that one variant is measured at."""
-        if variant in JOINT:
-            return [JOINT[variant]]
-        return ["FULL"] if variant == "dense" else self.settings["perplexity"]["stages"]
-
-    @once
-    def segment(self, variant: str, dataset: str, name: str) -> Run:
-        """The run of a segment that others start from."""
-        segment = next(s for s in self.tree(variant) if s.name == name)
-        source = self.segment(variant, dataset, segment.parent) if segment.parent else None
-        run = self._run(segment.name, variant, dataset, segment.part, segment.layers, source)
-        smallest = min(segment.through, key=STAGES.index)
-        return replace(run, restores=self._restored(variant, smallest, segment.layers))
-
-    def shared_runs(self, variant: str, dataset: str) -> list[Run]:
-        """The runs of all segments that others start from."""
-        if variant == "dense":
-            return []
-        return [self.segment(variant, dataset, s.name) for s in shared_segments(self.tree(variant))]
-
-    @once
-    def score(self, variant: str, dataset: str, stage: str) -> Run:
-        """The score of a stage: the dense model's, or that of a stage's tail."""
-        compared = self.settings["perplexity"]["compare_with_dense"]
-        if variant == "dense":
-            layers = tuple(range(self.layout.num_layers))
-            return self._run("dense", variant, dataset, "A", layers, None, keeps=True)
-        start, tail = stage_run(self.tree(variant), stage)
-        run = self._run(
-            stage,
-            variant,
-            dataset,
-            tail.part if tail else "A",
-            tail.layers if tail else (),
-            self.segment(variant, dataset, start) if start else None,
-            parts=self.parts(variant, PARTS_OF_STAGE[stage]),
-            dense=self.score("dense", dataset, "FULL") if compared else None,
-        )
-        return replace(run, restores=self._restored(variant, stage, self.layout.active(stage)))
-
-    @once
-    def scores(self) -> dict[tuple[str, str, str], Run]:
-        """Every score that makes a row of the summary, by (dataset, variant, stage)."""
-        wanted = self.settings["perplexity"]
-        return {
-            (dataset, variant, stage): self.score(variant, dataset, stage)
-            for dataset in wanted["datasets"]
-            for variant in self.variants
-            for stage in self.stages(variant)
-        }
-
-    def _run(self, label, variant, dataset, part, layers, source, *, parts=(), dense=None, keeps=False) -> Run:
-        wanted = self.settings["perplexity"]
-        model, weights, windows = self.part(variant, "A"), self.part(variant, part), self.windows("perplexity", dataset)
-        how = (wanted["batch_size"], wanted["dtype"], self.model, self.layout.num_layers)
-        shards = wanted["shards"]
-        return Run(label, model, weights, tuple(layers), source, windows, *how, parts, dense, keeps, shards=shards)
+    @cached_property
+    def measuring(self) -> Measuring:
+        """What measures it."""
+        return Measuring(self)
 
     @cached_property
     def files(self) -> list[str]:
@@ -432,6 +359,6 @@ class Experiment:
             placed += [f"{self.folder}/merged/{part}_merged/{name}" for name in self.merge(part).names]
         if self.trainings:
             placed.append(f"{self.folder}/training.svg")
-        for dataset, variant, stage in self.scores():
+        for dataset, variant, stage in self.measuring.scores():
             placed += [f"{self.folder}/ppl/{dataset}/{variant}.{stage}.{kind}" for kind in ("json", "parquet")]
         return placed

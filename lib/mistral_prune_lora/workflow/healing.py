@@ -17,6 +17,9 @@ from mistral_prune_lora.layout.partition import PARTS_OF_STAGE
 from mistral_prune_lora.workflow.artefacts import SHARED, Run, Source, Windows, identities
 from mistral_prune_lora.workflow.content import short_key
 
+NO_KD = "no-kd"  # healed without a teacher
+JOINT = {"joint-AB": "AB", "joint-FULL": "FULL"}  # all parts of a stage healed together
+
 
 @dataclass(frozen=True)
 class TeacherStates:

@@ -73,10 +73,10 @@ class Plan:
         stations = (run for made in experiment.closed_forms for runs in made.stations for run in runs)
         _put(self.segments, (run for station in stations for run in station.way))
         _put(self.merges, experiment.merges)
-        for (dataset, variant, _), score in experiment.scores().items():
+        for (dataset, variant, _), score in experiment.measuring.scores().items():
             _put(self.scores, [score, *([score.dense] if score.dense else [])])
             _put(self.windows, [score.windows])
-            _put(self.segments, experiment.shared_runs(variant, dataset))
+            _put(self.segments, experiment.measuring.shared_runs(variant, dataset))
         if experiment.settings["importance"]["dataset"]:
             _put(self.windows, [experiment.windows("importance", experiment.settings["importance"]["dataset"])])
 
