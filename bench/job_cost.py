@@ -34,7 +34,7 @@ from mistral_prune_lora.errors import reports_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY = {"layers": 8, "hidden": 64, "intermediate": 112, "heads": 4, "kv_heads": 2, "vocabulary": 259}
-EXTRA = ("results/tiny/importance.csv", "results/tiny/exported/merged.FULL/model.safetensors")
+EXTRA = ("results/tiny/importance.svg", "results/tiny/exported/merged.FULL/model.safetensors")
 TARGET = 3.0  # seconds of a start
 # A column, and the packages whose modules count in it; whatever is in none of them is Python's own and small ones.
 GROUPS = {

@@ -41,13 +41,7 @@ rule importance:
         dense=lambda wildcards: reads(EXPERIMENTS[wildcards.experiment].model),
         windows=lambda wildcards: reads(importance_windows(wildcards).source),
     output:
-        table="results/{experiment}/importance.csv",
-        plot=report(
-            "results/{experiment}/importance.svg",
-            caption="../report/importance.rst",
-            category="3 Layers",
-            labels={"page": "ranking, still"},
-        ),
+        "results/{experiment}/importance.csv",
     log:
         "logs/importance/{experiment}.log",
     benchmark:
@@ -66,3 +60,24 @@ rule importance:
         code=code_of("importance"),
     script:
         "../workflow_scripts/importance.py"
+
+
+rule plot_importance:
+    input:
+        "results/{experiment}/importance.csv",
+    output:
+        report(
+            "results/{experiment}/importance.svg",
+            caption="../report/importance.rst",
+            category="3 Layers",
+            labels={"page": "ranking, still"},
+        ),
+    log:
+        "logs/plot_importance/{experiment}.log",
+    localrule: True
+    conda:
+        "../envs/report.yaml"
+    params:
+        code=code_of("plot_importance"),
+    script:
+        "../workflow_scripts/plot_importance.py"

@@ -8,7 +8,6 @@ with quick_imports():
         last_token_states,
         write_importance,
     )
-    from mistral_prune_lora.results.plots import plot_importance
     from mistral_prune_lora.streaming.compute import Compute
     from mistral_prune_lora.text.windows import Windows
     from mistral_prune_lora.workflow.job import folder, windows_file
@@ -21,11 +20,10 @@ with job(snakemake.log[0]):
     states = last_token_states(
         folder(snakemake.input.dense),
         windows.ids,
-        beside=snakemake.output.table,
+        beside=snakemake.output[0],
         compute=Compute.named(given.device, params.dtype, 4, given.memory_bytes),
     )
     table = angular_distances(
         states, params.drop, keep_last_layer=params.keep_last_layer, all_blocks=params.candidates == "all"
     )
-    write_importance(table, snakemake.output.table)
-    plot_importance(table, snakemake.output.plot)
+    write_importance(table, snakemake.output[0])

@@ -201,8 +201,8 @@ def test_the_ranking_as_files(states, tmp_path):
     read = pd.read_csv(tmp_path / "importance.csv")
     assert read.columns.tolist() == ["start", "end", "angular_distance", "rank", "recommended", "B", "C"]
     assert read.B[0] == "0 1" and read.C[0] == "2 3"
-    plot_importance(table, tmp_path / "importance.svg")
-    plot_importance(table, tmp_path / "again.svg")
+    plot_importance(tmp_path / "importance.csv", tmp_path / "importance.svg")
+    plot_importance(tmp_path / "importance.csv", tmp_path / "again.svg")
     assert (tmp_path / "importance.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
 
 

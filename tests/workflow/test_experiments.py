@@ -63,6 +63,7 @@ def test_the_ranking_of_blocks_is_made_on_request(project):
     assert project.jobs("results/tiny/importance.csv") == {"windows": 1, "importance": 1}
     table = pd.read_csv(project.path("importance.csv"))
     assert table.start.tolist() == [0, 1, 2, 3, 4] and table.recommended.sum() == 1
+    assert project.jobs("results/tiny/importance.svg") == {"plot_importance": 1}
     assert "svg" in project.path("importance.svg").read_text()[:200]
 
 

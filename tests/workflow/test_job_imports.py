@@ -17,6 +17,7 @@ NEEDED = {
     "check": set(),
     "fetch_model": {"torch", "transformers"},
     "merge": {"torch"},
+    "plot_importance": {"matplotlib", "pandas", "pyarrow"},
     "plot_perplexity": {"matplotlib", "pandas", "pyarrow"},
     "prune": {"torch"},
     "report_pages": {"pandas", "pyarrow"},
@@ -53,7 +54,7 @@ def test_what_makes_no_model_imports_no_model_classes(name):
 
 def test_runs_of_layers_import_neither_tables_nor_plots_nor_training():
     modules, left_out, collects = imported(imports_of(SCRIPTS / "segment.py"))
-    assert not {"datasets", "matplotlib", "pandas", "peft", "pyarrow"} & set(modules)
+    assert not {"datasets", "matplotlib", "pandas", "peft", "pyarrow", "scipy"} & set(modules)
     assert left_out > 100_000 and collects
 
 

@@ -79,8 +79,14 @@ def _curve(axis, path: Path) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def plot_importance(table: pd.DataFrame, output: str | Path) -> None:
-    """Draw the ranking as bars by block start, the recommended block marked; the suffix of `output` sets the format."""
+def plot_importance(ranking: str | Path, output: str | Path) -> None:
+    """Draw a ranking of blocks as bars by the block's first layer, the recommended one marked.
+
+    Args:
+        ranking: importance.csv.
+        output: the picture; its suffix decides the format.
+    """
+    table = pd.read_csv(ranking)
     figure, axis = plt.subplots(figsize=(0.28 * len(table) + 2, 3.4), layout="constrained")
     colours = [BEST_COLOUR if best else OTHER_COLOUR for best in table.recommended]
     axis.bar(table.start, table.angular_distance, color=colours)
