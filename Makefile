@@ -34,7 +34,7 @@ test: setup
 test-gpu:
 	PYTHONPATH="$(CURDIR)/lib" $(PYTHON) -m pytest tests/gpu
 
-# The workflow on a Slurm: on one that answers, or on one node that is started for the tests (root, Debian's packages).
+# The workflow on a Slurm: on one that answers, or on one that is started for the tests on this machine (root, Debian's packages).
 test-cluster: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_CLUSTER=1 python -m pytest -n 0 tests/cluster
 

@@ -5,7 +5,7 @@ from mistral_prune_lora.quick_imports import huge_pages, quick_imports
 from mistral_prune_lora.workflow.together import log_of, share_of, shared_settings, start_together
 
 with job(log_of(snakemake.log[0])):
-    start_together(snakemake.resources.get("processes"), snakemake.resources.get("mpi"))
+    start_together(*map(snakemake.resources.get, ("processes", "nodes", "mpi")))
 huge_pages()
 
 with quick_imports():

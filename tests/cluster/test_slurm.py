@@ -9,11 +9,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
-from slurm_project import Running, copied, job_state, jobs, on_slurm, rule_of, signal
+from slurm_node import BOTH
+from slurm_project import Running, copied, job_state, jobs, on_slurm, rule_of, signal, wait_until
 from workflow_project import ROOT, Project, configuration
 
 from mistral_prune_lora.storage.journal import open_held
@@ -55,6 +58,7 @@ def sharded(config: dict) -> dict:
     return config
 
 
+SAVES = ROOT / "tests/support/saves_when_asked.py"
 TARGETS = ("all", "results/first/importance.csv")
 
 
@@ -219,14 +223,45 @@ def who_waits(beside: dict[str, str] | None = None) -> dict[str, str] | None:
     return None
 
 
-def test_several_processes_train_one_adapter(project):
+@pytest.fixture
+def two_nodes() -> str:
+    """The partition that has them."""
+    told = subprocess.run(["sinfo", "--noheader", "--partition", BOTH, "--format=%D"], capture_output=True, text=True)
+    if told.stdout.strip() != "2":
+        pytest.skip(f"this Slurm has no partition of two nodes that is called {BOTH}")
+    return BOTH
+
+
+def test_processes_on_two_nodes_train_the_adapter_that_one_trains(project, tmp_path, two_nodes):
     project.config["experiments"]["tiny"]["adapters"]["A"] = "train"
     project.config["experiments"]["tiny"]["distill"] = {
-        "dataset": "corpus", "seqlen": 32, "windows": 8, "dtype": "fp32", "lora": {"rank": 2},
-        "parts": {"A": OPTIMISER | {"gradient_accumulation": 2}},
+        "dataset": "corpus", "seqlen": 32, "windows": 8, "dtype": "fp32", "lora": {"rank": 2, "dropout": 0.0},
+        "parts": {"A": OPTIMISER | {"batch_size": 1, "gradient_accumulation": 4}},
     }  # fmt: skip
-    record = "results/tiny/adapters/A_lora/training.json"
+    where = project.folder / "results/tiny/adapters/A_lora"
+    record = str((where / "training.json").relative_to(project.folder))
     project.snakemake(record, "--until", "windows", "prune_B3to4_C5to6")
-    asked = ("processes=2", "mpi=srun", "tasks=2", "nodes=1")
+    alone = Project(tmp_path / "alone", project.config)
+    subprocess.run(["cp", "-a", project.folder, alone.folder], check=True)
+    alone.snakemake(record)
+
+    asked = ("processes=2", "mpi=srun", "nodes=2", "tasks=2", "tasks_per_gpu=0", f"slurm_partition={two_nodes}")
     Running(project, record, *on_slurm(resources=[f"train_adapter:{each}" for each in asked])).end()
-    assert json.loads((project.folder / record).read_text())["processes"] == 2
+    (job,) = jobs("train_adapter")[-1:]
+    assert job["NumNodes"] == "2" and json.loads((where / "training.json").read_text())["processes"] == 4
+    curve, wanted = (pd.read_csv(each.path("adapters/A_lora/training.csv")) for each in (project, alone))
+    pd.testing.assert_frame_equal(curve, wanted, check_exact=False, rtol=1e-4)
+
+
+def test_processes_on_two_nodes_save_what_they_have_when_their_job_is_asked_to_end(tmp_path, two_nodes):
+    script = shutil.copy(SAVES, tmp_path)
+    asked = ["--partition", two_nodes, "--nodes=2", "--ntasks=2", "--cpus-per-task=2", "--output", tmp_path / "printed"]
+    run = f"NODES=2 PYTHONPATH={ROOT / 'lib'} exec {sys.executable} {script}"
+    told = subprocess.run(["sbatch", "--parsable", *asked, "--wrap", run], check=True, capture_output=True, text=True)
+    job = told.stdout.strip()
+    wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 4, (tmp_path / "printed").read_text)
+    subprocess.run(
+        ["scancel", "--batch", "--signal=TERM", job], check=True
+    )  # as from outside: to the job's own process
+    wait_until(lambda: job_state({"JobId": job}) == "FAILED", (tmp_path / "printed").read_text)
+    assert sorted(path.name for path in tmp_path.glob("saved.*")) == [f"saved.{number}" for number in range(4)]

@@ -1,4 +1,7 @@
-"""A Slurm of one node on this machine: munged, slurmctld and slurmd on the loopback, with GPUs that are none.
+"""A Slurm on this machine: munged, slurmctld and two slurmds on the loopback, with GPUs that are none.
+
+Jobs run on the first node. A job that asks for the partition of both nodes may use the second too, which is the same
+machine under another name.
 
 Debian's packages slurm-wlm and munge bring the programs. Slurm is read from /etc/slurm alone, since jobs drop
 SLURM_CONF, so a machine that has one configured keeps it, and none is started there.
@@ -18,7 +21,8 @@ from pathlib import Path
 
 _CONFIGURED, _DEVICES = Path("/etc/slurm/slurm.conf"), Path("/etc/slurm/gres.conf")
 _PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo")
-CPUS, _MEMORY = 8, 64_000  # what the node says it has, so that jobs of two CPUs always run side by side
+BOTH = "both"  # the partition
+CPUS, _MEMORY = 8, 64_000  # what a node says it has, so that jobs of two CPUs always run side by side
 # Without accounting, sacct answers nothing, and Snakemake's plugin, which turns to it when scontrol was slow for once,
 # waits for ever. This one knows what squeue knows.
 _SACCT = """\
@@ -33,9 +37,9 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool
+SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
-SlurmdPidFile={root}/slurmd.pid
+SlurmdPidFile={root}/slurmd-%n.pid
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -51,8 +55,11 @@ MinJobAge=600
 OverTimeLimit=0
 KillWait=2
 GresTypes=gpu
-NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:fake:2 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+NodeName=DEFAULT CPUs={cpus} RealMemory={memory} State=UNKNOWN
+NodeName={first} NodeHostname={first} NodeAddr=127.0.0.1 Port=6818 Gres=gpu:fake:2
+NodeName={second} NodeHostname={second} NodeAddr=127.0.0.1 Port=6819
+PartitionName=main Nodes={first} Default=YES MaxTime=INFINITE State=UP
+PartitionName={both} Nodes=ALL MaxTime=INFINITE State=UP
 """
 
 
@@ -78,24 +85,34 @@ def slurm_node(root: Path, cpus: int = CPUS) -> Iterator[None]:
 
     Args:
         root: a folder for its state and logs, and `bin`, which is to stand first on Snakemake's PATH.
-        cpus: how many it says it has, whatever the machine has.
+        cpus: how many a node says it has, whatever the machine has.
 
     Raises:
         TimeoutError: one of its processes does not answer within a minute.
     """
     host, name = socket.gethostname().split(".")[0], f"tests{os.getpid()}"
-    for folder in ("state", "spool", "bin"):
+    nodes = (host, f"{host}-again")
+    for folder in ("state", "bin", *(f"spool-{node}" for node in nodes)):
         (root / folder).mkdir(parents=True)
     (root / "bin/sacct").write_text(_SACCT)
     (root / "bin/sacct").chmod(0o755)
     devices = [root / "gpu0", root / "gpu1"]
     for device in devices:
         subprocess.run(["mknod", str(device), "c", "1", "3"], check=True)  # the null device
+    told = {
+        "root": root,
+        "name": name,
+        "first": nodes[0],
+        "second": nodes[1],
+        "cpus": cpus,
+        "memory": _MEMORY,
+        "both": BOTH,
+    }
     with ExitStack() as started:
         started.callback(_end_jobs_of, name)
         started.callback(_CONFIGURED.unlink, missing_ok=True)
         started.callback(_DEVICES.unlink, missing_ok=True)
-        _CONFIGURED.write_text(_CONF.format(root=root, name=name, host=host, cpus=cpus, memory=_MEMORY))
+        _CONFIGURED.write_text(_CONF.format(**told))
         _DEVICES.write_text("".join(f"NodeName={host} Name=gpu Type=fake File={device}\n" for device in devices))
         if _told("munge", "-n") is None:
             Path("/run/munge").mkdir(exist_ok=True)
@@ -104,8 +121,9 @@ def slurm_node(root: Path, cpus: int = CPUS) -> Iterator[None]:
             _wait_for(lambda: _told("munge", "-n") is not None, "munged")
         started.enter_context(_running(root, "/usr/sbin/slurmctld", "-D"))
         _wait_for(answers, "slurmctld")
-        started.enter_context(_running(root, "/usr/sbin/slurmd", "-D", "-N", host))
-        _wait_for(lambda: _told("sinfo", "--noheader", "--format=%t") == "idle", "slurmd")
+        for node in nodes:
+            started.enter_context(_running(root, "/usr/sbin/slurmd", "-D", "-N", node))
+        _wait_for(lambda: _told("sinfo", "--noheader", "--partition", BOTH, "--format=%t %D") == "idle 2", "slurmd")
         try:
             yield
         finally:

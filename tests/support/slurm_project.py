@@ -58,24 +58,28 @@ class Running:
 
     def until(self, found: Callable[[], object]) -> object:
         """Wait until something is so, and return it; the run must not end before."""
-        return self._wait(found, lambda: not self.over)
+        return wait_until(found, lambda: self.printed, lambda: not self.over)
 
     def after(self, found: Callable[[], object]) -> None:
         """Wait until something is so that goes on without it."""
-        self._wait(found, lambda: True)
-
-    def _wait(self, found: Callable[[], object], may_come: Callable[[], bool]) -> object:
-        end = time.monotonic() + PATIENCE
-        while not (result := found()):
-            assert may_come() and time.monotonic() < end, self.printed[-8000:]
-            time.sleep(0.3)
-        return result
+        wait_until(found, lambda: self.printed)
 
     def end(self, *, succeeds: bool = True) -> str:
         """Wait for its end and return what it printed."""
         code = self.process.wait(timeout=PATIENCE)
         assert (code == 0) == succeeds, self.printed[-8000:]
         return self.printed
+
+
+def wait_until(
+    found: Callable[[], object], printed: Callable[[], str], may_come: Callable[[], bool] = lambda: True
+) -> object:
+    """Wait until something is so, and return it; fail, with the end of what was printed, once it cannot come."""
+    end = time.monotonic() + PATIENCE
+    while not (result := found()):
+        assert may_come() and time.monotonic() < end, printed()[-8000:]
+        time.sleep(0.3)
+    return result
 
 
 def jobs(rule: str = "") -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from workflow_project import ROOT
 from mistral_prune_lora.errors import PipelineError
 from mistral_prune_lora.workflow.together import shared_settings, start_together
 
+SAVES = ROOT / "tests/support/saves_when_asked.py"
 CURVE = "results/tiny/adapters/B_lora/training.csv"
 OPTIMISER = {"steps": 3, "batch_size": 1, "gradient_accumulation": 2, "warmup_steps": 0, "learning_rate": 0.01}
 
@@ -54,46 +56,82 @@ def test_more_processes_than_passes_are_refused(monkeypatch):
         shared_settings({"optimiser": {"gradient_accumulation": 6}})
 
 
-@pytest.mark.parametrize(
-    ("processes", "environment", "told"),
-    [(2, {}, "are for Slurm"), (2, {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, "the job has 2 nodes")],
-)
-def test_what_cannot_be_started_is_refused(processes, environment, told, monkeypatch):
-    for name in ("RANK", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"):
+@pytest.fixture
+def slurm_job(monkeypatch):
+    """As in a job of Slurm, where its executor has taken away what the environment says of the job's nodes."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")] + ["RANK"]:
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(PipelineError, match=told):
-        start_together(processes)
+    monkeypatch.setenv("SLURM_JOB_ID", "20517")
 
 
-def test_a_job_that_asks_for_nothing_works_alone_in_an_allocation_of_several_nodes(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    start_together(None)
+def test_processes_outside_of_slurm_are_refused(slurm_job, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(PipelineError, match="are for Slurm"):
+        start_together(2)
 
 
-SAVES = """
-import os, pathlib, signal, sys, time
-from mistral_prune_lora.workflow.together import start_together
-start_together(2)
-here, rank = pathlib.Path(__file__).parent, os.environ["RANK"]
-def save(number, frame):
-    time.sleep(1)
-    (here / f"saved.{rank}").touch()
-    sys.exit(128 + number)
-signal.signal(signal.SIGTERM, save)
-(here / f"ready.{rank}").touch()
-time.sleep(60)
+@pytest.mark.parametrize("mpi", [None, "mpirun -np 2"])
+def test_several_nodes_without_an_srun_that_starts_processes_there_are_refused(mpi, slurm_job):
+    with pytest.raises(PipelineError, match="the job has 2 nodes, and no srun starts processes on them"):
+        start_together(None, 2, mpi)
+
+
+def test_a_job_that_asks_for_nothing_works_alone(slurm_job):
+    start_together(None, None, "srun")
+    start_together(1, 1)
+
+
+SCONTROL = """#!/bin/sh
+case "$2 $3" in
+    "job 20517") echo "JobId=20517 ReqNodeList=(null) ExcNodeList=(null) NodeList=gpu[07-08] BatchHost=gpu07" ;;
+    "hostnames gpu[07-08]") printf 'gpu07\\ngpu08\\n' ;;
+    *) exit 1 ;;
+esac
 """
 
 
-def test_who_asks_the_job_to_end_asks_its_processes_and_the_job_waits_for_them(tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(SAVES)
-    env = {name: value for name, value in os.environ.items() if name != "RANK"}
-    env |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "PYTHONPATH": str(ROOT / "lib")}
+@pytest.fixture
+def two_nodes(slurm_job, tmp_path, monkeypatch):
+    """A Slurm that says the job has two nodes, and an srun that keeps what it is to start."""
+    for name, text in {"scontrol": SCONTROL, "srun": f'#!/bin/sh\necho "$@" > {tmp_path}/started\nexit 3\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return tmp_path
+
+
+def test_torchrun_is_started_on_every_node_and_meets_on_the_first(two_nodes, keeps_signals):
+    with pytest.raises(SystemExit) as ended:
+        start_together(4, 2, "srun --label")
+    assert ended.value.code == 3
+    by_node, command = (two_nodes / "started").read_text().split(sys.executable)
+    assert by_node.split() == ["--label", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none"]
+    wanted = {"--nnodes=2", "--nproc_per_node=4", "--rdzv_endpoint=gpu07:20517", "--rdzv_id=20517"}
+    assert wanted <= set(command.split()) and "--standalone" not in command
+
+
+def test_other_nodes_than_the_job_asked_for_are_refused(two_nodes):
+    with pytest.raises(PipelineError, match="the job has the nodes gpu07, gpu08, and asked for 3"):
+        start_together(4, 3, "srun")
+
+
+def test_a_slurm_that_does_not_answer_is_named(two_nodes, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    with pytest.raises(PipelineError, match="Slurm does not say which nodes the job has"):
+        start_together(4, 2, "srun")
+
+
+@pytest.fixture
+def keeps_signals():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_who_asks_the_job_to_end_asks_its_processes_and_the_job_waits_for_them(slurm_job, tmp_path):
+    script = shutil.copy(SAVES, tmp_path)
+    env = os.environ | {"NODES": "1", "PYTHONPATH": str(ROOT / "lib")}
     with subprocess.Popen([sys.executable, script], env=env, stderr=subprocess.DEVNULL) as job:
         until = time.monotonic() + 100
         while len(list(tmp_path.glob("ready.*"))) < 2 and time.monotonic() < until:

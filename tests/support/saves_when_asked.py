@@ -1,0 +1,26 @@
+"""A job's script that starts itself in two processes on each of NODES nodes; asked to end, each takes a second.
+
+Each leaves a file beside the script, `ready` and then `saved`, with the number of its process.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mistral_prune_lora.workflow.together import start_together
+
+start_together(2, int(os.environ["NODES"]), "srun")
+here, rank = Path(__file__).parent, os.environ["RANK"]
+
+
+def save(number, frame):
+    time.sleep(1)
+    (here / f"saved.{rank}").touch()
+    sys.exit(128 + number)
+
+
+signal.signal(signal.SIGTERM, save)
+(here / f"ready.{rank}").touch()
+time.sleep(60)
