@@ -253,15 +253,24 @@ def test_processes_on_two_nodes_train_the_adapter_that_one_trains(project, tmp_p
     pd.testing.assert_frame_equal(curve, wanted, check_exact=False, rtol=1e-4)
 
 
-def test_processes_on_two_nodes_save_what_they_have_when_their_job_is_asked_to_end(tmp_path, two_nodes):
-    script = shutil.copy(SAVES, tmp_path)
-    asked = ["--partition", two_nodes, "--nodes=2", "--ntasks=2", "--cpus-per-task=2", "--output", tmp_path / "printed"]
-    run = f"NODES=2 PYTHONPATH={ROOT / 'lib'} exec {sys.executable} {script}"
-    told = subprocess.run(["sbatch", "--parsable", *asked, "--wrap", run], check=True, capture_output=True, text=True)
-    job = told.stdout.strip()
-    wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 4, (tmp_path / "printed").read_text)
-    subprocess.run(
-        ["scancel", "--batch", "--signal=TERM", job], check=True
-    )  # as from outside: to the job's own process
-    wait_until(lambda: job_state({"JobId": job}) == "FAILED", (tmp_path / "printed").read_text)
+# As Slurm's executor starts a job with mpi: of what Slurm says of a job in the environment, little is left.
+AS_THE_EXECUTOR = """\
+unset $(env | grep -o '^SLURM_[A-Z_]*' | grep -vx SLURM_JOB_ID)
+export NODES=2 PYTHONPATH={library}
+exec {python} {script}
+"""
+
+
+def test_processes_on_two_nodes_see_their_gpus_and_save_what_they_have_when_their_job_is_asked_to_end(
+    tmp_path, two_nodes
+):
+    script, log = shutil.copy(SAVES, tmp_path), tmp_path / "printed"
+    run = AS_THE_EXECUTOR.format(library=ROOT / "lib", python=sys.executable, script=script)
+    asked = ["--partition", two_nodes, "--nodes=2", "--ntasks=2", "--cpus-per-task=2", "--gpus=4", "--gpus-per-node=2"]
+    command = ["sbatch", "--parsable", *asked, "--output", log, "--wrap", run]
+    job = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    wait_until(lambda: [file.read_text() for file in tmp_path.glob("ready.*")] == ["0,1"] * 4, log.read_text)
+    # To the job's own process, not to what it has started.
+    subprocess.run(["scancel", "--batch", "--signal=TERM", job], check=True)
+    wait_until(lambda: job_state({"JobId": job}) == "FAILED", log.read_text)
     assert sorted(path.name for path in tmp_path.glob("saved.*")) == [f"saved.{number}" for number in range(4)]

@@ -1,6 +1,6 @@
 """A job's script that starts itself in two processes on each of NODES nodes; asked to end, each takes a second.
 
-Each leaves a file beside the script, `ready` and then `saved`, with the number of its process.
+Each leaves a file beside the script, `ready` with the GPUs that it sees and then `saved`, by the number of its process.
 """
 
 import os
@@ -22,5 +22,5 @@ def save(number, frame):
 
 
 signal.signal(signal.SIGTERM, save)
-(here / f"ready.{rank}").touch()
+(here / f"ready.{rank}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 time.sleep(60)

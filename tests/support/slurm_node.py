@@ -55,10 +55,10 @@ MinJobAge=600
 OverTimeLimit=0
 KillWait=2
 GresTypes=gpu
-NodeName=DEFAULT CPUs={cpus} RealMemory={memory} State=UNKNOWN
-NodeName={first} NodeHostname={first} NodeAddr=127.0.0.1 Port=6818 Gres=gpu:fake:2
-NodeName={second} NodeHostname={second} NodeAddr=127.0.0.1 Port=6819
-PartitionName=main Nodes={first} Default=YES MaxTime=INFINITE State=UP
+NodeName=DEFAULT CPUs={cpus} RealMemory={memory} Gres=gpu:fake:2 State=UNKNOWN
+NodeName={nodes[0]} NodeHostname={nodes[0]} NodeAddr=127.0.0.1 Port=6818
+NodeName={nodes[1]} NodeHostname={nodes[1]} NodeAddr=127.0.0.1 Port=6819
+PartitionName=main Nodes={nodes[0]} Default=YES MaxTime=INFINITE State=UP
 PartitionName={both} Nodes=ALL MaxTime=INFINITE State=UP
 """
 
@@ -99,21 +99,13 @@ def slurm_node(root: Path, cpus: int = CPUS) -> Iterator[None]:
     devices = [root / "gpu0", root / "gpu1"]
     for device in devices:
         subprocess.run(["mknod", str(device), "c", "1", "3"], check=True)  # the null device
-    told = {
-        "root": root,
-        "name": name,
-        "first": nodes[0],
-        "second": nodes[1],
-        "cpus": cpus,
-        "memory": _MEMORY,
-        "both": BOTH,
-    }
     with ExitStack() as started:
         started.callback(_end_jobs_of, name)
         started.callback(_CONFIGURED.unlink, missing_ok=True)
         started.callback(_DEVICES.unlink, missing_ok=True)
-        _CONFIGURED.write_text(_CONF.format(**told))
-        _DEVICES.write_text("".join(f"NodeName={host} Name=gpu Type=fake File={device}\n" for device in devices))
+        _CONFIGURED.write_text(_CONF.format(root=root, name=name, nodes=nodes, both=BOTH, cpus=cpus, memory=_MEMORY))
+        entry = "NodeName={nodes} Name=gpu Type=fake File={device}\n"
+        _DEVICES.write_text("".join(entry.format(nodes=",".join(nodes), device=device) for device in devices))
         if _told("munge", "-n") is None:
             Path("/run/munge").mkdir(exist_ok=True)
             shutil.chown("/run/munge", "munge", "munge")
