@@ -57,6 +57,12 @@ def test_a_single_window_has_a_number_and_no_interval(tmp_path):
     assert len(re.findall(r"<td class=\"number\">\d+\.\d+</td>", table)) == 7 + 6  # of PPL and of KL
 
 
+def test_an_experiment_has_the_name_that_it_was_given(tmp_path):
+    read = gathered(tmp_path, write_results(tmp_path, "null", 3, dataset="007"))
+    for table in (read.summary, read.comparisons):
+        assert {*table.experiment} == {"null"} and {*table.dataset} == {"007"}
+
+
 def test_differences_along_a_long_text_are_means_over_neighbours(tmp_path):
     windows = 2 * POINTS + 1
     found = gathered(tmp_path, write_results(tmp_path, "one", windows))

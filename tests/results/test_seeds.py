@@ -75,7 +75,7 @@ def test_seeds_on_other_token_ids_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [("", "cannot be read as a summary"), ("a,b\n1,2\n", "has no column experiment"), ("ppl\nten\n", "cannot be read"),
+    [("", "be read as a table"), ("a,b\n1,2\n", "has no column experiment"), ("ppl\nten\n", "cannot be read"),
      (None, "No such file")],
 )  # fmt: skip
 def test_what_is_no_summary_is_refused(tmp_path, content, told):

@@ -10,9 +10,11 @@ import pandas as pd
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.results.summary import COLUMNS, Named
-from mistral_prune_lora.results.summary_file import AGAIN, check_columns, read_summary
+from mistral_prune_lora.results.summary_file import AGAIN, check_columns, read_results
 from mistral_prune_lora.storage.json_file import read_json
 from mistral_prune_lora.storage.plain_file import check_plain
+
+_COMPARED = ("experiment", "dataset", "first", "second", "difference", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def gather(summary: str | Path, comparisons: str | Path, results: Sequence[Named
         key = (named.experiment, named.dataset, named.variant, named.stage)
         records[key] = read_json(named.path, DataError, mend=AGAIN)
         windows[key] = read_table(Path(named.path).with_suffix(".parquet"))
-    return Gathered(told, read_summary(summary, COLUMNS), read_table(comparisons), records, windows)
+    return Gathered(told, read_results(summary, COLUMNS), read_results(comparisons, _COMPARED), records, windows)
 
 
 def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.results.statistics import paired_difference
-from mistral_prune_lora.results.summary_file import AGAIN, read_summary
+from mistral_prune_lora.results.summary_file import AGAIN, read_results
 from mistral_prune_lora.storage.plain_file import check_plain
 from mistral_prune_lora.storage.transaction import atomic_file
 
@@ -28,7 +28,7 @@ def write_baseline(
     Returns:
         A line for each result that could not be compared.
     """
-    table, left_out = baseline_differences(read_summary(summary_csv, _READ), windows, baselines)
+    table, left_out = baseline_differences(read_results(summary_csv, _READ), windows, baselines)
     with atomic_file(out_csv) as fresh:
         table.to_csv(fresh, index=False)
     return left_out

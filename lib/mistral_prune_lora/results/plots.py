@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from mistral_prune_lora.layout.partition import STAGES
+from mistral_prune_lora.results.summary_file import read_results
 from mistral_prune_lora.storage.transaction import atomic_file
 
 _STYLE = {
@@ -34,8 +35,11 @@ def plot_perplexity(summary: str | Path, output: str | Path) -> None:
     Args:
         summary: summary.csv.
         output: the picture; its suffix decides the format.
+
+    Raises:
+        DataError: the summary cannot be read.
     """
-    table = pd.read_csv(summary)
+    table = read_results(summary, ("experiment", "dataset", "variant", "stage", "ppl", "ppl_se"))
     panels = list(table.groupby(["dataset", "experiment"], sort=False))
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
     for axis, ((dataset, experiment), rows) in zip(axes[0], panels, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from mistral_prune_lora.errors import DataError
-from mistral_prune_lora.results.summary_file import read_summary
+from mistral_prune_lora.results.summary_file import read_results
 from mistral_prune_lora.storage.transaction import atomic_file
 
 SEED = "distill.seed"
@@ -22,7 +22,7 @@ Sweeps = Mapping[str, tuple[str, Mapping[str, object]]]
 
 def write_seeds(summary_csv: str | Path, sweeps: Sweeps, out_csv: str | Path) -> None:
     """Write `seed_statistics` of a summary.csv; arguments and errors as there."""
-    table = seed_statistics(read_summary(summary_csv, (*_RESULT[:1], *_RESULT[2:], *MEASURES, "ids_sha256")), sweeps)
+    table = seed_statistics(read_results(summary_csv, (*_RESULT[:1], *_RESULT[2:], *MEASURES, "ids_sha256")), sweeps)
     with atomic_file(out_csv) as fresh:
         table.to_csv(fresh, index=False)
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from mistral_prune_lora.errors import printable, shortened
 from mistral_prune_lora.layout.partition import STAGES
-from mistral_prune_lora.results.summary_file import VARIANTS, read_summary
+from mistral_prune_lora.results.summary_file import VARIANTS, read_results
 
 WIDTH = 100
 _NAMES = ("experiment", "dataset", "stage")
@@ -36,7 +36,7 @@ def summary_table(summary_csv: str | Path) -> str:
         DataError: it is no summary.
     """
     path = Path(summary_csv)
-    table = read_summary(path, (*_NAMES, "variant", "ppl", "ppl_se", "kl_dense"))
+    table = read_results(path, (*_NAMES, "variant", "ppl", "ppl_se", "kl_dense"))
     columns = _columns(table)
     keys = sorted(
         {tuple(row[name] for name in _NAMES) for row in table.to_dict("records")}, key=_order(table.to_dict("records"))

@@ -1,4 +1,4 @@
-"""Reading summary.csv again, for what is made of its rows. Imports no torch."""
+"""Reading summary.csv and comparisons.csv again, for what is made of their rows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ AGAIN = "delete it and run again"  # what mends a file of results
 VARIANTS = ("dense", "pruned", "merged", "no-kd", "joint-AB", "joint-FULL")
 _WORDS = (
     "experiment", "dataset", "variant", "stage", "label", "dtype", "device", "ids_sha256", "weights_sha256", "warnings",
+    "first", "second",
 )  # fmt: skip
 
 
-def read_summary(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
-    """The rows of a summary.csv: numbers as float64, NaN where there is none, and words as text.
+def read_results(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
+    """The rows of a summary.csv or comparisons.csv: numbers as float64, NaN where there is none, and words as text.
 
     Args:
         path: the file.
@@ -34,7 +35,7 @@ def read_summary(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
         for name in table.columns.difference(list(_WORDS), sort=False):
             table[name] = pd.to_numeric(table[name].replace("", None)).astype(float)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read as a summary: {error}", where=path, mend=AGAIN) from None
+        raise DataError(f"cannot be read as a table of results: {error}", where=path, mend=AGAIN) from None
     check_columns(table, columns, path)
     return table
 

@@ -1,0 +1,24 @@
+import pandas as pd
+import pytest
+
+from mistral_prune_lora.results import plots
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would have been written."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, output: figures.append(figure))
+    return figures
+
+
+def test_experiments_have_the_names_that_they_were_given(drawn, tmp_path):
+    names = ["null", "NA", "1"]
+    rows = [
+        {"experiment": name, "dataset": "007", "variant": "pruned", "stage": stage, "ppl": 20.0, "ppl_se": None}
+        for name in names
+        for stage in ("A", "AB", "FULL")
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "summary.csv", index=False)
+    plots.plot_perplexity(tmp_path / "summary.csv", tmp_path / "perplexity.svg")
+    assert [axis.get_title() for axis in drawn[0].axes] == [f"{name} on 007" for name in names]
