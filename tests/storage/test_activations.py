@@ -19,7 +19,8 @@ from mistral_prune_lora.evaluation.stages import boundary_bytes, evaluate_stages
 from mistral_prune_lora.evaluation.subject import Subject
 from mistral_prune_lora.layout.partition import STAGES, Layout
 from mistral_prune_lora.sizes import parse_size, size_text
-from mistral_prune_lora.storage.activations import LESS_SPACE, ActivationReader, ActivationWriter
+from mistral_prune_lora.storage.activations import LESS_SPACE, ActivationReader, ActivationWriter, open_finished
+from mistral_prune_lora.storage.journal import Journal, open_held
 from mistral_prune_lora.storage.safetensors_file import read_header
 from mistral_prune_lora.storage.space import require_space
 from mistral_prune_lora.streaming.compute import Compute
@@ -152,6 +153,21 @@ def test_a_journal_that_names_batches_there_are_not_is_not_believed(tmp_path, ca
         out.finish()
     expected = torch.cat([batch(7), batch(8), batch(9, 1)])
     assert torch.equal(ActivationReader(tmp_path / "h.safetensors").read(0, 5), expected)
+
+
+def test_the_journal_of_a_run_that_was_killed_when_its_file_was_in_place_goes_with_the_next_look(tmp_path, monkeypatch):
+    path = tmp_path / "h.safetensors"
+    with monkeypatch.context() as killed:
+        killed.setattr(Journal, "remove", lambda journal: None)
+        finished(path)
+    journal = tmp_path / ".h.safetensors.journal"
+    assert journal.exists() and not open_finished(path, RUN | {"another": 1}) and journal.exists()
+    held = open_held(journal, "held")  # somebody is at it, and has only just put the file in its place
+    assert open_finished(path, RUN) and journal.exists()
+    os.close(held)
+    assert open_finished(path, RUN) and [p.name for p in tmp_path.iterdir()] == ["h.safetensors"]
+    journal.mkdir()
+    assert open_finished(path, RUN) and journal.is_dir()
 
 
 def test_a_batch_named_twice_counts_once(tmp_path):

@@ -24,7 +24,7 @@ from mistral_prune_lora.errors import CheckpointError, DataError, NumberError, P
 from mistral_prune_lora.provenance import record_text
 from mistral_prune_lora.storage.dtypes import DTYPE_NAMES, DTYPES
 from mistral_prune_lora.storage.finite import first_not_finite, mend_for
-from mistral_prune_lora.storage.journal import Journal, open_own, say_left_out
+from mistral_prune_lora.storage.journal import Journal, open_own, remove_left, say_left_out
 from mistral_prune_lora.storage.json_file import parsed
 from mistral_prune_lora.storage.plain_file import lies_there
 from mistral_prune_lora.storage.safetensors_file import (
@@ -100,7 +100,10 @@ def open_finished(path: Path, run: Mapping) -> ActivationReader | None:
     except CheckpointError as error:
         print(f"warning: {printable(str(path))} {error.what}; it is made anew", file=sys.stderr)
         return None
-    return reader if reader.run == json.loads(record_text(run)) else None
+    if reader.run != json.loads(record_text(run)):
+        return None
+    remove_left(_journal_of(path))  # of a run that was killed when this was in its place
+    return reader
 
 
 class ActivationWriter:
@@ -137,7 +140,7 @@ class ActivationWriter:
         self._sums = np.zeros(self._shape[0], dtype="<u4")
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         header = {"run": record, "shape": self._shape, "dtype": spec.dtype, "batch_size": batch_size}
-        self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"), header)
+        self._journal = Journal(_journal_of(self.path), header)
         try:
             self._file = open_own(self._partial)
         except BaseException:
@@ -257,6 +260,10 @@ class ActivationWriter:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _journal_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.journal")
 
 
 def _checksums(hidden: torch.Tensor) -> list[int]:

@@ -174,6 +174,23 @@ def open_held(path: Path, told: str, *, where: Path | None = None) -> int:
         os.close(descriptor)  # finished and removed by another process between the two steps
 
 
+def remove_left(path: Path) -> None:
+    """Delete a journal that a killed process left beside its finished work, unless another process holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # as a rule, since there is none
+        return
+    try:
+        ours = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        with suppress(NoLocks):
+            ours = ours and locked(descriptor)
+        if ours:
+            with suppress(OSError):
+                path.unlink()
+    finally:
+        os.close(descriptor)
+
+
 def say_left_out(path: Path, count: int) -> None:
     """Say on stderr that entries of a journal are not believed."""
     told = f"{count} of its entries are not what was written there" if count > 1 else "an entry is not what was written"
