@@ -27,7 +27,7 @@ from mistral_prune_lora.workflow.configuration import (
     with_yaml_values,
 )
 from mistral_prune_lora.workflow.content import Content
-from mistral_prune_lora.workflow.described import described
+from mistral_prune_lora.workflow.described import deciding, described
 from mistral_prune_lora.workflow.expansion import expand_experiments
 from mistral_prune_lora.workflow.fingerprint import Code
 from mistral_prune_lora.workflow.given import dense_model

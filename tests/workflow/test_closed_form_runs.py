@@ -1,10 +1,12 @@
 """Adapters in closed form by snakemake for real: merged, measured, started from, and made again when they must be."""
 
+import copy
 import json
 
 import pandas as pd
 import pytest
 import torch
+from slurm_project import copied
 from torch.nn import functional
 
 from mistral_prune_lora.models.load import load_model
@@ -57,6 +59,22 @@ def test_closed_forms_are_merged_started_from_and_made_again(computed):
     computed.config["experiments"]["tiny"]["distill"]["seed"] = 0
     computed.snakemake("drop_activations")
     assert computed.planned() == {}
+
+
+def test_the_dense_model_s_way_shared_by_jobs_gives_the_same_adapters(computed, tmp_path):
+    shared = copied(computed, tmp_path / "shared")
+    shared.config = copy.deepcopy(computed.config)
+    shared.config["experiments"]["tiny"]["distill"]["shards"] = 2
+    target = "results/tiny/adapters/A_lora/adapter_model.safetensors"
+    alone, jobs = computed.jobs(target), shared.jobs(target)
+    assert "segment_shard" not in alone and jobs["segment_shard"] == 2 * alone["segment"]
+    places = [each.folder / "results/shared/activations" for each in (computed, shared)]
+    ways = [{file.name: file.read_bytes() for file in place.glob("dense*.safetensors")} for place in places]
+    assert len(ways[0]) == alone["segment"] and ways[0] == ways[1]
+    assert (computed.folder / target).read_bytes() == (shared.folder / target).read_bytes()
+    assert computed.planned(target) == {}
+    computed.config = shared.config
+    assert computed.planned(target) == {}
 
 
 def the_merged_a_is_what_transformers_measures(project) -> None:

@@ -8,6 +8,10 @@ def test_a_report_is_one_file_with_all_pages_and_costs_no_measurement(finished):
     assert finished.jobs() == {"strength": 3, "report_pages": 1}
     assert "Nothing to be done" in finished.snakemake()
     finished.snakemake("--report", "report.html")
+    # How it is run is no matter of the pages.
+    finished.config |= {"threads": 1, "keep_activations": False}
+    finished.config["experiments"]["tiny"]["perplexity"]["shards"] = 3
+    assert finished.planned() == {}
     report = (finished.folder / "report.html").read_text()
     for page in ("results", "stages", "layers", "training", "jobs"):
         assert f"results/report/{page}.html" in report

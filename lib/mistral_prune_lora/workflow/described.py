@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from mistral_prune_lora.layout.partition import spans
 from mistral_prune_lora.workflow.experiment import Experiment
 
+_HOW_TO_RUN = {"threads", "keep_activations", "report"}
+_HOW_TO_RUN_SECTION = {"distill": {"shards", "save_steps", "loggers"}, "perplexity": {"shards"}}
+
 
 def described(experiment: Experiment) -> dict[str, str]:
     """What is told of an experiment, by what the words are about."""
@@ -44,3 +47,19 @@ def _windows(wanted: Mapping) -> str:
 
 def _loss(loss: Mapping) -> str:
     return f"{loss['kd_loss']} with weight {loss['kd_alpha']:g}" if loss["kd_alpha"] else "cross-entropy alone"
+
+
+def deciding(config: Mapping) -> dict:
+    """A configuration without what changes no result: with another number of shards, the pages stay as they are."""
+    told = {key: value for key, value in config.items() if key not in _HOW_TO_RUN}
+    experiments = {name: _deciding(settings) for name, settings in config["experiments"].items()}
+    return told | {"experiments": experiments}
+
+
+def _deciding(settings: Mapping) -> dict:
+    return {
+        section: {key: told for key, told in value.items() if key not in _HOW_TO_RUN_SECTION[section]}
+        if section in _HOW_TO_RUN_SECTION and value is not None
+        else value
+        for section, value in settings.items()
+    }
