@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_READS = "create_import_structure_from_path"  # in transformers.utils.import_utils
+
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
@@ -23,7 +25,8 @@ def quick_imports() -> Iterator[None]:
     nobody refers to any more are freed as ever, and what the work makes is collected as ever.
 
     Of transformers, what takes a second and is for models of other kinds is left out: it believes that there is no
-    scipy, and it reads the sources of all its models once, not twice. Whoever imports scipy afterwards finds it.
+    scipy, and it reads the sources of all its models once, not twice. Whoever imports scipy afterwards finds it, but
+    transformers itself believes so for as long as the process lives.
 
     For the imports at the start of a process, before any work: what lies in a reference cycle by then is never freed.
     """
@@ -73,20 +76,23 @@ class _ModelsReadOnce(MetaPathFinder):
     """
 
     def __init__(self) -> None:
-        self._lookup: Any = None
+        self._lookup: ModuleType | None = None
+        self._plain: Any = None
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         """Before `transformers.models` is imported, let its question be the one that was answered."""
         if fullname != "transformers.models" or self._lookup:
             return
-        self._lookup = sys.modules["transformers.utils.import_utils"]
-        self._plain = self._lookup.create_import_structure_from_path
-        self._lookup.create_import_structure_from_path = self._of_folder
+        lookup = sys.modules.get("transformers.utils.import_utils")
+        self._plain = getattr(lookup, _READS, None)
+        if self._plain:  # another version of transformers may do it in another way
+            self._lookup = lookup
+            setattr(lookup, _READS, self._of_folder)
 
     def undo(self) -> None:
         """Let transformers look up again as it does by itself."""
         if self._lookup:
-            self._lookup.create_import_structure_from_path = self._plain
+            setattr(self._lookup, _READS, self._plain)
 
     def _of_folder(self, place: str | Path) -> object:
         place = Path(place)

@@ -30,16 +30,19 @@ OPTIMISER = {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "warmup_st
 
 
 def two_layouts(base: dict) -> dict:
-    """Two layouts. The first is trained and measured after healing; the second is only measured, its windows shared."""
-    config = copy.deepcopy(base)
+    """Two layouts. The first is healed, A in closed form and B by training, and measured; the second is only measured,
+    its windows shared."""
+    config = copy.deepcopy(base) | {"report": True}
     first = config["experiments"].pop("tiny")
     first["layers"]["C"] = []
-    first["adapters"] = {"A": "train", "B": "train", "C": "train"}
+    first["adapters"] = {"A": "closed-form", "B": "train", "C": "train"}
     first["distill"] = {
         "dataset": "corpus", "seqlen": 32, "windows": 8, "dtype": "fp32", "share_teacher_states": True,
         "share_prefix_states": True, "lora": {"rank": 2}, "parts": {part: OPTIMISER for part in "ABC"},
     }  # fmt: skip
     first["importance"] = {"dataset": "corpus", "drop": 2, "seqlen": 32, "windows": 4, "dtype": "fp32"}
+    first["closed_form"] = {"seqlen": 32, "windows": 6, "held_out": 2, "dtype": "fp32"}
+    first["choose"] = {"dataset": "corpus", "drop": 2, "seqlen": 32, "windows": 4, "dtype": "fp32"}
     measured = first["perplexity"] | {"batch_size": 2}
     first["perplexity"] = measured | {"variants": ["merged"], "stages": ["AB"], "compare_with_dense": False}
     second = {
@@ -59,7 +62,9 @@ def sharded(config: dict) -> dict:
 
 
 SAVES = ROOT / "tests/support/saves_when_asked.py"
-TARGETS = ("all", "results/first/importance.csv")
+TARGETS = (
+    "all", "results/first/importance.csv", "results/first/choice.json", "results/first/exported/merged.AB/config.json",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,9 @@ def test_every_job_asks_for_what_its_model_needs(ran, monkeypatch):
         **{f"{m.rule}_wildcards_{name}": needs.of_merge(m) for name, m in plan.merges.items()},
         **{f"{t.rule}_wildcards_{name}": needs.of_training(t) for name, t in plan.trainings.items()},
         **{f"windows_wildcards_{name}": needs.of_windows() for name in plan.windows},
+        **{f"closed_form_wildcards_{name}": needs.of_closed_form(c) for name, c in plan.closed_forms.items()},
+        **{f"choose_wildcards_{name}": needs.of_choice(c) for name, c in plan.choices.items()},
+        **{f"strength_wildcards_{name}": needs.of_strength(m) for name, m in plan.merges.items()},
         **wanted("segment", plan.segments, needs.of_segment),
         **wanted("dense_perplexity", {n: s for n, s in plan.scores.items() if s.keeps}, needs.of_score),
         **wanted("perplexity", {n: s for n, s in plan.scores.items() if not s.keeps}, needs.of_score),
@@ -110,6 +118,9 @@ def test_every_job_asks_for_what_its_model_needs(ran, monkeypatch):
         hours, minutes, _ = map(int, found[name]["TimeLimit"].split(":"))
         memory = float(found[name]["MinMemoryNode"].rstrip("MG")) * (1024 if "G" in found[name]["MinMemoryNode"] else 1)
         assert (60 * hours + minutes, round(memory)) == (need.runtime, need.mem_mb), name
+        computes = need.gpu or name.startswith("merge")
+        assert found[name]["NumCPUs"] == ("2" if computes else "1"), name
+    assert found["export_stage_wildcards_first_merged_AB"]["JobState"] == "COMPLETED"
     assert len({p.name for p in plan.prunings.values()}) == 2
 
 

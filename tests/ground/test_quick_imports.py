@@ -1,7 +1,9 @@
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,3 +107,10 @@ def test_transformers_looks_up_as_by_itself_afterwards():
         "import transformers.utils.import_utils as u\nassert hasattr(u.create_import_structure_from_path, 'cache_info')"
     )
     subprocess.run([sys.executable, "-c", QUICK + told], check=True, capture_output=True)
+
+
+def test_another_transformers_imports_as_it_does_by_itself(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.utils.import_utils", SimpleNamespace())
+    monkeypatch.delitem(sys.modules, "transformers.models", raising=False)
+    with quick_imports():
+        assert importlib.util.find_spec("transformers.models")

@@ -96,7 +96,7 @@ def test_every_figure_that_there_is_data_for_is_there(pages):
     }
     for name in PAGES:
         assert pages[name].count('class="chart" data-chart=') == len(titles[name])
-    assert "snakemake results/plain/importance.csv" in pages["layers"]  # how a ranking that is missing is made
+    assert "snakemake results/plain/importance.svg" in pages["layers"]  # how a ranking that is missing is made
 
 
 def test_what_is_behind_the_numbers_is_on_the_first_page_and_no_text_becomes_markup(pages):

@@ -101,9 +101,10 @@ def slurm_node(root: Path, cpus: int = CPUS) -> Iterator[None]:
         subprocess.run(["mknod", str(device), "c", "1", "3"], check=True)  # the null device
     with ExitStack() as started:
         started.callback(_end_jobs_of, name)
-        started.callback(_CONFIGURED.unlink, missing_ok=True)
+        with open(_CONFIGURED, "x") as file:  # which fails where another has just put its own there
+            started.callback(_CONFIGURED.unlink, missing_ok=True)
+            file.write(_CONF.format(root=root, name=name, nodes=nodes, both=BOTH, cpus=cpus, memory=_MEMORY))
         started.callback(_DEVICES.unlink, missing_ok=True)
-        _CONFIGURED.write_text(_CONF.format(root=root, name=name, nodes=nodes, both=BOTH, cpus=cpus, memory=_MEMORY))
         entry = "NodeName={nodes} Name=gpu Type=fake File={device}\n"
         _DEVICES.write_text("".join(entry.format(nodes=",".join(nodes), device=device) for device in devices))
         if _told("munge", "-n") is None:

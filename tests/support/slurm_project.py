@@ -17,7 +17,7 @@ from workflow_project import ROOT, Project
 ON_THE_CPU = (
     "train_adapter", "teacher_states", "prefix_states", "segment", "segment_shard", "dense_perplexity",
     "dense_perplexity_shard", "perplexity", "perplexity_shard", "teacher_states_shard", "prefix_states_shard",
-    "importance",
+    "importance", "choose", "closed_form",
 )  # fmt: skip
 _PROFILE = ("--workflow-profile", str(ROOT / "profiles/slurm"), "--latency-wait", "20")
 PROMPT = Path(__file__).with_name("prompt_snakemake.py")

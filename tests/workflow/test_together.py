@@ -76,6 +76,12 @@ def test_several_nodes_without_an_srun_that_starts_processes_there_are_refused(m
         start_together(None, 2, mpi)
 
 
+def test_an_array_whose_jobs_have_mpi_is_refused(slurm_job, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    with pytest.raises(PipelineError, match="the first job of an array in all of them"):
+        start_together(2, 2, "srun")
+
+
 def test_a_job_that_asks_for_nothing_works_alone(slurm_job):
     start_together(None, None, "srun")
     start_together(1, 1)
@@ -105,7 +111,15 @@ def test_torchrun_is_started_on_every_node_and_meets_on_the_first(two_nodes, kee
         start_together(4, 2, "srun --label")
     assert ended.value.code == 3
     by_node, command = (two_nodes / "started").read_text().split(sys.executable)
-    assert by_node.split() == ["--label", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none"]
+    assert by_node.split() == [
+        "--label",
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--kill-on-bad-exit=0",
+        "--wait=600",
+    ]
     wanted = {"--nnodes=2", "--nproc_per_node=4", "--rdzv_endpoint=gpu07:20517", "--rdzv_id=20517"}
     assert wanted <= set(command.split()) and "--standalone" not in command
 

@@ -143,7 +143,7 @@ def _layers(gathered: Gathered) -> Iterator[Section]:
         if experiment not in rankings:
             lead += (
                 '<p class="plain">Blocks of layers were not ranked; <code>snakemake results/'
-                f"{escape(experiment)}/importance.csv</code> does it, where the experiment says on which text.</p>"
+                f"{escape(experiment)}/importance.svg</code> does it, where the experiment says on which text.</p>"
             )
         yield Section(experiment, lead, figures)
 

@@ -14,8 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
+from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.layout.partition import STAGES
-from mistral_prune_lora.results.summary_file import read_results
+from mistral_prune_lora.results.summary_file import AGAIN, check_columns, read_results
+from mistral_prune_lora.storage.plain_file import check_plain
 from mistral_prune_lora.storage.transaction import atomic_file
 
 _STYLE = {
@@ -89,8 +91,16 @@ def plot_importance(ranking: str | Path, output: str | Path) -> None:
     Args:
         ranking: importance.csv.
         output: the picture; its suffix decides the format.
+
+    Raises:
+        DataError: the ranking cannot be read.
     """
-    table = pd.read_csv(ranking)
+    check_plain(ranking, DataError, mend=AGAIN)
+    try:
+        table = pd.read_csv(ranking)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read as a ranking: {error}", where=ranking, mend=AGAIN) from None
+    check_columns(table, ("start", "end", "angular_distance", "recommended"), ranking)
     figure, axis = plt.subplots(figsize=(0.28 * len(table) + 2, 3.4), layout="constrained")
     colours = [BEST_COLOUR if best else OTHER_COLOUR for best in table.recommended]
     axis.bar(table.start, table.angular_distance, color=colours)

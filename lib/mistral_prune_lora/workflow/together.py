@@ -18,7 +18,7 @@ from mistral_prune_lora.distillation import schedule
 from mistral_prune_lora.errors import PipelineError
 
 _PORTS = 20_000, 10_000  # the first, and how many: jobs that share a node meet at different ones
-_LAST_UPDATE = 600  # seconds that torchrun leaves those it has asked to end; its own 30 are less than a large update
+_LAST_UPDATE = 600  # seconds for those that are asked to end; torchrun's own 30 are less than a large update
 
 
 def start_together(processes: int | None, nodes: int | None = None, mpi: str | None = None) -> None:
@@ -35,9 +35,12 @@ def start_together(processes: int | None, nodes: int | None = None, mpi: str | N
 
     Raises:
         PipelineError: the job is none of Slurm's, whose GPUs are the job's own; it has several nodes and nothing but
-            srun starts processes there; it has other nodes than it asked for.
+            srun starts processes there; it has other nodes than it asked for; it is one of an array, and has mpi.
     """
     nodes = nodes or 1
+    if mpi and "SLURM_ARRAY_TASK_ID" in os.environ:
+        told = "with mpi, Slurm's executor runs the first job of an array in all of them"
+        raise PipelineError(told, where=f"mpi={mpi}", mend="take the rule out of slurm-array-jobs, or leave mpi out")
     if "RANK" in os.environ or (processes or 1) * nodes == 1:
         return
     if "SLURM_JOB_ID" not in os.environ:
@@ -51,8 +54,10 @@ def start_together(processes: int | None, nodes: int | None = None, mpi: str | N
     if not srun or Path(srun[0]).name != "srun":
         told = f"the job has {nodes} nodes, and no srun starts processes on them"
         raise PipelineError(told, where=f"mpi={mpi}", mend="set mpi to srun, or nodes to 1")
-    # One process on each node, which may use all that the job has there.
+    # One process on each node, which may use all that the job has there. Whatever the site has set: where one ends, the
+    # others have the time to save what they have, and no more, should they wait for one that never came.
     srun += [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
+    srun += ["--kill-on-bad-exit=0", f"--wait={_LAST_UPDATE}"]
     sys.exit(_exit_code([*srun, *torchrun, *_meeting(nodes), sys.argv[0]], _tell_the_steps))
 
 
