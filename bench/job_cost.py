@@ -3,11 +3,12 @@
   python bench/job_cost.py                                      # all rules that compute something, 5 repeats
   python bench/job_cost.py --rules segment perplexity --repeats 9
 
-A tiny project is run once, with adapters trained in it, a ranking and an export, and what Snakemake ran is kept. Then,
-in turn: each rule's process with nothing but its imports (the start), the same process as Snakemake ran it (the whole
-job, on a model that is next to nothing), the command that links results into an experiment's folder, and the snakemake
-process that a cluster starts for a job. Seconds are medians; those of the processor, user and system, say more where
-others use the machine. What the start consists of is told by `-X importtime`, which itself costs a little.
+A tiny project is run once, with adapters in closed form and trained, a ranking, a choice of layers and an export, and
+what Snakemake ran is kept. Then, in turn: each rule's process with nothing but its imports (the start), the same
+process as Snakemake ran it (the whole job, on a model that is next to nothing), the command that links results into an
+experiment's folder, and the snakemake process that a cluster starts for a job. Seconds are medians; those of the
+processor, user and system, say more where others use the machine. What the start consists of is told by
+`-X importtime`, which itself costs a little.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from mistral_prune_lora.errors import reports_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY = {"layers": 8, "hidden": 64, "intermediate": 112, "heads": 4, "kv_heads": 2, "vocabulary": 259}
-EXTRA = ("results/tiny/importance.svg", "results/tiny/exported/merged.FULL/model.safetensors")
+EXTRA = (
+    "results/tiny/importance.svg",
+    "results/tiny/choice.json",
+    "results/tiny/exported/merged.FULL/model.safetensors",
+)
 TARGET = 3.0  # seconds of a start
 # A column, and the packages whose modules count in it; whatever is in none of them is Python's own and small ones.
 GROUPS = {
@@ -111,13 +116,16 @@ def make_project(folder: Path) -> None:
     experiment = {
         "model": "dense",
         "layers": {"B": [3, 4], "C": [5, 6]},
-        "adapters": dict.fromkeys("ABC", "train"),
+        "adapters": {"A": "closed-form", "B": "train", "C": "train"},
         "importance": {"dataset": "corpus", "drop": 2, **windows},
+        "choose": {"dataset": "corpus", "drop": 2, **windows},
+        "closed_form": {"held_out": 1, **windows},
         "distill": {
             "dataset": "corpus",
             "share_teacher_states": True,
+            "share_prefix_states": True,
             "lora": {"rank": 2},
-            "parts": dict.fromkeys("ABC", few),
+            "parts": dict.fromkeys("BC", few),
             **windows,
         },
         "perplexity": {"datasets": ["corpus"], **windows},

@@ -4,21 +4,23 @@ import ast
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from script_imports import SCRIPTS, imports_of
 
-SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
 MODELS = {"transformers.modeling_utils", "torch.distributed.tensor", "torch._dynamo"}  # with them, three seconds
 OTHERS = {"datasets", "matplotlib", "pandas", "peft", "pyarrow", "scipy", "torch", "transformers"}
-# What each script may import of these; whatever is not named here is for the model's own classes.
+BESIDE_MODELS = OTHERS - {"torch", "transformers"}
+# What each script may import of these that makes no model.
 NEEDED = {
     "beside": {"pandas", "pyarrow"},
     "check": set(),
+    "export_stage": {"torch", "transformers"},
     "fetch_model": {"torch", "transformers"},
     "merge": {"torch"},
     "plot_importance": {"matplotlib", "pandas", "pyarrow"},
     "plot_perplexity": {"matplotlib", "pandas", "pyarrow"},
+    "plot_training": {"matplotlib", "pandas", "pyarrow"},
     "prune": {"torch"},
     "report_pages": {"pandas", "pyarrow"},
     "show": {"pandas", "pyarrow"},
@@ -27,16 +29,18 @@ NEEDED = {
     "tidy": set(),
     "windows": {"torch"},
 }
+# What those that run a model may import beside torch, transformers and its model's classes.
+NEEDED_BESIDE_MODELS: dict[str, set[str]] = {
+    "choose": set(),
+    "closed_form": set(),
+    "importance": set(),
+    "perplexity": set(),
+    "prefix_states": set(),
+    "segment": set(),
+    "teacher_states": set(),
+    "train_adapter": {"peft"},
+}
 TELL = "\nimport gc, json, sys\nprint(json.dumps([sorted(sys.modules), gc.get_freeze_count(), gc.isenabled()]))\n"
-
-
-def imports_of(script, shards=()):
-    """The imports of a script, without its work; of a job that gathers these shards."""
-    body = ast.parse(script.read_text()).body
-    only = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom | ast.With)]
-    work = [node for node in only if isinstance(node, ast.With) and "job" in ast.unparse(node.items[0])]
-    given = f"from types import SimpleNamespace as Given\nsnakemake = Given(input=Given(shards={shards!r}))\n"
-    return given + ast.unparse([node for node in only if node not in work])
 
 
 def imported(code):
@@ -52,16 +56,21 @@ def test_what_makes_no_model_imports_no_model_classes(name):
     assert OTHERS & set(modules) <= NEEDED[name]
 
 
-def test_runs_of_layers_import_neither_tables_nor_plots_nor_training():
-    modules, left_out, collects = imported(imports_of(SCRIPTS / "segment.py"))
-    assert not {"datasets", "matplotlib", "pandas", "peft", "pyarrow", "scipy"} & set(modules)
+@pytest.mark.parametrize("name", sorted(NEEDED_BESIDE_MODELS))
+def test_what_runs_a_model_imports_tables_plots_and_training_where_it_needs_them(name):
+    modules, left_out, collects = imported(imports_of(SCRIPTS / f"{name}.py"))
+    assert BESIDE_MODELS & set(modules) <= NEEDED_BESIDE_MODELS[name]
     assert left_out > 100_000 and collects
+
+
+def test_what_every_script_imports_is_bounded():
+    assert NEEDED.keys() | NEEDED_BESIDE_MODELS.keys() == {script.stem for script in SCRIPTS.glob("*.py")}
 
 
 @pytest.mark.parametrize("name", ["segment", "perplexity", "teacher_states", "prefix_states"])
 def test_what_gathers_shards_imports_no_model_classes(name):
     modules, _, _ = imported(imports_of(SCRIPTS / f"{name}.py", ("a shard",)))
-    assert not (MODELS | {"datasets", "matplotlib", "pandas", "peft", "pyarrow", "scipy"}) & set(modules)
+    assert not (MODELS | BESIDE_MODELS) & set(modules)
 
 
 def test_what_puts_links_imports_nothing_large():

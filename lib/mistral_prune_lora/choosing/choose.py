@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from mistral_prune_lora.choosing.candidates import Missing, blocks, one_more, splits
 from mistral_prune_lora.choosing.measure import DENSE, Measured, Measurement
@@ -13,6 +12,9 @@ from mistral_prune_lora.choosing.ranking import agreement, ranked
 from mistral_prune_lora.choosing.settings import ChoiceSettings
 from mistral_prune_lora.layout.partition import spans
 from mistral_prune_lora.results.statistics import summarise
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time where tables are made: the start of the process needs none
 
 # Of choice.csv, in this order.
 COLUMNS = (
@@ -73,6 +75,8 @@ def choose(measurement: Measurement, settings: ChoiceSettings) -> Choice:
         LayoutError: nothing of that size can be chosen; too many splits. Before anything is measured.
         PipelineError: as `Measurement.measure`.
     """
+    import pandas as pd
+
     settings.check(measurement.num_layers)
     if settings.method == "greedy":
         tables, measured = _greedy(measurement, settings)
@@ -129,6 +133,8 @@ def _splits(measurement: Measurement, dropped: Missing, settings: ChoiceSettings
 
     A larger B is nearer to the dense model whatever it holds, so sizes are not ranked against each other.
     """
+    import pandas as pd
+
     ways = splits(dropped, settings.sizes(), every=settings.splits == "all")
     by_c = {c: b for b, c in ways}
     measured = measurement.measure(list(by_c), words="stage AB", race=False)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from mistral_prune_lora.choosing.candidates import Missing
 from mistral_prune_lora.results.statistics import WindowScores, paired_difference, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time where tables are made: the start of the process needs none
 
 # Of the interval by which a race drops candidates. Wider than the table's, since it is looked at again and again.
 RACE_LEVEL = 0.99
@@ -45,6 +48,8 @@ def ranked(scores: Mapping[Missing, WindowScores], predicted: int) -> pd.DataFra
         kl_above_best with its 95 % interval (.._low, .._high), ppl, ppl_se, top1_agreement. In nats a token; standard
         errors and intervals are None for a single window.
     """
+    import pandas as pd
+
     numbers = {m: summarise(found, predicted_per_window=predicted, tokens_per_byte=None) for m, found in scores.items()}
     order = sorted(scores, key=lambda m: (-numbers[m]["windows"], numbers[m]["kl_dense"]))
     best, rows = _kl(scores[order[0]]) / predicted, []

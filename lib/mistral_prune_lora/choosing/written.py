@@ -14,7 +14,6 @@ from mistral_prune_lora.choosing.measure import Measurement
 from mistral_prune_lora.choosing.settings import ChoiceSettings
 from mistral_prune_lora.distillation.teacher_record import weight_digests
 from mistral_prune_lora.provenance import PACKAGE, file_sha256, record_sha256, versions
-from mistral_prune_lora.results.choice_plot import plot_choice
 from mistral_prune_lora.storage.json_file import write_json
 from mistral_prune_lora.storage.outputs import Output, Record, claim
 from mistral_prune_lora.storage.transaction import atomic_directory
@@ -73,9 +72,7 @@ class ChoiceJob:
         with Measurement(passage, journal, race=self.settings.race) as measurement:
             with atomic_directory(self.output_dir, check=check) as fresh:
                 choice = choose(measurement, self.settings)
-                choice.table.to_csv(fresh / TABLE, index=False)
-                plot_choice(choice.table, fresh / FIGURE)
-                write_json(fresh / RECORD.name, self._content(choice, measurement, doubts))
+                _write(fresh, choice, self._content(choice, measurement, doubts))
             measurement.forget()
         return choice
 
@@ -107,3 +104,11 @@ class ChoiceJob:
             "versions": versions(PACKAGE, "torch", "transformers"),
             "files": [TABLE, FIGURE, RECORD.name],
         }
+
+
+def _write(folder: Path, choice: Choice, content: Mapping) -> None:
+    from mistral_prune_lora.results.choice_plot import plot_choice  # matplotlib, which the walk has no use for
+
+    choice.table.to_csv(folder / TABLE, index=False)
+    plot_choice(choice.table, folder / FIGURE)
+    write_json(folder / RECORD.name, content)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 
 from mistral_prune_lora.checkpoints.adapter import WEIGHTS_FILE
@@ -116,6 +115,8 @@ def _about(closed_form: ClosedForm) -> dict:
 
 
 def _write(folder: Path, corrections: Sequence[Correction], student: Student, about: Mapping) -> None:
+    from peft import LoraConfig  # here, since the passes have no use for it
+
     layers, rank = [correction.layer for correction in corrections], len(corrections[0].a)
     config = LoraConfig(
         r=rank,

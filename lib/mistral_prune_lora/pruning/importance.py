@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 
 from mistral_prune_lora.checkpoints.checkpoint import open_checkpoint
@@ -22,6 +22,9 @@ from mistral_prune_lora.streaming.compute import Compute, LayerSource
 from mistral_prune_lora.streaming.memory import resident_groups
 from mistral_prune_lora.streaming.passage import embedding_bytes
 from mistral_prune_lora.streaming.run import KeptActivations, run_batches
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time where tables are made: the start of the process needs none
 
 
 def last_token_states(
@@ -141,6 +144,8 @@ def angular_distances(
     Raises:
         LayoutError: no block of that size is legal.
     """
+    import pandas as pd
+
     count = len(states) - 1
     starts = range(count - block + 1 - keep_last_layer - (not all_blocks))
     if block < 1 or not starts:
