@@ -76,6 +76,7 @@ rule report_pages:
         experiments={name: described(e) for name, e in EXPERIMENTS.items()},
         rankings=lambda wildcards: rankings(),
         made=PLAN.names,
+        of_config=OF_CONFIG,
         whole=deciding(CONFIG),
         code=code_of("report_pages"),
     script:

@@ -15,6 +15,7 @@ with job(snakemake.log[0]):
         [(experiment, label, files.curves[number]) for experiment, label, number in params.trainings],
         {experiment: path for experiment, (path, _) in params.rankings.items()},
         params.made,
+        params.of_config,
     )
     named = [Named(*names, path=files.results[number]) for *names, number in params.results]
     gathered = gather(files.summary, files.comparisons, named, told)

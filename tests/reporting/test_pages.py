@@ -14,6 +14,7 @@ from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.reporting.charts import with_intervals
 from mistral_prune_lora.reporting.front import results_table
 from mistral_prune_lora.reporting.gathered import Told
+from mistral_prune_lora.reporting.making import jobs_of
 from mistral_prune_lora.reporting.stages import POINTS, along_text_charts, perplexity_chart
 from mistral_prune_lora.reporting.tables import searchable
 from mistral_prune_lora.reporting.written import write_pages
@@ -109,6 +110,42 @@ def test_what_is_behind_the_numbers_is_on_the_first_page_and_no_text_becomes_mar
 
 def test_jobs_of_other_configurations_are_left_out(pages):
     assert "2 jobs, 0.1 minutes" in pages["jobs"] and "gone" not in pages["jobs"]
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+    """Leaves a benchmark of each of some jobs, and returns their folder."""
+
+    def leave(*jobs, content="s\th:m:s\tmax_rss\n2.5\t0:00:02\t10\n"):
+        for job in jobs:
+            (tmp_path / job).parent.mkdir(exist_ok=True)
+            (tmp_path / f"{job}.tsv").write_text(content)
+        return tmp_path
+
+    return leave
+
+
+def test_every_job_of_the_configuration_is_counted(benchmarks):
+    made = ["M-1", "P-2", "F-3", "tiny", "dense"]
+    own = ["segment/M-1", "segment/M-1.1-of-2", "segment/M-1.2-of-2", "closed_form/F-3", "choose/P-2"]
+    own += ["importance/tiny", "export_stage/tiny.merged.AB", "fetch_hub_model/dense"]
+    folder = benchmarks(*own, "segment/M-9.1-of-2", "closed_form/F-30", "importance/tiny2", "export_stage/t.merged.AB")
+    benchmarks(*(f"{rule}{of}" for rule in ("summary", "plot_perplexity", "report_pages") for of in ("", ".m-7b")))
+    jobs = jobs_of(folder, made)
+    assert {*zip(jobs.rule, jobs.job, strict=True)} == {
+        *((rule, job) for rule, job in (name.split("/") for name in own)),
+        ("summary", "summary"),
+        ("plot_perplexity", "plot_perplexity"),
+    }
+    assert jobs.groupby("rule").seconds.sum()["segment"] == 7.5
+    other = jobs_of(folder, ["M-9"], ".m-7b")
+    assert sorted(other.job) == ["M-9.1-of-2", "plot_perplexity.m-7b", "summary.m-7b"]
+    assert sorted(other.rule) == ["plot_perplexity", "segment", "summary"]
+
+
+def test_a_benchmark_that_is_being_written_is_left_out(benchmarks):
+    benchmarks("summary")
+    assert list(jobs_of(benchmarks("plot_perplexity", content=""), []).job) == ["summary"]
 
 
 def test_numbers_of_a_table_are_short_to_read_and_whole_to_sort_by():

@@ -20,20 +20,32 @@ PREDICTED = 10  # tokens of a window
 DENSE, OTHER = "d" * 64, "e" * 64
 
 
-def write_result(folder: Path, place: tuple[str, str, str, str], windows: int, **changes) -> Named:
-    """A result of (experiment, dataset, variant, stage) and the scores of its windows beside it."""
+def write_result(
+    folder: Path, place: tuple[str, str, str, str], windows: int, *, kl: float | None = None, **changes
+) -> Named:
+    """A result of (experiment, dataset, variant, stage) and the scores of its windows beside it.
+
+    Args:
+        folder: where the experiments' folders are.
+        place: which result it is.
+        windows: how many windows it has.
+        kl: of every window, in nats a token; None makes some up, or none of the dense model.
+        changes: of the record.
+    """
     experiment, dataset, variant, stage = place
     random = np.random.default_rng([*map(ord, variant + stage)])
-    worse = {"dense": 0.0, "pruned": 1.0, "merged": 0.4}[variant] if stage != "FULL" else 0.0
-    kl = None if variant == "dense" else PREDICTED * (0.1 + worse) * random.uniform(0.8, 1.2, windows)
+    worse = {"dense": 0.0, "pruned": 1.0}.get(variant, 0.4) if stage != "FULL" else 0.0
+    made_up = None if variant == "dense" else PREDICTED * (0.1 + worse) * random.uniform(0.8, 1.2, windows)
+    kls = made_up if kl is None else np.full(windows, PREDICTED * kl)
     nll = PREDICTED * (3 + worse + np.sin(np.arange(windows)) / 4 + random.uniform(-0.1, 0.1, windows))
-    scores = WindowScores(nll, np.full(windows, 4.0), kl, None if kl is None else np.full(windows, 6.0))
+    dense = stage == "FULL" and variant in ("dense", "pruned")
+    scores = WindowScores(nll, np.full(windows, 4.0), kls, None if kls is None else np.full(windows, 6.0))
     record = {
         "stage": stage, "label": f"{variant}[{stage}]", "active_layers": STAGES[stage], "parameters": 1000,
         **summarise(scores, predicted_per_window=PREDICTED, tokens_per_byte=0.25),
         "seqlen": PREDICTED + 1, "dtype": "fp32", "device": "cpu", "batch_size": 4, "ids_sha256": "1" * 64,
         "text": {"dataset": dataset, "sha256": "2" * 64}, "tokenizer": {"sha256": "3" * 64},
-        "weights_sha256": DENSE if stage == "FULL" and variant != "merged" else f"{len(variant + stage):064}",
+        "weights_sha256": DENSE if dense else f"{len(variant + stage):064}",
         "weights": {"layers.000": "5" * 64}, "steps": [{"device": "cpu", "layers": [0, 1]}],
     }  # fmt: skip
     path = folder / experiment / "ppl" / dataset / f"{variant}.{stage}.json"

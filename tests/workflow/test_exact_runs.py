@@ -29,6 +29,8 @@ def test_full_is_the_dense_model(finished):
     dense, full = table.loc["dense", "FULL"], table.loc["merged", "FULL"]
     assert full.mean_nll == dense.mean_nll and full.weights_sha256 == dense.weights_sha256
     assert full.kl_dense == 0 and full.top1_agreement == 1 and table.kl_dense["merged", "AB"] > 0
+    # The first page must not say that the adapters stay merged.
+    assert "not the dense model" not in (finished.folder / "results/report/front.html").read_text()
     a, *bundles = [finished.path(f"merged/{part}_merged") for part in "ABC"]
     with torch.inference_mode():
         ids = random_windows(2, 12).ids.long()

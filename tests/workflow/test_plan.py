@@ -172,6 +172,22 @@ def test_closed_forms_are_told_apart_by_what_decides_their_bytes(project, planne
         assert not started.closed_forms.keys() & planned().closed_forms.keys(), key
 
 
+def test_every_job_bears_a_name_of_the_plan(project, planned):
+    experiment = project.config["experiments"]["tiny"]
+    experiment["adapters"] = {"A": "closed-form", "B": "train", "C": "train"}
+    experiment["distill"] = {"dataset": "corpus", "seqlen": 16, "share_teacher_states": True}
+    experiment["distill"]["share_prefix_states"] = True
+    experiment["choose"] = {"dataset": "corpus", "drop": 4, "seqlen": 16, "windows": 2}
+    plan = planned()
+    kinds = ("prunings", "windows", "teachers", "prefixes", "trainings", "closed_forms", "merges", "segments", "scores")
+    for kind in (*kinds, "choices", "experiments"):
+        made = getattr(plan, kind)
+        names = {artefact.name for artefact in made.values()}
+        assert names and names <= set(plan.names), kind
+        assert not [name for name in names if "." in name], "what follows a dot tells jobs for one artefact apart"
+    assert "dense" in plan.names, "of the job that fetches the model"
+
+
 def test_closed_forms_share_the_dense_model_s_way(project, planned):
     experiment = project.config["experiments"]["tiny"]
     experiment["closed_form"] = {"datasets": {"corpus": 1}, "seqlen": 16, "windows": 4, "held_out": 2}

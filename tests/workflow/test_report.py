@@ -16,6 +16,9 @@ def test_a_report_is_one_file_with_all_pages_and_costs_no_measurement(finished):
     for page in ("results", "stages", "layers", "training", "jobs"):
         assert f"results/report/{page}.html" in report
     assert "A dense language model was cut" in report  # the front page
+    # Of every job there is a benchmark, and that of the pages themselves was not there yet.
+    jobs = len(list((finished.folder / "benchmarks").rglob("*.tsv"))) - 1
+    assert f"<h2>{jobs} jobs, " in (finished.folder / "results/report/jobs.html").read_text()
     # Nothing of it lies elsewhere.
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\\\"']*(?:https?:)?//", report)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -15,8 +16,8 @@ def doubts_of(gathered: Gathered) -> list[str]:
     """Sentences, the gravest first.
 
     Whether restored FULL is the dense model, tensors that were left out of a merge, what results say of their windows
-    (ids of another tokenizer, windows beyond the positions), few windows, and datasets of one name that are of other
-    ids in other experiments.
+    (ids of another tokenizer, windows beyond the positions), few windows, datasets of one name that are of other ids in
+    other experiments, and whether healed FULL is the dense model.
     """
     table = gathered.summary
     return [
@@ -79,12 +80,32 @@ def _other_ids(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _healed(table: pd.DataFrame) -> Iterator[str]:
-    healed = table[(table.stage == "FULL") & ~table.variant.isin(["dense", "pruned"])]
-    if len(healed):
+    full = table[table.stage == "FULL"]
+    places, told, asked = [], 0, 0
+    for (experiment, dataset), rows in full.groupby(["experiment", "dataset"], sort=False):
+        healed = rows[~rows.variant.isin(["dense", "pruned"])]
+        different = [str(row.variant) for row in healed.itertuples() if _is_another(row, rows)]
+        if different:
+            some = f" ({', '.join(different)})" if len(different) < len(healed) else ""
+            places.append(f"{experiment} on {dataset}{some}")
+        told, asked = told + len(different), asked + len(healed)
+    if places:
+        where = f"{_listed(places)}: " if told < asked else ""  # of all, names would say nothing
         yield (
-            "FULL after healing is not the dense model: the adapters stay merged into A, B and C, though no layer is"
-            " missing any more."
+            f"{where}FULL after healing is not the dense model, since adapters stay merged into its parts, though no"
+            " layer is missing any more."
         )
+
+
+def _is_another(healed: Any, rows: pd.DataFrame) -> bool:
+    """Whether a healed FULL has other weights than the dense one, or than pruned FULL where that was not measured.
+
+    Where neither was, its predictions tell; without those either, there is nothing that it could be taken for.
+    """
+    for variant in ("dense", "pruned"):
+        if len(reference := rows[rows.variant == variant]):
+            return bool(healed.weights_sha256 not in set(reference.weights_sha256))
+    return bool(healed.kl_dense > 0)
 
 
 def _listed(names: Iterable[str], most: int = 4) -> str:

@@ -27,7 +27,9 @@ class Told:
         adapters: of each table of strengths, the experiment and variant that it belongs to.
         trainings: of each training's table, the experiment and what the training is called.
         rankings: tables of the ranking of blocks, by experiment.
-        made: the names of this configuration's artefacts, as they stand in the names of benchmarks.
+        made: the names of this configuration's artefacts, models and experiments, as they stand in the names of
+            benchmarks.
+        of_config: what the names of this configuration's own files end in: nothing, or a dot and its name.
     """
 
     experiments: Mapping[str, Mapping[str, str]]
@@ -36,6 +38,7 @@ class Told:
     trainings: Sequence[tuple[str, str, str]] = ()
     rankings: Mapping[str, str] = field(default_factory=dict)
     made: Sequence[str] = ()
+    of_config: str = ""
 
 
 @dataclass(frozen=True)

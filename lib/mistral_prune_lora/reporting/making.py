@@ -11,6 +11,7 @@ import pandas as pd
 from mistral_prune_lora.reporting.charts import BLUE, BROWN, GREEN, finished
 from mistral_prune_lora.reporting.gathered import read_table
 
+_PAGES = "report_pages"  # the rule that writes these
 _SMOOTHED = 10  # updates that a line of a training is a mean over
 _LIGHT = "#b9c6cc"
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -95,20 +96,30 @@ def read_strength(path: str | Path, part: str) -> pd.DataFrame:
     return read_table(path, STRENGTH).assign(part=part)
 
 
-def jobs_of(folder: str | Path, made: Collection[str]) -> pd.DataFrame:
+def jobs_of(folder: str | Path, made: Collection[str], of_config: str = "") -> pd.DataFrame:
     """Every job of which Snakemake kept time and memory: rule, seconds, peak_mb (NaN where it was too short), job.
 
+    Jobs of other configurations lie there too, and are left out; so is the one that writes the pages, which has not
+    ended when it reads this.
+
     Args:
-        folder: benchmarks.
-        made: names of this configuration's artefacts; jobs of others lie there too, and are left out. Those that bear
-            no artefact's name, such as the summary's, stay.
+        folder: benchmarks. Those of jobs for one artefact lie below, in a folder a rule; those of jobs for the whole
+            configuration, such as the summary's, lie in it.
+        made: names of this configuration's artefacts, models and experiments. A job bears one of them, and behind a dot
+            what of it the job made: a shard, or an exported stage.
+        of_config: what stands behind the rule in the names of this configuration's own files.
     """
+    found = [(path.parent.name, path) for path in sorted(Path(folder).glob("*/*.tsv")) if _artefact(path) in made]
+    for path in sorted(Path(folder).glob("*.tsv")):
+        rule, dot, config = path.stem.partition(".")
+        if dot + config == of_config and rule != _PAGES:
+            found.append((rule, path))
     rows = []
-    for path in sorted(Path(folder).glob("*/*.tsv")):
-        if path.stem in made:
+    for rule, path in found:
+        if path.stat().st_size:  # else its job is about to write it
             table = read_table(path, ("s", "max_rss"))
             memory = pd.to_numeric(table.max_rss, errors="coerce").max()
-            rows.append((path.parent.name, float(table.s.sum()), float(memory), path.stem))
+            rows.append((rule, float(table.s.sum()), float(memory), path.stem))
     return pd.DataFrame(rows, columns=["rule", "seconds", "peak_mb", "job"])
 
 
@@ -128,6 +139,11 @@ def job_charts(jobs: pd.DataFrame) -> dict[str, dict]:
 
     return {"time": bars("seconds", "seconds, all jobs of the rule", BLUE),
             "memory": bars("peak_mb", "peak memory of a job, MB", BROWN)}  # fmt: skip
+
+
+def _artefact(benchmark: Path) -> str:
+    """Whose job left a benchmark; no artefact's name has a dot."""
+    return benchmark.name.split(".")[0]
 
 
 def _smooth(column: pd.Series) -> pd.Series:

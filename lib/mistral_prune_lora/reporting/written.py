@@ -58,13 +58,14 @@ def write_pages(gathered: Gathered, benchmarks: str | Path, pages: Mapping[str, 
         pages: where to write "front" (HTML without a frame), "results", "stages", "layers", "training" and "jobs".
     """
     first = front(gathered)
+    jobs = jobs_of(benchmarks, set(gathered.told.made), gathered.told.of_config)
     with atomic_file(pages["front"]) as fresh:
         fresh.write_text(f'<style>{STYLE}</style><div class="pages">{first}</div>\n', encoding="utf-8")
     write_page(pages["results"], "Pruned, healed, measured", [Section("What was done", first), *_tables(gathered)])
     write_page(pages["stages"], "Stages", list(_stages(gathered)))
     write_page(pages["layers"], "Layers and adapters", list(_layers(gathered)))
     write_page(pages["training"], "Trainings", list(_trainings(gathered)))
-    write_page(pages["jobs"], "Time and memory", list(_jobs(jobs_of(benchmarks, set(gathered.told.made)))))
+    write_page(pages["jobs"], "Time and memory", list(_jobs(jobs)))
 
 
 def _tables(gathered: Gathered) -> Iterator[Section]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mistral_prune_lora.layout.partition import spans
 from mistral_prune_lora.workflow.experiment import Experiment
+from mistral_prune_lora.workflow.restoring import CLOSED_FORM, EXACT, SEQUENTIAL, TRAIN
 
 _HOW_TO_RUN = {"threads", "keep_activations", "report"}
 _HOW_TO_RUN_SECTION = {"distill": {"shards", "save_steps", "loggers"}, "perplexity": {"shards"}}
@@ -21,9 +22,11 @@ def described(experiment: Experiment) -> dict[str, str]:
     }
     if "pruned" in settings:
         told["parts"] = f"given, {settings['pruned']['A']}"
-    healed = [f"{part} {_adapter(settings['adapters'][part])}" for part in experiment.merged_parts]
-    if healed:
-        told["adapters"] = ", ".join(healed)
+    if experiment.merged_parts:
+        started = experiment.started_parts
+        told["adapters"] = "; ".join(f"{p} {_adapter(settings['adapters'][p], p in started)}" for p in parts)
+        if settings["restore"] != SEQUENTIAL:
+            told["restore"] = _restored(settings)
     if experiment.trained_parts:
         wanted = settings["distill"]
         count = "all" if wanted["windows"] is None else wanted["windows"]
@@ -37,12 +40,18 @@ def described(experiment: Experiment) -> dict[str, str]:
     return told
 
 
-def _adapter(source: str) -> str:
-    return "trained here" if source == "train" else f"given, {source}"
+def _adapter(source: str | None, started: bool) -> str:
+    if source is None:
+        return "left as it was cut"
+    if source == TRAIN:
+        return "trained here from its closed form" if started else "trained here"
+    return "in closed form" if source == CLOSED_FORM else f"given, {source}"
 
 
-def _windows(wanted: Mapping) -> str:
-    return f"windows of {wanted['seqlen']} tokens"
+def _restored(settings: Mapping) -> str:
+    if settings["restore"] == EXACT:
+        return "exact, each bundle puts the original weights back of what was healed before it"
+    return f"shared, A's adapter is trained for {', '.join(settings['distill']['stages'])} at once"
 
 
 def _loss(loss: Mapping) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from mistral_prune_lora.workflow.artefacts import Merge, Pruning, Run, Windows
 from mistral_prune_lora.workflow.choice import Choice, choices
@@ -104,11 +104,8 @@ class Plan:
     @property
     def names(self) -> list[str]:
         """What stands for an artefact in the name of a job: of everything made, of models and of experiments."""
-        made = (self.prunings, self.windows, self.teachers, self.prefixes, self.trainings, self.merges)
         models = {e.settings["model"] for e in self.experiments.values()}
-        return sorted(
-            {*self.experiments, *models, *self.segments, *self.scores, *(name for each in made for name in each)}
-        )
+        return sorted({*models, *(name for kind in fields(self) for name in getattr(self, kind.name))})
 
     @property
     def paths(self) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from mistral_prune_lora.closed_form.places import correction_places
 from mistral_prune_lora.layout.partition import PARTS_OF_STAGE, STAGES, Layout
 
-EXACT, SHARED = "exact", "shared"
+SEQUENTIAL, EXACT, SHARED = "sequential", "exact", "shared"
 TRAIN, CLOSED_FORM = "train", "closed-form"  # adapters that are made here; any other word is the path of one
 STAGE_OF_PART = {part: parts for parts, part in zip(STAGES, "ABC", strict=True)}
 
