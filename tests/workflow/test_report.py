@@ -60,7 +60,7 @@ def test_the_report_is_read_in_a_browser_without_a_network(reported):
             tab.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
             tab.on("pageerror", lambda error: wrong.append(str(error)))
             tab.goto(own)
-            assert tab.get_by_text("A dense language model was cut").is_visible()
+            tab.get_by_text("A dense language model was cut").wait_for()
             for category in ("1 Results", "2 Stages", "3 Layers", "4 Training", "5 Jobs"):
                 tab.locator("nav").get_by_text(category, exact=True).last.click()
                 for row in tab.locator("nav tbody tr").all():
