@@ -1,22 +1,13 @@
 """The pages as a reader sees them, in Chromium without a network."""
 
-import shutil
-
 import pytest
+from chromium import CHROMIUM, DRAWN, NO_CHROMIUM, SIZES
 from report_results import PAGES, write_whole_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; Debian's package is `chromium`")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
-DRAWN = "[...document.querySelectorAll('.chart')].every(chart => chart.dataset.drawn === 'yes')"
-# Of each figure, the extents of its drawing and of what is drawn in it, in CSS pixels.
-SIZES = """() => [...document.querySelectorAll('.chart')].map(chart => {
-  const all = chart.querySelector('svg').getBoundingClientRect();
-  const marks = chart.querySelector('svg .mark-group.role-frame, svg .role-mark').getBoundingClientRect();
-  return [all.left, all.right, all.height, marks.width, marks.height];
-})"""
 # Labels of one axis whose boxes lie over each other.
 OVERLAPS = """() => [...document.querySelectorAll('.role-axis-label, .role-legend-label')].flatMap(group => {
   const boxes = [...group.querySelectorAll('text')].filter(text => text.style.opacity !== '0'
