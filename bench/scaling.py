@@ -3,7 +3,7 @@
   python bench/scaling.py                          # 1, 2 and 4 slots, about 8 minutes on 2 cores
   python bench/scaling.py --slots 1 2 --repeats 3
 
-As root, with Debian's slurm-wlm and munge: the Slurm of one node that the tests start, which believes in 4 CPUs. A
+As root, with Debian's slurm-wlm and munge: one node of the Slurm that the tests start, which believes in 4 CPUs. A
 random model is measured on windows that 8 jobs of one thread share, with at most so many of them at a time; one job
 gathers what they made. Windows are cut before. For every job it is told how long it waited in Slurm's queue (which
 counts whole seconds), how long its two snakemake processes took to start and to end, and Python with its imports, and

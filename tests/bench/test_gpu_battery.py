@@ -1,9 +1,11 @@
 """bench/gpu.py on the CPU: all checks at a tiny size, with little installed, and that they find what is wrong."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "bench"))
 
-import gpu_checks  # noqa: E402, F401
+import gpu  # noqa: E402
 from gpu_checks import checks, evaluation, memory, merge, plain, resume, training  # noqa: E402
-from gpu_checks.finding import deviation, same_bits, within  # noqa: E402
+from gpu_checks.finding import Finding, deviation, same_bits, within  # noqa: E402
 from gpu_checks.peak import Peak  # noqa: E402
 from gpu_checks.setting import SMALL, Setting  # noqa: E402
 
@@ -54,6 +56,20 @@ def test_pytest_alone_skips_all_of_tests_gpu_with_a_reason():
     ended = run(ONLY, PACKAGES, "-m", "pytest", ROOT / "tests" / "gpu", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert ended.returncode == 0, ended.stdout
     assert f"{len(checks.CHECKS)} skipped" in ended.stdout and "torch sees no GPU" in ended.stdout
+
+
+def test_tests_gpu_ends_with_the_table_and_the_card(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "gpu")
+    monkeypatch.delitem(sys.modules, "conftest", raising=False)
+    hooks = importlib.import_module("conftest")
+    monkeypatch.delitem(sys.modules, "conftest")
+    config, printed = SimpleNamespace(stash=pytest.Stash()), []
+    hooks.pytest_terminal_summary(SimpleNamespace(write_line=printed.append), config)
+    assert not printed, "where nothing was checked"
+    monkeypatch.setattr(gpu, "machine", lambda device: f"the card {device}")
+    config.stash[hooks.FOUND] = [("merge", Finding("bits", "0 differ", "none", True), 0.1)]
+    hooks.pytest_terminal_summary(SimpleNamespace(write_line=printed.append), config)
+    assert "| merge | bits | 0 differ | none | ok | 0.1 |\n\nthe card cuda:0" in printed[0]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-import gpu_checks  # noqa: F401  # first: it says where the library lies, and how torch is to start
+import gpu  # first: it says where the library lies, and how torch is to start
 import pytest
 import torch
 from gpu_checks.checks import CHECKS
@@ -23,8 +23,8 @@ def setting():
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_figures_are_within_their_bounds(name, setting):
-    found = list(CHECKS[name](setting))
-    for finding in found:
-        print(f"{finding.verdict}: {finding.what}: {finding.figure} ({finding.bound})")
-    assert found and not [finding for finding in found if finding.ok is False]
+def test_figures_are_within_their_bounds(name, setting, found):
+    rows = list(gpu.rows(name, setting))
+    found += rows
+    failed = [f"{what.what}: {what.figure} ({what.bound})" for _, what, _ in rows if what.ok is False]
+    assert rows and not failed, failed
