@@ -163,7 +163,7 @@ SCENES = [
     Scene("evaluate again", evaluate, COMPARE, ("out/work",), ((evaluate, COMPARE),), works_in=("work",)),
     Scene("train on stored states", train, TAUGHT, (f"out/{STATES[0]}",), ((train, TAUGHT),), works_in=STATES),
     _continued("evaluate, continued", evaluate, EVALUATE, "out/work", 14, ("work",)),
-    _continued("train, its teacher continued", train, TAUGHT, "out", 4, STATES),
+    _continued("train, its teacher continued", train, TAUGHT, "out", 3, STATES),
     *(
         Scene(f"{deed.name}, again", deed.main, deed.words, ("out",), ((deed.main, deed.other),), None, deed.works_in)
         for deed in DEEDS
