@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 import yaml
 from slurm_node import BOTH
-from slurm_project import Running, copied, job_state, jobs, on_slurm, rule_of, signal, wait_until
-from workflow_project import ROOT, Project, configuration
+from slurm_project import Running, job_state, jobs, on_slurm, rule_of, signal, wait_until
+from workflow_project import ROOT, Project, configuration, copied
 
 from mistral_prune_lora.storage.journal import open_held
 from mistral_prune_lora.workflow import needs

@@ -105,11 +105,3 @@ def signal(job: dict[str, str], name: str) -> None:
     pids = [line.split()[0] for line in told.splitlines()[1:] if line.split()[0].isdigit()]
     for pid in pids:
         subprocess.run(["kill", f"-{name}", pid], check=False)
-
-
-def copied(project: Project, folder: Path) -> Project:
-    """The same project before its first run, in another folder."""
-    kept = ("dense", "adapters", "corpus.txt")
-    folder.mkdir()
-    subprocess.run(["cp", "-a", *(str(project.folder / name) for name in kept), str(folder)], check=True)
-    return Project(folder, project.config)

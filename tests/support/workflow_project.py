@@ -102,3 +102,11 @@ def _told(rules: Iterable[str]) -> dict[str, int]:
 def result(project: Project, variant: str, stage: str) -> dict:
     """A perplexity result of the tiny project."""
     return json.loads(project.path(f"ppl/corpus/{variant}.{stage}.json").read_text())
+
+
+def copied(project: Project, folder: Path) -> Project:
+    """The same project before its first run, in another folder."""
+    kept = ("dense", "adapters", "corpus.txt")
+    folder.mkdir()
+    subprocess.run(["cp", "-a", *(str(project.folder / name) for name in kept), str(folder)], check=True)
+    return Project(folder, project.config)

@@ -6,8 +6,8 @@ import json
 import pandas as pd
 import pytest
 import torch
-from slurm_project import copied
 from torch.nn import functional
+from workflow_project import copied
 
 from mistral_prune_lora.models.load import load_model
 from mistral_prune_lora.text.windows import Windows

@@ -10,9 +10,8 @@ import pandas as pd
 
 from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.results.summary import COLUMNS, Named
-from mistral_prune_lora.results.summary_file import AGAIN, check_columns, read_results
+from mistral_prune_lora.results.summary_file import AGAIN, read_results, read_table
 from mistral_prune_lora.storage.json_file import read_json
-from mistral_prune_lora.storage.plain_file import check_plain
 
 _COMPARED = ("experiment", "dataset", "first", "second", "difference", "low", "high")
 
@@ -80,26 +79,3 @@ def gather(summary: str | Path, comparisons: str | Path, results: Sequence[Named
         records[key] = read_json(named.path, DataError, mend=AGAIN)
         windows[key] = read_table(Path(named.path).with_suffix(".parquet"))
     return Gathered(told, read_results(summary, COLUMNS), read_results(comparisons, _COMPARED), records, windows)
-
-
-def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """A table of this workflow: parquet, CSV or, as Snakemake writes its benchmarks, TSV.
-
-    Args:
-        path: the file; its suffix says which.
-        columns: those that must be there.
-
-    Raises:
-        DataError: it cannot be read, or lacks a column.
-    """
-    path = Path(path)
-    check_plain(path, DataError, mend=AGAIN)
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read as a table: {error}", where=path, mend=AGAIN) from None
-    check_columns(table, columns, path)
-    return table

@@ -9,7 +9,7 @@ import altair as alt
 import pandas as pd
 
 from mistral_prune_lora.reporting.charts import BLUE, BROWN, GREEN, finished
-from mistral_prune_lora.reporting.gathered import read_table
+from mistral_prune_lora.results.summary_file import read_table
 
 _PAGES = "report_pages"  # the rule that writes these
 _SMOOTHED = 10  # updates that a line of a training is a mean over

@@ -14,10 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from mistral_prune_lora.errors import DataError
 from mistral_prune_lora.layout.partition import STAGES
-from mistral_prune_lora.results.summary_file import AGAIN, check_columns, read_results
-from mistral_prune_lora.storage.plain_file import check_plain
+from mistral_prune_lora.results.summary_file import read_results, read_table
 from mistral_prune_lora.storage.transaction import atomic_file
 
 _STYLE = {
@@ -95,12 +93,7 @@ def plot_importance(ranking: str | Path, output: str | Path) -> None:
     Raises:
         DataError: the ranking cannot be read.
     """
-    check_plain(ranking, DataError, mend=AGAIN)
-    try:
-        table = pd.read_csv(ranking)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read as a ranking: {error}", where=ranking, mend=AGAIN) from None
-    check_columns(table, ("start", "end", "angular_distance", "recommended"), ranking)
+    table = read_table(ranking, ("start", "end", "angular_distance", "recommended"))
     figure, axis = plt.subplots(figsize=(0.28 * len(table) + 2, 3.4), layout="constrained")
     colours = [BEST_COLOUR if best else OTHER_COLOUR for best in table.recommended]
     axis.bar(table.start, table.angular_distance, color=colours)

@@ -1,8 +1,8 @@
-"""Reading summary.csv and comparisons.csv again, for what is made of their rows. Imports no torch."""
+"""Reading summary.csv, comparisons.csv and other tables of the workflow again. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +36,29 @@ def read_results(path: str | Path, columns: Iterable[str]) -> pd.DataFrame:
             table[name] = pd.to_numeric(table[name].replace("", None)).astype(float)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read as a table of results: {error}", where=path, mend=AGAIN) from None
+    check_columns(table, columns, path)
+    return table
+
+
+def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A table of this workflow: parquet, CSV or, as Snakemake writes its benchmarks, TSV.
+
+    Args:
+        path: the file; its suffix says which.
+        columns: those that must be there.
+
+    Raises:
+        DataError: it cannot be read, or lacks a column.
+    """
+    path = Path(path)
+    check_plain(path, DataError, mend=AGAIN)
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read as a table: {error}", where=path, mend=AGAIN) from None
     check_columns(table, columns, path)
     return table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from mistral_prune_lora.layout.partition import spans
 from mistral_prune_lora.workflow.experiment import Experiment
@@ -60,15 +60,14 @@ def _loss(loss: Mapping) -> str:
 
 def deciding(config: Mapping) -> dict:
     """A configuration without what changes no result: with another number of shards, the pages stay as they are."""
-    told = {key: value for key, value in config.items() if key not in _HOW_TO_RUN}
     experiments = {name: _deciding(settings) for name, settings in config["experiments"].items()}
-    return told | {"experiments": experiments}
+    return _without(config, _HOW_TO_RUN) | {"experiments": experiments}
 
 
 def _deciding(settings: Mapping) -> dict:
-    return {
-        section: {key: told for key, told in value.items() if key not in _HOW_TO_RUN_SECTION[section]}
-        if section in _HOW_TO_RUN_SECTION and value is not None
-        else value
-        for section, value in settings.items()
-    }
+    there = {section: keys for section, keys in _HOW_TO_RUN_SECTION.items() if settings.get(section)}
+    return dict(settings) | {section: _without(settings[section], keys) for section, keys in there.items()}
+
+
+def _without(settings: Mapping, keys: Set[str]) -> dict:
+    return {key: value for key, value in settings.items() if key not in keys}
